@@ -76,6 +76,13 @@
 #define PERSONALIZE_HAS_FSYNC 0
 #endif
 
+// GCC 12 takes the deliberately undefined operands in its own AVX-512 intrinsics for mistakes (GCC
+// bug 105593) when they are inlined into code with -Wmaybe-uninitialized.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #ifndef PERSONALIZE_NO_XSIMD
 #include <xsimd/xsimd.hpp>
 #endif
@@ -1930,11 +1937,11 @@ struct Slate {
 };
 
 struct Interaction {
-  std::string_view user;     // empty for an anonymous visitor, who then needs a session
-  std::string_view session;  // with a user: this session's events become the user's
-  std::string_view item;
-  std::string_view event_type;
-  std::optional<std::int64_t> timestamp;  // Unix seconds; the system clock where missing
+  std::string_view user = {};     // empty for an anonymous visitor, who then needs a session
+  std::string_view session = {};  // with a user: this session's events become the user's
+  std::string_view item = {};
+  std::string_view event_type = {};
+  std::optional<std::int64_t> timestamp = {};  // Unix seconds; the system clock where missing
 };
 
 // What became of a recorded event.
@@ -1944,8 +1951,8 @@ enum class Recorded : std::uint8_t {
 };
 
 struct Request {
-  std::string_view user;
-  std::string_view session;
+  std::string_view user = {};
+  std::string_view session = {};
   std::uint32_t count = 25;          // [1, 10000]
   bool exclude_interacted = false;   // leave out the items of the user's remembered events
   const ItemMask* eligible = nullptr;  // of Model::item_count() bits; null: every item
@@ -2296,5 +2303,9 @@ class Recommender {
 
 }  // namespace v1
 }  // namespace personalize
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #endif  // PERSONALIZE_RUNTIME_HPP

@@ -1,0 +1,38 @@
+// What every subcommand shares: how a job ends, and how it shows that it is alive.
+#pragma once
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace personalize::tools {
+
+// The job failed. Exit status 1; the text is the line on standard error.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The command was called wrongly. Exit status 2.
+struct Usage : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws Usage "option --dropout: 1.5 is outside [0, 0.9]" unless low <= value <= high.
+void require_range(std::string_view option, double value, double low, double high);
+
+// One line on standard error that rewrites itself. On anything but a terminal nothing is shown, or,
+// with log, a plain line at most every 30 seconds.
+class Progress {
+ public:
+  explicit Progress(std::string title, bool log = false);
+  void update(double fraction, std::string_view text);
+  void finish(std::string_view text);
+
+ private:
+  std::string title_;
+  bool terminal_, log_;
+  std::chrono::steady_clock::time_point last_;
+};
+
+}  // namespace personalize::tools

@@ -1,0 +1,245 @@
+#include "data/dataset.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <numeric>
+#include <set>
+#include <string_view>
+#include <unordered_map>
+
+#include "command/command.hpp"
+#include "data/csv.hpp"
+#include "personalize_runtime.hpp"
+
+namespace personalize::tools {
+namespace {
+
+constexpr std::int64_t latest_timestamp = 4'102'444'800;  // 2100-01-01
+constexpr std::size_t numeric_buckets = 16;
+
+struct Row {
+  std::uint32_t user, item, event_type;
+  std::int64_t timestamp;
+};
+
+// Numbers strings in order of first appearance.
+class Index {
+ public:
+  std::uint32_t of(std::string_view text) {
+    const auto [found, added] =
+        index_.try_emplace(std::string(text), static_cast<std::uint32_t>(names_.size()));
+    if (added) names_.push_back(found->first);
+    return found->second;
+  }
+  std::optional<std::uint32_t> find(std::string_view text) const {
+    const auto found = index_.find(std::string(text));
+    if (found == index_.end()) return std::nullopt;
+    return found->second;
+  }
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  std::unordered_map<std::string, std::uint32_t> index_;
+  std::vector<std::string> names_;
+};
+
+std::string_view id_field(const CsvReader& reader, std::size_t column) {
+  const std::string_view id = reader.field(column);
+  if (id.empty()) reader.refuse(column, "is empty");
+  if (id.size() > max_id_bytes) reader.refuse(column, "has more than 256 bytes");
+  return id;
+}
+
+std::int64_t timestamp_field(const CsvReader& reader, std::size_t column) {
+  const std::string_view text = reader.field(column);
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size() || text.empty())
+    reader.refuse(column, "'" + std::string(text.substr(0, 40)) +
+                              "' is not a whole number of Unix seconds");
+  if (value < 0 || value > latest_timestamp)
+    reader.refuse(column, "'" + std::string(text) + "' is outside [0, 4102444800]" +
+                              (text.size() == 13 ? "; it looks like milliseconds" : ""));
+  return value;
+}
+
+std::optional<double> number_in(std::string_view text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size() || !std::isfinite(value))
+    return std::nullopt;
+  return value;
+}
+
+// Runs `row` for every row; bad rows stop, or are counted and reported.
+template <class Function>
+void for_each_row(CsvReader& reader, bool skip_bad_rows, Dataset& data, Function row) {
+  for (;;) {
+    try {
+      if (!reader.next()) return;
+      row();
+    } catch (const BadRow& bad) {
+      const std::string report =
+          reader.name() + ":" + std::to_string(bad.line) + ": " + bad.what();
+      if (!skip_bad_rows)
+        throw Failure(report + "; correct the row or pass --skip-bad-rows");
+      if (++data.bad_rows <= 10) data.bad_row_reports.push_back(report);
+    }
+  }
+}
+
+std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data, Index& users,
+                                   Index& items, Index& types, Progress* progress) {
+  CsvReader reader(options.interactions);
+  const std::size_t user = reader.require("USER_ID"), item = reader.require("ITEM_ID"),
+                    time = reader.require("TIMESTAMP");
+  const auto type = reader.column("EVENT_TYPE");
+  if (!type && !options.event_type_filter.empty())
+    throw Failure(options.interactions + ":1: no column EVENT_TYPE to choose '" +
+                  options.event_type_filter + "' from");
+  std::vector<Row> rows;
+  for_each_row(reader, options.skip_bad_rows, data, [&] {
+    const std::string_view user_id = id_field(reader, user), item_id = id_field(reader, item);
+    const std::int64_t timestamp = timestamp_field(reader, time);
+    const std::string_view type_name = type ? id_field(reader, *type) : std::string_view{};
+    if (!options.event_type_filter.empty() && type_name != options.event_type_filter) return;
+    rows.push_back({users.of(user_id), items.of(item_id), type ? types.of(type_name) : 0, timestamp});
+    if (progress && rows.size() % 65536 == 0)
+      progress->update(0, std::to_string(rows.size()) + " interactions");
+  });
+  return rows;
+}
+
+// Whole-field values of one metadata column, by item.
+struct RawColumn {
+  std::string name;
+  std::vector<std::pair<std::uint32_t, std::string>> values;
+};
+
+void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
+  std::set<std::string_view> distinct;
+  bool all_numbers = true;
+  for (const auto& [item, value] : raw.values) {
+    distinct.insert(value);
+    all_numbers = all_numbers && number_in(value).has_value();
+  }
+  MetadataColumn column;
+  column.name = raw.name;
+  column.values.resize(items);
+  if (distinct.empty()) {
+    data.ignored_columns.push_back(raw.name + " (no values)");
+    return;
+  }
+  if (all_numbers && distinct.size() > numeric_buckets) {
+    column.numeric = true;
+    std::vector<float> sorted;
+    for (const auto& [item, value] : raw.values)
+      sorted.push_back(static_cast<float>(*number_in(value)));
+    std::sort(sorted.begin(), sorted.end());
+    for (std::size_t b = 1; b < numeric_buckets; ++b) {
+      const float boundary = sorted[b * sorted.size() / numeric_buckets];
+      if (column.boundaries.empty() || boundary > column.boundaries.back())
+        column.boundaries.push_back(boundary);
+    }
+    for (const auto& [item, value] : raw.values) {
+      const auto number = static_cast<float>(*number_in(value));
+      const auto at =
+          std::upper_bound(column.boundaries.begin(), column.boundaries.end(), number);
+      column.values[item] = {static_cast<std::uint32_t>(at - column.boundaries.begin())};
+    }
+    data.metadata.push_back(std::move(column));
+    return;
+  }
+  if (distinct.size() > 1000 && distinct.size() * 5 > items) {
+    data.ignored_columns.push_back(raw.name + " (free text: " + std::to_string(distinct.size()) +
+                                   " distinct values for " + std::to_string(items) + " items)");
+    return;
+  }
+  Index vocabulary;
+  for (const auto& [item, value] : raw.values) {
+    for (std::size_t begin = 0; begin <= value.size();) {
+      const std::size_t end = std::min(value.find('|', begin), value.size());
+      if (end > begin && end - begin <= max_id_bytes)
+        column.values[item].push_back(
+            vocabulary.of(std::string_view(value).substr(begin, end - begin)));
+      begin = end + 1;
+    }
+  }
+  column.vocabulary = vocabulary.names();
+  if (!column.vocabulary.empty()) data.metadata.push_back(std::move(column));
+}
+
+void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
+  CsvReader reader(options.items);
+  const std::size_t id = reader.require("ITEM_ID");
+  const auto creation = reader.column("CREATION_TIMESTAMP");
+  std::vector<RawColumn> columns(reader.columns().size());
+  for (std::size_t c = 0; c < columns.size(); ++c) {
+    columns[c].name = reader.columns()[c];
+    if (columns[c].name.empty() || columns[c].name.size() > max_id_bytes)
+      throw Failure(options.items + ":1: a column name has 1 to 256 bytes");
+  }
+  std::vector<char> seen;
+  for_each_row(reader, options.skip_bad_rows, data, [&] {
+    const std::string_view item_id = id_field(reader, id);
+    std::optional<std::int64_t> created;
+    if (creation && !reader.field(*creation).empty())
+      created = timestamp_field(reader, *creation);
+    const std::uint32_t item = items.of(item_id);
+    if (item >= seen.size()) seen.resize(std::max<std::size_t>(item + 1, 2 * seen.size()));
+    if (seen[item]) reader.refuse(id, "'" + std::string(item_id) + "' stands twice");
+    seen[item] = 1;
+    if (item >= data.items.size()) data.items.resize(item + 1);
+    data.items[item].creation_timestamp = created;
+    for (std::size_t c = 0; c < columns.size(); ++c)
+      if (c != id && (!creation || c != *creation) && !reader.field(c).empty())
+        columns[c].values.emplace_back(item, reader.field(c));
+  });
+  for (std::size_t c = 0; c < columns.size(); ++c)
+    if (c != id && (!creation || c != *creation))
+      add_column(std::move(columns[c]), data.items.size(), data);
+}
+
+}  // namespace
+
+Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
+  Dataset data;
+  Index users, items_as_read, types;
+  std::vector<Row> rows =
+      read_interactions(options, data, users, items_as_read, types, progress);
+  if (rows.empty()) throw Failure(options.interactions + ": holds no interactions");
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
+  Index items, ordered_users;
+  for (Row& row : rows) {
+    row.item = items.of(items_as_read.names()[row.item]);
+    row.user = ordered_users.of(users.names()[row.user]);
+  }
+  data.user_ids = ordered_users.names();
+  data.event_types = types.names();
+  data.items.resize(items.names().size());
+  data.histories.resize(data.user_ids.size());
+  data.interactions = rows.size();
+  data.first_timestamp = rows.front().timestamp;
+  data.last_timestamp = rows.back().timestamp;
+  for (const Row& row : rows) {
+    ItemInfo& info = data.items[row.item];
+    ++info.interactions;
+    if (!info.first) info.first = row.timestamp;
+    info.last = row.timestamp;
+    data.histories[row.user].push_back({row.item, row.event_type, row.timestamp});
+  }
+  if (data.user_ids.size() < 2)
+    throw Failure(options.interactions + ": only one user (" + data.user_ids[0] +
+                  "); a model needs the interactions of at least two");
+  if (std::none_of(data.histories.begin(), data.histories.end(),
+                   [](const auto& history) { return history.size() >= 2; }))
+    throw Failure(options.interactions +
+                  ": no user has two interactions; there is no sequence to learn from");
+  if (!options.items.empty()) read_items(options, data, items);
+  data.item_ids = items.names();
+  return data;
+}
+
+}  // namespace personalize::tools

@@ -1,0 +1,59 @@
+// Interactions and items, read from CSV in Amazon Personalize's conventions and indexed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace personalize::tools {
+
+class Progress;
+
+struct Event {
+  std::uint32_t item;        // index into Dataset::item_ids
+  std::uint32_t event_type;  // index into Dataset::event_types; 0 where there is no such column
+  std::int64_t timestamp;    // Unix seconds
+};
+
+// A usable metadata column of the items file.
+struct MetadataColumn {
+  std::string name;
+  bool numeric = false;
+  std::vector<std::string> vocabulary;  // categorical: values in order of first appearance
+  std::vector<float> boundaries;        // numeric: ascending; bucket = number of boundaries <= value
+  std::vector<std::vector<std::uint32_t>> values;  // per item: vocabulary or bucket indices
+};
+
+struct ItemInfo {
+  std::optional<std::int64_t> creation_timestamp;
+  std::uint64_t interactions = 0;
+  std::optional<std::int64_t> first, last;  // timestamps of its interactions
+};
+
+struct Dataset {
+  std::vector<std::string> user_ids;  // in order of first appearance in time
+  std::vector<std::vector<Event>> histories;  // per user, by timestamp; ties in file order
+  // Items of interactions in order of first appearance in time, then those of the items file alone.
+  std::vector<std::string> item_ids;
+  std::vector<ItemInfo> items;
+  std::vector<std::string> event_types;  // empty where there is no EVENT_TYPE column
+  std::vector<MetadataColumn> metadata;
+  std::vector<std::string> ignored_columns;  // of the items file, each with the reason
+  std::uint64_t interactions = 0;
+  std::int64_t first_timestamp = 0, last_timestamp = 0;
+  std::uint64_t bad_rows = 0;
+  std::vector<std::string> bad_row_reports;  // the first ten
+};
+
+struct DatasetOptions {
+  std::string interactions, items;  // paths; items may be empty
+  bool skip_bad_rows = false;
+  std::string event_type_filter;  // keep only events of this type; empty: all
+};
+
+// Throws Failure: unreadable files, a bad row (unless skipped), fewer than two users, or no user
+// with two interactions.
+Dataset read_dataset(const DatasetOptions& options, Progress* progress = nullptr);
+
+}  // namespace personalize::tools

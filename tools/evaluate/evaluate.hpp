@@ -1,0 +1,36 @@
+// `personalize evaluate`: how well a model file predicts, measured through the header as users are
+// served.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+
+#include "data/dataset.hpp"
+#include "data/split.hpp"
+#include "evaluate/metrics.hpp"
+#include "personalize_runtime.hpp"
+
+namespace personalize::tools {
+
+struct EvaluationOptions {
+  Protocol protocol = Protocol::leave_one_out;
+  std::uint64_t seed = 0;               // of the holdout protocol's choice of users
+  std::uint32_t exclusion_window = 200;  // a user's last items that are not recommended again; 0: none
+  unsigned threads = 1;
+};
+
+struct Evaluation {
+  SlateMetrics mean;  // over users
+  double coverage = 0;  // share of the catalogue that stands in at least one slate of 25
+  std::uint64_t users = 0;
+  std::uint64_t predicted_events = 0;  // relevant events, all users together
+  double seconds = 0;
+};
+
+Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& data,
+                    const EvaluationOptions& options, class Progress* progress = nullptr);
+
+void add_evaluate(CLI::App& app);
+
+}  // namespace personalize::tools

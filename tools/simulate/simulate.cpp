@@ -1,0 +1,214 @@
+#include "simulate/simulate.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "command/command.hpp"
+
+namespace personalize::tools {
+namespace {
+
+constexpr std::int64_t start = 1'700'000'000;  // Unix seconds; 2023-11-14
+constexpr std::int64_t day = 86'400;
+
+// SplitMix64 (Steele, Lea, Flood 2014) with distributions of its own: those of the standard library
+// differ between implementations.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t bits() {
+    std::uint64_t z = (state_ += 0x9E3779B97F4A7C15u);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  }
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
+  std::size_t below(std::size_t n) { return static_cast<std::size_t>(bits() % n); }
+  // Index drawn in proportion to cumulative weights (ascending, last one the total).
+  std::size_t draw(const std::vector<double>& cumulative) {
+    const double at = uniform() * cumulative.back();
+    const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), at);
+    return std::min(static_cast<std::size_t>(found - cumulative.begin()), cumulative.size() - 1);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",   "Cooking",
+                                                  "Farming",   "Mystery",  "Puzzle",  "Racing",
+                                                  "Rhythm",    "Space",    "Sports",  "Strategy"};
+constexpr std::array<std::string_view, 16> adjectives{
+    "Amber", "Brave", "Clever", "Distant", "Electric", "Frozen", "Golden", "Hidden",
+    "Iron",  "Jolly", "Lunar",  "Mighty",  "Quiet",    "Rapid",  "Silver", "Wandering"};
+constexpr std::array<std::string_view, 16> nouns{
+    "Archive", "Bakery",  "Canyon", "Dragon", "Empire", "Forest", "Garden", "Harbour",
+    "Island",  "Journey", "Kitchen", "Lantern", "Mountain", "Orchard", "Palace", "Voyage"};
+
+struct Item {
+  std::size_t genre, second_genre;
+  std::size_t series, part;  // part from 0
+  std::int64_t created;
+  double appeal;
+  int price;  // cents
+};
+
+class World {
+ public:
+  explicit World(const SimulationOptions& options) : options_(options), random_(options.seed) {
+    for (std::size_t series = 0; items_.size() < options.items; ++series) {
+      const std::size_t genre = random_.below(genres.size()), second = random_.below(genres.size());
+      const std::size_t parts = 1 + random_.below(5);
+      const double appeal = std::pow(random_.uniform(), 3) + 0.05;
+      const bool launched = random_.uniform() < 0.7;
+      for (std::size_t part = 0; part < parts && items_.size() < options.items; ++part) {
+        const std::int64_t created =
+            launched ? start - static_cast<std::int64_t>(random_.below(200)) * day
+                     : start + static_cast<std::int64_t>(random_.below(options.days)) * day;
+        items_.push_back({genre, second, series, part, created, appeal,
+                          99 + 100 * static_cast<int>(random_.below(40))});
+      }
+    }
+    for (std::size_t genre = 0; genre < genres.size(); ++genre) {
+      double total = 0;
+      for (const Item& item : items_) {
+        const double match = item.genre == genre ? 1.0 : item.second_genre == genre ? 0.3 : 0.002;
+        total += item.appeal * match;
+        by_genre_[genre].push_back(total);
+      }
+    }
+  }
+
+  const std::vector<Item>& items() const { return items_; }
+
+  struct Event {
+    std::int64_t timestamp;
+    std::uint32_t user;
+    std::size_t item;
+  };
+
+  std::vector<Event> events() {
+    std::vector<Event> events;
+    for (std::uint32_t user = 0; user < options_.users; ++user) {
+      std::array<std::size_t, 3> likes{};
+      for (std::size_t& like : likes) like = random_.below(genres.size());
+      const std::size_t visits = 3 + random_.below(12);
+      std::int64_t now = start + static_cast<std::int64_t>(random_.below(options_.days)) * day / 2;
+      std::size_t mood = likes[0];
+      std::vector<char> seen(items_.size(), 0);
+      for (std::size_t visit = 0; visit < visits; ++visit) {
+        if (random_.uniform() < 0.4) mood = likes[random_.below(likes.size())];
+        if (random_.uniform() < 0.05) likes[random_.below(likes.size())] = random_.below(genres.size());
+        std::size_t item = pick(mood, now, seen);
+        for (std::size_t step = 2 + random_.below(9); step > 0 && item < items_.size(); --step) {
+          seen[item] = 1;
+          events.push_back({now, user, item});
+          now += 60 + static_cast<std::int64_t>(random_.below(1800));
+          const std::size_t next = item + 1;
+          const bool follows = next < items_.size() && items_[next].series == items_[item].series &&
+                               items_[next].created <= now && !seen[next];
+          item = follows && random_.uniform() < 0.7 ? next : pick(mood, now, seen);
+        }
+        now += day / 2 + static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
+      }
+    }
+    std::stable_sort(events.begin(), events.end(),
+                     [](const Event& a, const Event& b) { return a.timestamp < b.timestamp; });
+    return events;
+  }
+
+ private:
+  // An item of the genre that exists by now and is new to the user; items_.size() where none is found.
+  std::size_t pick(std::size_t genre, std::int64_t now, const std::vector<char>& seen) {
+    for (int attempt = 0; attempt < 50; ++attempt) {
+      const std::size_t item = random_.draw(by_genre_[genre]);
+      if (items_[item].created <= now && !seen[item]) return item;
+    }
+    return items_.size();
+  }
+
+  SimulationOptions options_;
+  Random random_;
+  std::vector<Item> items_;
+  std::array<std::vector<double>, genres.size()> by_genre_;  // cumulative appeal
+};
+
+std::string title(const Item& item) {
+  constexpr std::array<std::string_view, 5> numerals{"", " II", " III", " IV", " V"};
+  std::string text{adjectives[item.series % adjectives.size()]};
+  text += ' ';
+  text += nouns[item.series / adjectives.size() % nouns.size()];
+  if (const std::size_t round = item.series / (adjectives.size() * nouns.size()); round > 0)
+    text += " " + std::to_string(2000 + round);
+  return text + std::string(numerals[item.part]);
+}
+
+void write_file(const std::string& path, const std::string& text) {
+  std::ofstream out(path, std::ios::binary);
+  out << text;
+  out.flush();
+  if (!out) throw Failure(path + ": cannot write: " + std::strerror(errno));
+}
+
+}  // namespace
+
+void write_dataset(const SimulationOptions& options, const std::string& directory) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw Failure(directory + ": cannot create: " + error.message());
+  World world(options);
+  std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE\n";
+  for (std::size_t i = 0; i < world.items().size(); ++i) {
+    const Item& item = world.items()[i];
+    items += "i" + std::to_string(i + 1) + "," + std::to_string(item.created) + "," +
+             std::string(genres[item.genre]);
+    if (item.second_genre != item.genre) items += "|" + std::string(genres[item.second_genre]);
+    const std::string cents = std::to_string(100 + item.price % 100).substr(1);
+    items += "," + std::to_string(item.price / 100) + "." + cents + "," + title(item) + "\n";
+  }
+  std::string interactions = "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE\n";
+  for (const World::Event& event : world.events())
+    interactions += "u" + std::to_string(event.user + 1) + ",i" + std::to_string(event.item + 1) +
+                    "," + std::to_string(event.timestamp) + ",play\n";
+  std::string users = "USER_ID,PLATFORM\n";
+  Random random(options.seed + 1);
+  for (std::uint32_t user = 0; user < options.users; ++user)
+    users += "u" + std::to_string(user + 1) + "," +
+             (random.below(3) == 0 ? "console" : random.below(2) == 0 ? "phone" : "pc") + "\n";
+  write_file(directory + "/interactions.csv", interactions);
+  write_file(directory + "/items.csv", items);
+  write_file(directory + "/users.csv", users);
+}
+
+void add_simulate(CLI::App& app) {
+  struct Options : SimulationOptions {
+    std::string directory;
+  };
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("simulate", "Generate a data set");
+  command
+      ->add_option("--write-dataset", options->directory,
+                   "Directory for interactions.csv, items.csv, users.csv")
+      ->required();
+  command->add_option("--users", options->users, "2 to 10000000")->capture_default_str();
+  command->add_option("--items", options->items, "10 to 1000000")->capture_default_str();
+  command->add_option("--days", options->days, "Simulated days, 1 to 3650")->capture_default_str();
+  command->add_option("--seed", options->seed, "The same seed gives the same files")
+      ->capture_default_str();
+  command->callback([options] {
+    require_range("--users", options->users, 2, 10'000'000);
+    require_range("--items", options->items, 10, 1'000'000);
+    require_range("--days", options->days, 1, 3650);
+    write_dataset(*options, options->directory);
+  });
+}
+
+}  // namespace personalize::tools

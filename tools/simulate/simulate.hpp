@@ -1,0 +1,24 @@
+// `personalize simulate`: a generated world, written as a data set.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <string>
+
+namespace personalize::tools {
+
+struct SimulationOptions {
+  std::uint32_t users = 1000, items = 500, days = 60;
+  std::uint64_t seed = 1;
+};
+
+// Writes interactions.csv, items.csv and users.csv into `directory` (made where missing). The same
+// options give the same bytes everywhere. Throws Failure.
+//
+// Items come in series within genres and appear over time; a user likes a few genres, drifts between
+// them, and mostly goes on with the next part of a series just begun: order matters, not only taste.
+void write_dataset(const SimulationOptions& options, const std::string& directory);
+
+void add_simulate(CLI::App& app);
+
+}  // namespace personalize::tools
