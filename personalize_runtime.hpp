@@ -1,7 +1,8 @@
 // personalize_runtime.hpp - sequence-model recommendations inside your own process.
 //
-// Loads a compact model file, keeps one recurrent state a user, and answers with exact top-k slates.
-// Version 0.1.0. MIT licence (see LICENSE). Needs C++20, xsimd (>= 8.1) and zstd (>= 1.5.4).
+// Loads a compact model file, keeps one recurrent state a user, and answers with exact top-k
+// slates. Version 0.1.0. MIT licence (see LICENSE). Needs C++20, xsimd (>= 8.1) and zstd
+// (>= 1.5.4).
 //
 //   #include "personalize_runtime.hpp"
 //   namespace pz = personalize;
@@ -116,7 +117,8 @@ enum class Errc : std::uint8_t {
   out_of_memory,     // memory could not be had; nothing was changed
 };
 
-// What went wrong, in words for a log line. `offset` is a byte position in the file where one is known.
+// What went wrong, in words for a log line. `offset` is a byte position in the file where one is
+// known.
 struct Error {
   Errc code;
   std::string message;
@@ -213,8 +215,7 @@ struct Kernels<Scalar> {
     for (std::size_t b = 0; b < blocks; ++b) {
       for (std::size_t l = 0; l < lanes; ++l) {
         float sum = bias[b * lanes + l];
-        for (std::size_t i = 0; i < inputs; ++i)
-          sum += packed[(b * inputs + i) * lanes + l] * x[i];
+        for (std::size_t i = 0; i < inputs; ++i) sum += packed[(b * inputs + i) * lanes + l] * x[i];
         y[b * lanes + l] = sum;
       }
     }
@@ -457,8 +458,8 @@ using Default = Scalar;
 // All integers little-endian. Header, 64 bytes:
 //
 //   offset size field
-//        0    8 magic           89 50 5A 4D 0D 0A 1A 0A  ("\x89PZM\r\n\x1a\n": shows a text-mode copy)
-//        8    2 major version   1; a reader refuses a greater one
+//        0    8 magic           89 50 5A 4D 0D 0A 1A 0A  ("\x89PZM\r\n\x1a\n": shows a text-mode
+//        copy) 8    2 major version   1; a reader refuses a greater one
 //       10    2 minor version   0; a greater one adds sections that older readers skip
 //       12    4 section count
 //       16    8 total size      bytes of the whole file
@@ -529,7 +530,7 @@ inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed 
 
 enum class ElementType : std::uint8_t {
   u8 = 0,
-  i8 = 1,      // rows of int8 with one f32 scale a row: the scales of all rows, then the rows
+  i8 = 1,  // rows of int8 with one f32 scale a row: the scales of all rows, then the rows
   f32 = 2,
   i64 = 3,
   u32 = 4,
@@ -538,12 +539,18 @@ enum class ElementType : std::uint8_t {
 
 constexpr std::string_view name(ElementType type) noexcept {
   switch (type) {
-    case ElementType::u8: return "u8";
-    case ElementType::i8: return "i8";
-    case ElementType::f32: return "f32";
-    case ElementType::i64: return "i64";
-    case ElementType::u32: return "u32";
-    case ElementType::string: return "string";
+    case ElementType::u8:
+      return "u8";
+    case ElementType::i8:
+      return "i8";
+    case ElementType::f32:
+      return "f32";
+    case ElementType::i64:
+      return "i64";
+    case ElementType::u32:
+      return "u32";
+    case ElementType::string:
+      return "string";
   }
   return "unknown";
 }
@@ -581,7 +588,8 @@ struct SectionInfo {
 
 namespace detail {
 
-inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P', 'Z', 'M', '\r', '\n', 0x1a, '\n'};
+inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P',  'Z',  'M',
+                                                          '\r', '\n', 0x1a, '\n'};
 inline constexpr std::uint16_t format_major = 1, format_minor = 0;
 inline constexpr std::size_t header_size = 64, entry_size = 72;
 
@@ -644,8 +652,7 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
                  "the file has " + std::to_string(file.size()) + " of its " +
                      std::to_string(total) + " bytes; copy it again",
                  file.size()};
-  if (file.size() > total)
-    return Error{Errc::corrupt, "bytes follow the end of the model", total};
+  if (file.size() > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
   const std::uint64_t table_size = std::uint64_t{count} * entry_size;
   if (table_size > total - header_size)
     return Error{Errc::corrupt, "header: the section table is larger than the file", 12};
@@ -682,7 +689,8 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
       return section_error(Errc::limit, section, "decompressed size is over LoadLimits::raw_bytes");
     raw_total += section.raw_size;
     if (codec == 0 && section.raw_size != section.stored_size)
-      return section_error(Errc::corrupt, section, "stored and raw size differ without compression");
+      return section_error(Errc::corrupt, section,
+                           "stored and raw size differ without compression");
     const auto stored = file.subspan(static_cast<std::size_t>(section.offset),
                                      static_cast<std::size_t>(section.stored_size));
     if (xxh64(stored) != section.checksum)
@@ -711,8 +719,7 @@ inline Result<std::vector<std::byte>> read_section(std::span<const std::byte> fi
     return section_error(Errc::compression, section,
                          "the zstd frame does not declare the table's raw size");
   std::vector<std::byte> raw(static_cast<std::size_t>(section.raw_size));
-  const std::size_t size =
-      ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
+  const std::size_t size = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
   if (ZSTD_isError(size) || size != raw.size())
     return section_error(Errc::compression, section, "does not decompress to its declared size");
   return raw;
@@ -740,8 +747,8 @@ class FileBuilder {
 #ifndef PERSONALIZE_NO_ZSTD
     if (zstd_level_ != 0) {
       std::vector<std::byte> packed(ZSTD_compressBound(stored.size()));
-      const std::size_t size = ZSTD_compress(packed.data(), packed.size(), stored.data(),
-                                             stored.size(), zstd_level_);
+      const std::size_t size =
+          ZSTD_compress(packed.data(), packed.size(), stored.data(), stored.size(), zstd_level_);
       if (!ZSTD_isError(size) && size < stored.size()) {
         packed.resize(size);
         stored = std::move(packed);
@@ -869,20 +876,20 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
 inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
 inline constexpr std::size_t max_id_bytes = 256;
 
-// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the text.
+// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
+// text.
 class StringTable {
  public:
   // The index of the new string. Errors: empty, over 256 bytes, or already there (corrupt).
   Result<std::uint32_t> add(std::string_view text) {
     if (text.empty() || text.size() > max_id_bytes)
-      return Error{Errc::invalid_argument, "an id has 1 to 256 bytes, this one has " +
-                                               std::to_string(text.size())};
+      return Error{Errc::invalid_argument,
+                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
     if ((size() + 1) * 2 > slots_.size()) rehash(std::max<std::size_t>(16, slots_.size() * 2));
     const std::size_t slot = find_slot(text);
     if (slot == npos)
       return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-    if (slots_[slot] != 0)
-      return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
     text_.append(text);
     ends_.push_back(text_.size());
     slots_[slot] = static_cast<std::uint32_t>(ends_.size());
@@ -984,8 +991,8 @@ class Matrix {
       const float scale = largest / 127.0f;
       m.scales_[r] = scale;
       for (std::size_t c = 0; c < columns_ && scale > 0; ++c)
-        m.i8_[r * columns_ + c] = static_cast<std::int8_t>(
-            std::clamp(std::nearbyint(at(r, c) / scale), -127.0f, 127.0f));
+        m.i8_[r * columns_ + c] =
+            static_cast<std::int8_t>(std::clamp(std::nearbyint(at(r, c) / scale), -127.0f, 127.0f));
     }
     return m;
   }
@@ -1040,7 +1047,8 @@ class Matrix {
 
 enum class Activation : std::uint32_t { sigmoid = 1, tanh = 2, relu = 3, gelu = 4 };
 
-// One step of the encoder's program. x is the current vector; weights follow in ModelParts::weights.
+// One step of the encoder's program. x is the current vector; weights follow in
+// ModelParts::weights.
 struct EncoderOp {
   enum class Kind : std::uint32_t {
     embed_sum = 1,   // x = item vector + event-type embedding + time-gap embedding; no weights
@@ -1056,8 +1064,8 @@ struct EncoderOp {
   std::uint32_t argument = 0;
 };
 
-// A metadata field of the items. Categorical: one embedding a value. Numeric: one a bucket, bucket =
-// the number of boundaries <= value.
+// A metadata field of the items. Categorical: one embedding a value. Numeric: one a bucket, bucket
+// = the number of boundaries <= value.
 struct MetadataField {
   std::string name;
   bool numeric = false;
@@ -1078,8 +1086,8 @@ struct ItemStatistics {
 struct ModelParts {
   std::string metadata;  // JSON
   StringTable item_ids;
-  Matrix item_vectors;        // [N, d]
-  std::vector<float> biases;  // [N]
+  Matrix item_vectors;                     // [N, d]
+  std::vector<float> biases;               // [N]
   std::vector<ItemStatistics> statistics;  // [N]
   StringTable event_types;
   Matrix event_type_embedding;  // [E, d], empty without event types
@@ -1126,7 +1134,8 @@ inline Result<void> check_encoder(const ModelParts& parts) {
     const EncoderOp& op = parts.operations[o];
     const std::string where = "encoder: operation " + std::to_string(o);
     const auto weight = [&](std::size_t rows, std::size_t columns) -> Result<void> {
-      if (next >= parts.weights.size()) return Error{Errc::corrupt, where + ": a weight is missing"};
+      if (next >= parts.weights.size())
+        return Error{Errc::corrupt, where + ": a weight is missing"};
       const Matrix& m = parts.weights[next++];
       if (m.rows() != rows || m.columns() != columns)
         return shape_error(where + ": weight " + std::to_string(next - 1), m, rows, columns);
@@ -1204,12 +1213,11 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
   if (parts.event_type_embedding.rows() != parts.event_types.size() ||
       (!parts.event_types.empty() && parts.event_type_embedding.columns() != d))
     return shape_error("section EVTE", parts.event_type_embedding, parts.event_types.size(), d);
-  if (!parts.time_gap_embedding.empty() && (parts.time_gap_embedding.rows() < 2 ||
-                                            parts.time_gap_embedding.columns() != d))
+  if (!parts.time_gap_embedding.empty() &&
+      (parts.time_gap_embedding.rows() < 2 || parts.time_gap_embedding.columns() != d))
     return shape_error("section GAPE", parts.time_gap_embedding, 2, d);
   for (const MetadataField& field : parts.fields) {
-    const std::size_t rows =
-        field.numeric ? field.boundaries.size() + 1 : field.vocabulary.size();
+    const std::size_t rows = field.numeric ? field.boundaries.size() + 1 : field.vocabulary.size();
     if (field.name.empty() || field.name.size() > max_id_bytes)
       return Error{Errc::corrupt, "section FLDN: a field name has 1 to 256 bytes"};
     if (field.embedding.rows() != rows || (rows > 0 && field.embedding.columns() != d))
@@ -1268,8 +1276,7 @@ class SectionReader {
 
   const SectionInfo* find(std::string_view tag, std::uint32_t index = 0) const noexcept {
     for (const SectionInfo& section : sections_)
-      if (std::string_view(section.tag.data(), 4) == tag && section.index == index)
-        return &section;
+      if (std::string_view(section.tag.data(), 4) == tag && section.index == index) return &section;
     return nullptr;
   }
 
@@ -1331,8 +1338,7 @@ class SectionReader {
     }
     if (std::find(types.begin(), types.end(), section->element_type) == types.end())
       return section_error(Errc::corrupt, *section, "unexpected element type");
-    if (section->rank != rank)
-      return section_error(Errc::corrupt, *section, "unexpected rank");
+    if (section->rank != rank) return section_error(Errc::corrupt, *section, "unexpected rank");
     if (!raw_size_fits(*section))
       return section_error(Errc::corrupt, *section, "raw size does not follow from its shape");
     return read_section(file_, *section);
@@ -1349,15 +1355,19 @@ class SectionReader {
       return size && *size == section.raw_size;
     };
     switch (section.element_type) {
-      case ElementType::u8: return equals(count);
+      case ElementType::u8:
+        return equals(count);
       case ElementType::u32:
-      case ElementType::f32: return equals(checked_product(count, 4));
-      case ElementType::i64: return equals(checked_product(count, 8));
+      case ElementType::f32:
+        return equals(checked_product(count, 4));
+      case ElementType::i64:
+        return equals(checked_product(count, 8));
       case ElementType::i8: {
         const auto scales = checked_product(section.shape[0], 4);
         return scales && *scales <= section.raw_size && section.raw_size - *scales == count;
       }
-      case ElementType::string: return true;
+      case ElementType::string:
+        return true;
     }
     return false;
   }
@@ -1387,8 +1397,8 @@ struct WriteOptions {
   int zstd_level = 19;                         // 1 to 22; 0 writes stored sections
 };
 
-// The bytes of a model file. The same parts and options give the same bytes (with one zstd version).
-// Errors: parts that contradict one another.
+// The bytes of a model file. The same parts and options give the same bytes (with one zstd
+// version). Errors: parts that contradict one another.
 inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
                                                   const WriteOptions& options = {}) {
   using namespace detail;
@@ -1405,9 +1415,9 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
   file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, value_bytes(parts.biases));
   std::vector<std::int64_t> statistics;
   for (const ItemStatistics& s : parts.statistics)
-    statistics.insert(statistics.end(), {static_cast<std::int64_t>(s.interactions),
-                                         s.first_timestamp, s.last_timestamp,
-                                         s.creation_timestamp});
+    statistics.insert(statistics.end(),
+                      {static_cast<std::int64_t>(s.interactions), s.first_timestamp,
+                       s.last_timestamp, s.creation_timestamp});
   file.add("STAT", 0, ElementType::i64, {parts.statistics.size(), 4}, value_bytes(statistics));
   if (!parts.event_types.empty()) {
     file.add("EVTY", 0, ElementType::string, {parts.event_types.size()},
@@ -1492,8 +1502,7 @@ inline Result<ModelParts> read_model(std::span<const std::byte> file,
                                 statistics[i + 2], statistics[i + 3]});
   }
   for (std::size_t o = 0; o < operations.size(); o += 2)
-    parts.operations.push_back(
-        {static_cast<EncoderOp::Kind>(operations[o]), operations[o + 1]});
+    parts.operations.push_back({static_cast<EncoderOp::Kind>(operations[o]), operations[o + 1]});
   if (reader.find("EVTY") && (!take(parts.event_types, reader.strings("EVTY")) ||
                               !take(parts.event_type_embedding, reader.matrix("EVTE"))))
     return error;
@@ -1511,9 +1520,8 @@ inline Result<ModelParts> read_model(std::span<const std::byte> file,
       field.name = names[f];
       field.numeric = kinds[f] == 1;
       if (kinds[f] > 1) return Error{Errc::unsupported, "section FLDK: unknown kind of field"};
-      if (field.numeric
-              ? !take(field.boundaries, reader.vector<float>("FBND", f, ElementType::f32))
-              : !take(field.vocabulary, reader.strings("FVOC", f)))
+      if (field.numeric ? !take(field.boundaries, reader.vector<float>("FBND", f, ElementType::f32))
+                        : !take(field.vocabulary, reader.strings("FVOC", f)))
         return error;
       if (!take(field.embedding, reader.matrix("FEMB", f))) return error;
       parts.fields.push_back(std::move(field));
@@ -1568,9 +1576,8 @@ class Model {
   // The vector of an item that has only metadata: the sum of its values' embeddings, to out[0, d).
   // fields: name and value, categories separated by '|'. Unknown fields and values add nothing; the
   // number of values that were known is returned.
-  std::size_t metadata_vector(
-      std::span<const std::pair<std::string_view, std::string_view>> fields,
-      std::span<float> out) const {
+  std::size_t metadata_vector(std::span<const std::pair<std::string_view, std::string_view>> fields,
+                              std::span<float> out) const {
     std::fill(out.begin(), out.end(), 0.0f);
     std::size_t known = 0;
     const auto add = [&](const MetadataField& field, std::size_t row) {
@@ -1613,8 +1620,8 @@ class Model {
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
 
-// One event as the encoder sees it: an item index, an event type's index (or no_event_type), and the
-// bucket of time_gap_bucket.
+// One event as the encoder sees it: an item index, an event type's index (or no_event_type), and
+// the bucket of time_gap_bucket.
 struct EncoderInput {
   std::uint32_t item;
   std::uint32_t event_type = no_event_type;
@@ -1653,7 +1660,8 @@ class BasicEncoder {
           step.layers.push_back({1, pad(w[next]), pad(w[next + 1])});
           next += 2;
           break;
-        default: break;
+        default:
+          break;
       }
       dimension = step.outputs;
       width_ = std::max(width_, kernels::padded(dimension));
@@ -1671,19 +1679,20 @@ class BasicEncoder {
     return state.subspan(recurrent_size_);
   }
 
-  Workspace make_workspace() const {
-    return Workspace(width_ * (2 + 6 + detail::encoder_slots));
-  }
+  Workspace make_workspace() const { return Workspace(width_ * (2 + 6 + detail::encoder_slots)); }
 
   // Advances `state` ([state_size()], zeros for a new user) by one event. Allocates nothing.
-  void step(const EncoderInput& input, std::span<float> state, Workspace& workspace) const noexcept {
+  void step(const EncoderInput& input, std::span<float> state,
+            Workspace& workspace) const noexcept {
     using K = kernels::Kernels<Arch>;
     const auto area = [&](std::size_t a) { return workspace.data() + a * width_; };
     float* x = area(0);
     float* y = area(1);
     for (const Step& step : steps_) {
       switch (step.op.kind) {
-        case EncoderOp::Kind::embed_sum: embed(input, x); break;
+        case EncoderOp::Kind::embed_sum:
+          embed(input, x);
+          break;
         case EncoderOp::Kind::linear:
           multiply(step.layers[0], step.inputs, x, y);
           std::swap(x, y);
@@ -1701,7 +1710,9 @@ class BasicEncoder {
           K::layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
                         step.layers[0].bias.data(), x);
           break;
-        case EncoderOp::Kind::activation: activate(step, x); break;
+        case EncoderOp::Kind::activation:
+          activate(step, x);
+          break;
         case EncoderOp::Kind::save:
           std::copy_n(x, kernels::padded(step.outputs), area(8 + step.op.argument));
           break;
@@ -1748,8 +1759,7 @@ class BasicEncoder {
         const std::size_t block = out / kernels::lanes, lane = out % kernels::lanes;
         layer.bias[out] = bias.at(0, g * size + j);
         for (std::size_t i = 0; i < inputs; ++i)
-          layer.weights[(block * inputs + i) * kernels::lanes + lane] =
-              weights.at(g * size + j, i);
+          layer.weights[(block * inputs + i) * kernels::lanes + lane] = weights.at(g * size + j, i);
       }
     return layer;
   }
@@ -1762,10 +1772,18 @@ class BasicEncoder {
   static void activate(const Step& step, float* x) noexcept {
     using K = kernels::Kernels<Arch>;
     switch (static_cast<Activation>(step.op.argument)) {
-      case Activation::sigmoid: K::sigmoid(step.outputs, x); break;
-      case Activation::tanh: K::tanh(step.outputs, x); break;
-      case Activation::relu: K::relu(step.outputs, x); break;
-      case Activation::gelu: K::gelu(step.outputs, x); break;
+      case Activation::sigmoid:
+        K::sigmoid(step.outputs, x);
+        break;
+      case Activation::tanh:
+        K::tanh(step.outputs, x);
+        break;
+      case Activation::relu:
+        K::relu(step.outputs, x);
+        break;
+      case Activation::gelu:
+        K::gelu(step.outputs, x);
+        break;
     }
   }
 
@@ -1917,9 +1935,12 @@ enum class Reason : std::uint8_t {
 
 constexpr std::string_view name(Reason reason) noexcept {
   switch (reason) {
-    case Reason::relevance: return "relevance";
-    case Reason::popular: return "popular";
-    case Reason::unknown: return "unknown item";
+    case Reason::relevance:
+      return "relevance";
+    case Reason::popular:
+      return "popular";
+    case Reason::unknown:
+      return "unknown item";
   }
   return "";
 }
@@ -1953,14 +1974,15 @@ enum class Recorded : std::uint8_t {
 struct Request {
   std::string_view user = {};
   std::string_view session = {};
-  std::uint32_t count = 25;          // [1, 10000]
-  bool exclude_interacted = false;   // leave out the items of the user's remembered events
+  std::uint32_t count = 25;            // [1, 10000]
+  bool exclude_interacted = false;     // leave out the items of the user's remembered events
   const ItemMask* eligible = nullptr;  // of Model::item_count() bits; null: every item
 };
 
 struct RecommenderOptions {
-  std::uint32_t history_length = 200;    // events remembered a user, [1, 65535]
-  std::uint64_t max_users = 10'000'000;  // users and sessions; the least recently used go. [64, 2^40]
+  std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
+  std::uint64_t max_users =
+      10'000'000;  // users and sessions; the least recently used go. [64, 2^40]
 };
 
 // Serves one model to any number of threads: every member function may be called at any time from
@@ -1971,7 +1993,8 @@ class Recommender {
                                     const RecommenderOptions& options = {}) {
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
     if (options.history_length < 1 || options.history_length > 65535)
-      return Error{Errc::invalid_argument, "RecommenderOptions::history_length is outside [1, 65535]"};
+      return Error{Errc::invalid_argument,
+                   "RecommenderOptions::history_length is outside [1, 65535]"};
     if (options.max_users < 64 || options.max_users > std::uint64_t{1} << 40)
       return Error{Errc::invalid_argument, "RecommenderOptions::max_users is outside [64, 2^40]"};
     return Recommender(std::make_unique<State>(std::move(model), options));
@@ -2099,8 +2122,8 @@ class Recommender {
   };
 
   struct User {
-    std::vector<float> state;               // of the encoder
-    std::vector<RememberedEvent> history;   // a ring once it is full
+    std::vector<float> state;              // of the encoder
+    std::vector<RememberedEvent> history;  // a ring once it is full
     std::size_t oldest = 0;
     std::int64_t last_timestamp = no_timestamp;
     std::list<std::string_view>::iterator place;  // in Shard::order
@@ -2138,7 +2161,8 @@ class Recommender {
       std::stable_sort(popular.begin(), popular.end(), [&](std::uint32_t a, std::uint32_t b) {
         return statistics[a].interactions > statistics[b].interactions;
       });
-      for (const ItemStatistics& s : statistics) interactions += static_cast<double>(s.interactions);
+      for (const ItemStatistics& s : statistics)
+        interactions += static_cast<double>(s.interactions);
       for (Shard& shard : shards) shard.workspace = encoder.make_workspace();
     }
 
@@ -2201,7 +2225,8 @@ class Recommender {
     if (request.eligible && request.eligible->size() != state_->model->item_count())
       return Error{Errc::invalid_argument,
                    "Request::eligible has " + std::to_string(request.eligible->size()) +
-                       " bits, the model " + std::to_string(state_->model->item_count()) + " items"};
+                       " bits, the model " + std::to_string(state_->model->item_count()) +
+                       " items"};
     return {};
   }
 
@@ -2214,8 +2239,8 @@ class Recommender {
 
   Shard& shard_of(std::string_view user, std::string_view session) const noexcept {
     const std::string_view id = user.empty() ? session : user;
-    return state_->shards[xxh64(std::as_bytes(std::span(id)), user.empty() ? 1 : 0) %
-                          state_->shards.size()];
+    return state_
+        ->shards[xxh64(std::as_bytes(std::span(id)), user.empty() ? 1 : 0) % state_->shards.size()];
   }
 
   // Finds or adds; the caller holds the shard's lock.
@@ -2239,8 +2264,7 @@ class Recommender {
     const auto buckets =
         static_cast<std::uint32_t>(state_->model->parts().time_gap_embedding.rows());
     const std::optional<std::int64_t> previous =
-        user.last_timestamp == no_timestamp ? std::nullopt
-                                            : std::optional(user.last_timestamp);
+        user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
     const std::uint32_t gap =
         buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
     state_->encoder.step({event.item, event.event_type, gap}, user.state, shard.workspace);

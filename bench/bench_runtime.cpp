@@ -96,7 +96,9 @@ void top_100(benchmark::State& state) {
   }
   state.SetLabel(std::string(pz::name(type)));
 }
-BENCHMARK(top_100)->ArgsProduct({{10'000, 100'000, 1'000'000}, {0, 1}})->Unit(benchmark::kMicrosecond);
+BENCHMARK(top_100)
+    ->ArgsProduct({{10'000, 100'000, 1'000'000}, {0, 1}})
+    ->Unit(benchmark::kMicrosecond);
 
 void event_and_slate_of_25(benchmark::State& state) {
   const auto model = synthetic_model(10'000, 128, pz::ElementType::i8);

@@ -1,4 +1,5 @@
-// Training: the manual gradients against libtorch's, the packing of histories, and whole small runs.
+// Training: the manual gradients against libtorch's, the packing of histories, and whole small
+// runs.
 // clang-format off: libtorch's logging defines CHECK as well, and the last one counts.
 #include <ATen/ATen.h>
 #undef CHECK
@@ -31,12 +32,16 @@ namespace {
 using namespace personalize::tools;
 namespace fs = std::filesystem;
 
-double difference(const at::Tensor& a, const at::Tensor& b) { return (a - b).abs().max().item<double>(); }
+double difference(const at::Tensor& a, const at::Tensor& b) {
+  return (a - b).abs().max().item<double>();
+}
 
 struct GruWeights {
   at::Tensor w_ih, w_hh, b_ih, b_hh;
   GruWeights(std::int64_t in, std::int64_t h)
-      : w_ih(at::randn({3 * h, in}).mul_(0.3)), w_hh(at::randn({3 * h, h}).mul_(0.3)), b_ih(at::randn({3 * h})),
+      : w_ih(at::randn({3 * h, in}).mul_(0.3)),
+        w_hh(at::randn({3 * h, h}).mul_(0.3)),
+        b_ih(at::randn({3 * h})),
         b_hh(at::randn({3 * h})) {
     for (at::Tensor* t : {&w_ih, &w_hh, &b_ih, &b_hh}) t->requires_grad_(true);
   }
@@ -52,7 +57,8 @@ struct TemporaryFolder {
   fs::path path;
   TemporaryFolder() {
     path = fs::temp_directory_path() /
-           ("personalize_train_" + std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()));
+           ("personalize_train_" +
+            std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()));
     fs::create_directories(path);
   }
   TemporaryFolder(const TemporaryFolder&) = delete;
@@ -81,11 +87,16 @@ Dataset cycle(std::uint32_t items, std::size_t users, std::uint32_t length) {
     std::vector<Event> history;
     const auto begin = static_cast<std::uint32_t>(mix(u) % items);
     for (std::uint32_t i = 0; i < length; ++i)
-      history.push_back({.item = (begin + i) % items, .event_type = 0, .timestamp = 60 * std::int64_t{i}});
+      history.push_back(
+          {.item = (begin + i) % items, .event_type = 0, .timestamp = 60 * std::int64_t{i}});
     data.histories.push_back(std::move(history));
     data.interactions += length;
   }
-  MetadataColumn parity{.name = "PARITY", .numeric = false, .vocabulary = {"even", "odd"}, .boundaries = {}, .values = {}};
+  MetadataColumn parity{.name = "PARITY",
+                        .numeric = false,
+                        .vocabulary = {"even", "odd"},
+                        .boundaries = {},
+                        .values = {}};
   for (std::uint32_t i = 0; i < items; ++i) parity.values.push_back({i % 2});
   data.metadata.push_back(parity);
   return data;
@@ -120,13 +131,15 @@ TEST_CASE("the GRU and its gradients equal libtorch's own") {
   const GruWeights w2 = w.copy();
   const at::Tensor x2 = x.detach().clone().requires_grad_(true);
   const at::Tensor state2 = state.detach().clone().requires_grad_(true);
-  const at::Tensor y2 = std::get<0>(at::gru(x2, state2.unsqueeze(0), {w2.w_ih, w2.w_hh, w2.b_ih, w2.b_hh}, true, 1, 0,
-                                            true, false, false));
+  const at::Tensor y2 =
+      std::get<0>(at::gru(x2, state2.unsqueeze(0), {w2.w_ih, w2.w_hh, w2.b_ih, w2.b_hh}, true, 1, 0,
+                          true, false, false));
   (y2 * weighting).sum().backward();
 
   CHECK(difference(y, y2) < 1e-5);
   const auto same = [](const at::Tensor& a, const at::Tensor& b) {
-    return difference(a.grad(), b.grad()) < 1e-5 * std::max(1.0, b.grad().abs().max().item<double>());
+    return difference(a.grad(), b.grad()) <
+           1e-5 * std::max(1.0, b.grad().abs().max().item<double>());
   };
   CHECK(same(x, x2));
   CHECK(same(state, state2));
@@ -153,13 +166,15 @@ TEST_CASE("a reset inside a chunk equals two separate runs, gradients included")
   x.mutable_grad() = at::Tensor();
   w.w_hh.mutable_grad() = at::Tensor();
 
-  const auto run = [&](std::int64_t sequence, std::int64_t begin, std::int64_t end, const at::Tensor& initial) {
-    return gru(x.slice(0, begin, end).narrow(1, sequence, 1), initial, w.w_ih, w.w_hh, w.b_ih, w.b_hh,
-               at::zeros({end - begin, 1}, at::kByte));
+  const auto run = [&](std::int64_t sequence, std::int64_t begin, std::int64_t end,
+                       const at::Tensor& initial) {
+    return gru(x.slice(0, begin, end).narrow(1, sequence, 1), initial, w.w_ih, w.w_hh, w.b_ih,
+               w.b_hh, at::zeros({end - begin, 1}, at::kByte));
   };
   const at::Tensor zero = at::zeros({1, h});
   const at::Tensor first = run(0, 0, steps, zero);
-  const at::Tensor second = at::cat({run(1, 0, 3, state.narrow(0, 1, 1)), run(1, 3, steps, zero)}, 0);
+  const at::Tensor second =
+      at::cat({run(1, 0, 3, state.narrow(0, 1, 1)), run(1, 3, steps, zero)}, 0);
   const at::Tensor separate = at::cat({first, second}, 1);
   (separate * weighting).sum().backward();
   CHECK(difference(y, separate) < 1e-6);
@@ -181,7 +196,8 @@ TEST_CASE("cross-entropy by blocks equals torch's, gradients included, and skips
     (loss * 2).backward();
     const std::vector<at::Tensor> gradients{hidden.grad(), vectors.grad(), bias.grad()};
     for (const at::Tensor* t : {&hidden, &vectors, &bias}) t->mutable_grad() = at::Tensor();
-    const at::Tensor expected = at::cross_entropy_loss(at::linear(hidden, vectors, bias), target, {}, 1 /* mean */, -1);
+    const at::Tensor expected =
+        at::cross_entropy_loss(at::linear(hidden, vectors, bias), target, {}, 1 /* mean */, -1);
     (expected * 2).backward();
     CHECK(difference(loss, expected) < 1e-5);
     CHECK(difference(gradients[0], hidden.grad()) < 1e-5);
@@ -208,7 +224,8 @@ TEST_CASE("streams cover each event exactly once, with a reset where a history b
     histories.emplace_back();
     const std::size_t n = static_cast<std::size_t>(mix(u) % 40);
     for (std::uint32_t i = 0; i < n; ++i)
-      histories.back().push_back({.item = u * 1000 + i, .event_type = i % 3, .timestamp = std::int64_t{i} * i});
+      histories.back().push_back(
+          {.item = u * 1000 + i, .event_type = i % 3, .timestamp = std::int64_t{i} * i});
     if (n >= 2) events += n - 1;
   }
   const std::vector<std::span<const Event>> spans(histories.begin(), histories.end());
@@ -267,7 +284,9 @@ TEST_CASE("training learns that item i is followed by item i + 1") {
   CHECK_FALSE(fs::exists(summary.checkpoint));
 }
 
-TEST_CASE("a run interrupted anywhere and resumed writes the same model, bit for bit, as an uninterrupted one") {
+TEST_CASE(
+    "a run interrupted anywhere and resumed writes the same model, bit for bit, as an "
+    "uninterrupted one") {
   const TemporaryFolder folder;
   const Dataset data = cycle(40, 120, 10);
   TrainOptions options = small_options(folder.file("whole.pzm"));
@@ -296,7 +315,8 @@ TEST_CASE("a run interrupted anywhere and resumed writes the same model, bit for
   CHECK(bytes_of(options.output) == expected);
 }
 
-TEST_CASE("resuming with other options or data, or over an unfinished run, is refused with the reason") {
+TEST_CASE(
+    "resuming with other options or data, or over an unfinished run, is refused with the reason") {
   const TemporaryFolder folder;
   const Dataset data = cycle(40, 120, 10);
   TrainOptions options = small_options(folder.file("model.pzm"));

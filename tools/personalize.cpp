@@ -19,7 +19,8 @@ namespace {
 
 int fail(const CLI::App& app, int status, const std::string& text) {
   const auto chosen = app.get_subcommands();
-  const std::string command = chosen.empty() ? "personalize" : "personalize " + chosen[0]->get_name();
+  const std::string command =
+      chosen.empty() ? "personalize" : "personalize " + chosen[0]->get_name();
   const std::string line = text.substr(0, text.find('\n'));
   std::fprintf(stderr, "%s: %s%s\n", command.c_str(), line.c_str(),
                status == 2 ? (" (see " + command + " --help)").c_str() : "");

@@ -65,8 +65,8 @@ class CsvReader {
   std::size_t at_ = 0;
   std::uint64_t line_ = 1, row_line_ = 1;
   std::vector<std::string> columns_;
-  std::string row_;                 // the fields' text, one behind the other
-  std::vector<std::size_t> ends_;   // of each field in row_
+  std::string row_;                // the fields' text, one behind the other
+  std::vector<std::size_t> ends_;  // of each field in row_
 };
 
 // Whether the bytes are well-formed UTF-8 (RFC 3629: no overlong forms, no surrogates).

@@ -56,8 +56,8 @@ std::int64_t timestamp_field(const CsvReader& reader, std::size_t column) {
   std::int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size() || text.empty())
-    reader.refuse(column, "'" + std::string(text.substr(0, 40)) +
-                              "' is not a whole number of Unix seconds");
+    reader.refuse(
+        column, "'" + std::string(text.substr(0, 40)) + "' is not a whole number of Unix seconds");
   if (value < 0 || value > latest_timestamp)
     reader.refuse(column, "'" + std::string(text) + "' is outside [0, 4102444800]" +
                               (text.size() == 13 ? "; it looks like milliseconds" : ""));
@@ -80,10 +80,8 @@ void for_each_row(CsvReader& reader, bool skip_bad_rows, Dataset& data, Function
       if (!reader.next()) return;
       row();
     } catch (const BadRow& bad) {
-      const std::string report =
-          reader.name() + ":" + std::to_string(bad.line) + ": " + bad.what();
-      if (!skip_bad_rows)
-        throw Failure(report + "; correct the row or pass --skip-bad-rows");
+      const std::string report = reader.name() + ":" + std::to_string(bad.line) + ": " + bad.what();
+      if (!skip_bad_rows) throw Failure(report + "; correct the row or pass --skip-bad-rows");
       if (++data.bad_rows <= 10) data.bad_row_reports.push_back(report);
     }
   }
@@ -104,7 +102,8 @@ std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data,
     const std::int64_t timestamp = timestamp_field(reader, time);
     const std::string_view type_name = type ? id_field(reader, *type) : std::string_view{};
     if (!options.event_type_filter.empty() && type_name != options.event_type_filter) return;
-    rows.push_back({users.of(user_id), items.of(item_id), type ? types.of(type_name) : 0, timestamp});
+    rows.push_back(
+        {users.of(user_id), items.of(item_id), type ? types.of(type_name) : 0, timestamp});
     if (progress && rows.size() % 65536 == 0)
       progress->update(0, std::to_string(rows.size()) + " interactions");
   });
@@ -144,8 +143,7 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
     }
     for (const auto& [item, value] : raw.values) {
       const auto number = static_cast<float>(*number_in(value));
-      const auto at =
-          std::upper_bound(column.boundaries.begin(), column.boundaries.end(), number);
+      const auto at = std::upper_bound(column.boundaries.begin(), column.boundaries.end(), number);
       column.values[item] = {static_cast<std::uint32_t>(at - column.boundaries.begin())};
     }
     data.metadata.push_back(std::move(column));
@@ -184,8 +182,7 @@ void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
   for_each_row(reader, options.skip_bad_rows, data, [&] {
     const std::string_view item_id = id_field(reader, id);
     std::optional<std::int64_t> created;
-    if (creation && !reader.field(*creation).empty())
-      created = timestamp_field(reader, *creation);
+    if (creation && !reader.field(*creation).empty()) created = timestamp_field(reader, *creation);
     const std::uint32_t item = items.of(item_id);
     if (item >= seen.size()) seen.resize(std::max<std::size_t>(item + 1, 2 * seen.size()));
     if (seen[item]) reader.refuse(id, "'" + std::string(item_id) + "' stands twice");
@@ -206,8 +203,7 @@ void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
 Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   Dataset data;
   Index users, items_as_read, types;
-  std::vector<Row> rows =
-      read_interactions(options, data, users, items_as_read, types, progress);
+  std::vector<Row> rows = read_interactions(options, data, users, items_as_read, types, progress);
   if (rows.empty()) throw Failure(options.interactions + ": holds no interactions");
   std::stable_sort(rows.begin(), rows.end(),
                    [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });

@@ -21,7 +21,7 @@ struct MetadataColumn {
   std::string name;
   bool numeric = false;
   std::vector<std::string> vocabulary;  // categorical: values in order of first appearance
-  std::vector<float> boundaries;        // numeric: ascending; bucket = number of boundaries <= value
+  std::vector<float> boundaries;  // numeric: ascending; bucket = number of boundaries <= value
   std::vector<std::vector<std::uint32_t>> values;  // per item: vocabulary or bucket indices
 };
 
@@ -32,7 +32,7 @@ struct ItemInfo {
 };
 
 struct Dataset {
-  std::vector<std::string> user_ids;  // in order of first appearance in time
+  std::vector<std::string> user_ids;          // in order of first appearance in time
   std::vector<std::vector<Event>> histories;  // per user, by timestamp; ties in file order
   // Items of interactions in order of first appearance in time, then those of the items file alone.
   std::vector<std::string> item_ids;

@@ -11,9 +11,12 @@ namespace personalize::tools {
 
 std::string_view name(Protocol protocol) {
   switch (protocol) {
-    case Protocol::leave_one_out: return "leave-one-out";
-    case Protocol::holdout: return "holdout";
-    case Protocol::all: return "all";
+    case Protocol::leave_one_out:
+      return "leave-one-out";
+    case Protocol::holdout:
+      return "holdout";
+    case Protocol::all:
+      return "all";
   }
   return "";
 }
@@ -37,7 +40,8 @@ UserSplit split_user(Protocol protocol, std::uint64_t seed, std::string_view use
       const std::size_t newest = std::clamp<std::size_t>((events + 9) / 10, 1, events - 1);
       return {0, false, events - newest};
     }
-    case Protocol::all: break;
+    case Protocol::all:
+      break;
   }
   return events < 3 ? trained : UserSplit{events - 1, true, events};
 }

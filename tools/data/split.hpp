@@ -9,9 +9,9 @@ namespace personalize::tools {
 
 enum class Protocol {
   leave_one_out,  // the last event tests, the last but one validates
-  holdout,        // Amazon Personalize's: a tenth of the users is not trained on; the newest tenth of
-                  // their events tests
-  all,            // every event trains but each user's last, which validates (for early stopping)
+  holdout,  // Amazon Personalize's: a tenth of the users is not trained on; the newest tenth of
+            // their events tests
+  all,      // every event trains but each user's last, which validates (for early stopping)
 };
 
 std::string_view name(Protocol protocol);
@@ -27,8 +27,8 @@ struct UserSplit {
   std::size_t test_begin;
 };
 
-// Under holdout a user is held out iff xxh64(user_id, seed) is divisible by ten. Histories too short
-// to spare an event (fewer than 3 under leave-one-out, 2 else) train as they are.
+// Under holdout a user is held out iff xxh64(user_id, seed) is divisible by ten. Histories too
+// short to spare an event (fewer than 3 under leave-one-out, 2 else) train as they are.
 UserSplit split_user(Protocol protocol, std::uint64_t seed, std::string_view user_id,
                      std::size_t events);
 

@@ -18,7 +18,8 @@ namespace {
 
 constexpr std::uint32_t slate_length = 25;
 
-// The users to evaluate, each with the number of events that are given; the rest is to be predicted.
+// The users to evaluate, each with the number of events that are given; the rest is to be
+// predicted.
 struct Task {
   std::uint32_t user;
   std::size_t given;
@@ -95,8 +96,7 @@ nlohmann::json to_json(const Evaluation& e, const EvaluationOptions& options) {
 
 void print_text(const Evaluation& e, const EvaluationOptions& options) {
   std::printf("protocol %s, %llu users, %llu events to predict, %.1f s\n",
-              std::string(name(options.protocol)).c_str(),
-              static_cast<unsigned long long>(e.users),
+              std::string(name(options.protocol)).c_str(), static_cast<unsigned long long>(e.users),
               static_cast<unsigned long long>(e.predicted_events), e.seconds);
   std::printf("%-10s %10s %10s %10s\n", "", "@5", "@10", "@25");
   const auto row = [](const char* label, const std::array<double, 3>& values) {
@@ -115,11 +115,12 @@ void print_text(const Evaluation& e, const EvaluationOptions& options) {
 Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& data,
                     const EvaluationOptions& options, Progress* progress) {
   const auto start = std::chrono::steady_clock::now();
-  auto recommender = Recommender::create(
-      model, {.history_length = std::max(1u, options.exclusion_window)});
+  auto recommender =
+      Recommender::create(model, {.history_length = std::max(1u, options.exclusion_window)});
   if (!recommender) throw Failure(recommender.error().message);
   const std::vector<Task> tasks = tasks_of(data, options);
-  if (tasks.empty()) throw Failure("the protocol leaves no user to evaluate: histories are too short");
+  if (tasks.empty())
+    throw Failure("the protocol leaves no user to evaluate: histories are too short");
 
   std::vector<SlateMetrics> figures(tasks.size());
   std::vector<char> covered(model->item_count(), 0);
@@ -146,7 +147,8 @@ Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& da
       next = tasks.size();
     }
     const std::lock_guard lock{mutex};
-    for (std::size_t i = 0; i < seen.size(); ++i) covered[i] = static_cast<char>(covered[i] | seen[i]);
+    for (std::size_t i = 0; i < seen.size(); ++i)
+      covered[i] = static_cast<char>(covered[i] | seen[i]);
   };
   std::vector<std::thread> threads;
   for (unsigned t = 1; t < options.threads; ++t) threads.emplace_back(work);
@@ -185,8 +187,9 @@ void add_evaluate(CLI::App& app) {
                       "leave-one-out or holdout (default: the one that the model was trained for)");
   command->add_option("--seed", options->seed,
                       "Of the holdout users (default: the one that the model was trained with)");
-  command->add_option("--exclusion-window", options->exclusion_window,
-                      "A user's last items that are not recommended again, 0 to 65535; 0: none")
+  command
+      ->add_option("--exclusion-window", options->exclusion_window,
+                   "A user's last items that are not recommended again, 0 to 65535; 0: none")
       ->check(CLI::Range(0u, 65535u))
       ->capture_default_str();
   command->add_option("--event-type", options->event_type, "Use only events of this EVENT_TYPE");
@@ -203,7 +206,8 @@ void add_evaluate(CLI::App& app) {
     };
     EvaluationOptions settings;
     std::string protocol = options->protocol;
-    if (const auto* known = trained_with("protocol"); protocol.empty() && known && known->is_string())
+    if (const auto* known = trained_with("protocol");
+        protocol.empty() && known && known->is_string())
       protocol = known->get<std::string>();
     settings.protocol = parse_protocol(protocol.empty() ? "leave-one-out" : protocol);
     if (settings.protocol == Protocol::all)

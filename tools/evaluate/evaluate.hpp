@@ -15,13 +15,14 @@ namespace personalize::tools {
 
 struct EvaluationOptions {
   Protocol protocol = Protocol::leave_one_out;
-  std::uint64_t seed = 0;               // of the holdout protocol's choice of users
-  std::uint32_t exclusion_window = 200;  // a user's last items that are not recommended again; 0: none
+  std::uint64_t seed = 0;  // of the holdout protocol's choice of users
+  std::uint32_t exclusion_window =
+      200;  // a user's last items that are not recommended again; 0: none
   unsigned threads = 1;
 };
 
 struct Evaluation {
-  SlateMetrics mean;  // over users
+  SlateMetrics mean;    // over users
   double coverage = 0;  // share of the catalogue that stands in at least one slate of 25
   std::uint64_t users = 0;
   std::uint64_t predicted_events = 0;  // relevant events, all users together

@@ -14,13 +14,20 @@ namespace {
 
 const char* name(EncoderOp::Kind kind) {
   switch (kind) {
-    case EncoderOp::Kind::embed_sum: return "embed_sum";
-    case EncoderOp::Kind::linear: return "linear";
-    case EncoderOp::Kind::gru: return "gru";
-    case EncoderOp::Kind::layer_norm: return "layer_norm";
-    case EncoderOp::Kind::activation: return "activation";
-    case EncoderOp::Kind::save: return "save";
-    case EncoderOp::Kind::add: return "add";
+    case EncoderOp::Kind::embed_sum:
+      return "embed_sum";
+    case EncoderOp::Kind::linear:
+      return "linear";
+    case EncoderOp::Kind::gru:
+      return "gru";
+    case EncoderOp::Kind::layer_norm:
+      return "layer_norm";
+    case EncoderOp::Kind::activation:
+      return "activation";
+    case EncoderOp::Kind::save:
+      return "save";
+    case EncoderOp::Kind::add:
+      return "add";
   }
   return "unknown";
 }
@@ -79,18 +86,17 @@ void print_text(const nlohmann::json& d) {
   std::printf("%-10s %-7s %-16s %-7s %12s %12s\n", "section", "element", "shape", "codec", "stored",
               "raw");
   for (const auto& s : d["sections"])
-    std::printf("%-10s %-7s %-16s %-7s %12llu %12llu\n",
-                s["section"].get<std::string>().c_str(), s["element"].get<std::string>().c_str(),
-                s["shape"].dump().c_str(), s["codec"].get<std::string>().c_str(),
-                s["stored_bytes"].get<unsigned long long>(),
+    std::printf("%-10s %-7s %-16s %-7s %12llu %12llu\n", s["section"].get<std::string>().c_str(),
+                s["element"].get<std::string>().c_str(), s["shape"].dump().c_str(),
+                s["codec"].get<std::string>().c_str(), s["stored_bytes"].get<unsigned long long>(),
                 s["raw_bytes"].get<unsigned long long>());
   std::fflush(stdout);
   std::cout << "\nencoder (" << d["encoder_parameters"] << " parameters):";
   for (const auto& op : d["encoder"]) std::cout << ' ' << op.get<std::string>();
   std::cout << "\ntime-gap buckets: " << d["time_gap_buckets"]
             << "\nevent types: " << d["event_types"].dump()
-            << "\nmetadata fields: " << d["metadata_fields"].dump()
-            << "\nmetadata:\n" << d["metadata"].dump(2) << '\n';
+            << "\nmetadata fields: " << d["metadata_fields"].dump() << "\nmetadata:\n"
+            << d["metadata"].dump(2) << '\n';
 }
 
 }  // namespace

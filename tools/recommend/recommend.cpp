@@ -56,18 +56,19 @@ void record_history(Recommender& recommender, const Dataset& data, std::size_t u
     const auto recorded = recommender.record(
         {.user = data.user_ids[user],
          .item = data.item_ids[event.item],
-         .event_type = data.event_types.empty() ? std::string_view{}
-                                                : std::string_view(data.event_types[event.event_type]),
+         .event_type = data.event_types.empty()
+                           ? std::string_view{}
+                           : std::string_view(data.event_types[event.event_type]),
          .timestamp = event.timestamp});
     if (!recorded) throw Failure(recorded.error().message);
   }
 }
 
-void slate_for(Recommender& recommender, const Options& options, std::string_view user, Slate& slate) {
-  const auto done = recommender.recommend({.user = user,
-                                           .count = options.count,
-                                           .exclude_interacted = !options.include_interacted},
-                                          slate);
+void slate_for(Recommender& recommender, const Options& options, std::string_view user,
+               Slate& slate) {
+  const auto done = recommender.recommend(
+      {.user = user, .count = options.count, .exclude_interacted = !options.include_interacted},
+      slate);
   if (!done) throw Failure(done.error().message);
 }
 
@@ -134,16 +135,17 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
     record_history(recommender, data, user);
     slate_for(recommender, options, data.user_ids[user], slate);
     for (std::size_t i = 0; i < slate.items.size(); ++i)
-      out << quoted(data.user_ids[user]) << ',' << i + 1 << ',' << quoted(slate.items[i].item) << ','
-          << slate.items[i].score << ',' << name(slate.items[i].reason) << '\n';
+      out << quoted(data.user_ids[user]) << ',' << i + 1 << ',' << quoted(slate.items[i].item)
+          << ',' << slate.items[i].score << ',' << name(slate.items[i].reason) << '\n';
     recommender.forget(data.user_ids[user]);
     if (user % 256 == 0)
       progress.update(static_cast<double>(user) / static_cast<double>(data.user_ids.size()),
                       std::to_string(user) + " users");
   }
   out.flush();
-  if (!out) throw Failure((options.output.empty() ? "standard output" : options.output) +
-                          std::string(": cannot write; is the disk full?"));
+  if (!out)
+    throw Failure((options.output.empty() ? "standard output" : options.output) +
+                  std::string(": cannot write; is the disk full?"));
   progress.finish(std::to_string(data.user_ids.size()) + " slates written");
 }
 
@@ -178,7 +180,8 @@ void add_recommend(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--user,-u", options->user, "USER_ID to recommend to");
   command->add_flag("--all-users", options->all_users, "Every user of the interactions, as CSV");
-  command->add_option("--output,-o", options->output, "CSV of --all-users (default: standard output)");
+  command->add_option("--output,-o", options->output,
+                      "CSV of --all-users (default: standard output)");
   command->add_option("--count,-n", options->count, "Items a slate, 1 to 10000")
       ->check(CLI::Range(1u, 10'000u))
       ->capture_default_str();

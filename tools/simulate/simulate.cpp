@@ -43,14 +43,14 @@ class Random {
   std::uint64_t state_;
 };
 
-constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",   "Cooking",
-                                                  "Farming",   "Mystery",  "Puzzle",  "Racing",
-                                                  "Rhythm",    "Space",    "Sports",  "Strategy"};
+constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",  "Cooking",
+                                                  "Farming",   "Mystery",  "Puzzle", "Racing",
+                                                  "Rhythm",    "Space",    "Sports", "Strategy"};
 constexpr std::array<std::string_view, 16> adjectives{
     "Amber", "Brave", "Clever", "Distant", "Electric", "Frozen", "Golden", "Hidden",
     "Iron",  "Jolly", "Lunar",  "Mighty",  "Quiet",    "Rapid",  "Silver", "Wandering"};
 constexpr std::array<std::string_view, 16> nouns{
-    "Archive", "Bakery",  "Canyon", "Dragon", "Empire", "Forest", "Garden", "Harbour",
+    "Archive", "Bakery",  "Canyon",  "Dragon",  "Empire",   "Forest",  "Garden", "Harbour",
     "Island",  "Journey", "Kitchen", "Lantern", "Mountain", "Orchard", "Palace", "Voyage"};
 
 struct Item {
@@ -106,7 +106,8 @@ class World {
       std::vector<char> seen(items_.size(), 0);
       for (std::size_t visit = 0; visit < visits; ++visit) {
         if (random_.uniform() < 0.4) mood = likes[random_.below(likes.size())];
-        if (random_.uniform() < 0.05) likes[random_.below(likes.size())] = random_.below(genres.size());
+        if (random_.uniform() < 0.05)
+          likes[random_.below(likes.size())] = random_.below(genres.size());
         std::size_t item = pick(mood, now, seen);
         for (std::size_t step = 2 + random_.below(9); step > 0 && item < items_.size(); --step) {
           seen[item] = 1;
@@ -117,7 +118,8 @@ class World {
                                items_[next].created <= now && !seen[next];
           item = follows && random_.uniform() < 0.7 ? next : pick(mood, now, seen);
         }
-        now += day / 2 + static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
+        now +=
+            day / 2 + static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
       }
     }
     std::stable_sort(events.begin(), events.end(),
@@ -126,7 +128,8 @@ class World {
   }
 
  private:
-  // An item of the genre that exists by now and is new to the user; items_.size() where none is found.
+  // An item of the genre that exists by now and is new to the user; items_.size() where none is
+  // found.
   std::size_t pick(std::size_t genre, std::int64_t now, const std::vector<char>& seen) {
     for (int attempt = 0; attempt < 50; ++attempt) {
       const std::size_t item = random_.draw(by_genre_[genre]);
@@ -182,7 +185,10 @@ void write_dataset(const SimulationOptions& options, const std::string& director
   Random random(options.seed + 1);
   for (std::uint32_t user = 0; user < options.users; ++user)
     users += "u" + std::to_string(user + 1) + "," +
-             (random.below(3) == 0 ? "console" : random.below(2) == 0 ? "phone" : "pc") + "\n";
+             (random.below(3) == 0   ? "console"
+              : random.below(2) == 0 ? "phone"
+                                     : "pc") +
+             "\n";
   write_file(directory + "/interactions.csv", interactions);
   write_file(directory + "/items.csv", items);
   write_file(directory + "/users.csv", users);

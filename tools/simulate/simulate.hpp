@@ -15,8 +15,9 @@ struct SimulationOptions {
 // Writes interactions.csv, items.csv and users.csv into `directory` (made where missing). The same
 // options give the same bytes everywhere. Throws Failure.
 //
-// Items come in series within genres and appear over time; a user likes a few genres, drifts between
-// them, and mostly goes on with the next part of a series just begun: order matters, not only taste.
+// Items come in series within genres and appear over time; a user likes a few genres, drifts
+// between them, and mostly goes on with the next part of a series just begun: order matters, not
+// only taste.
 void write_dataset(const SimulationOptions& options, const std::string& directory);
 
 void add_simulate(CLI::App& app);

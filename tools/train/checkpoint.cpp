@@ -83,12 +83,14 @@ void save_checkpoint(const Checkpoint& checkpoint, const std::string& path) {
   } catch (const std::exception&) {
     std::error_code ignored;
     std::filesystem::remove(temporary, ignored);
-    throw Failure(path + ": cannot write the checkpoint; is there space, and may the folder be written to?");
+    throw Failure(
+        path + ": cannot write the checkpoint; is there space, and may the folder be written to?");
   }
 }
 
 Checkpoint load_checkpoint(const std::string& path) {
-  if (!std::filesystem::exists(path)) throw Failure(path + ": no such checkpoint; start without --resume");
+  if (!std::filesystem::exists(path))
+    throw Failure(path + ": no such checkpoint; start without --resume");
   Checkpoint checkpoint;
   bool known = false;
   try {
@@ -97,9 +99,11 @@ Checkpoint load_checkpoint(const std::string& path) {
     known = reader.read("version").toInt() == checkpoint_version;
     if (known) each_field(reader, checkpoint);
   } catch (const std::exception&) {
-    throw Failure(path + ": not a checkpoint, or a damaged one; remove it and start without --resume");
+    throw Failure(path +
+                  ": not a checkpoint, or a damaged one; remove it and start without --resume");
   }
-  if (!known) throw Failure(path + ": a checkpoint of another version; remove it and start without --resume");
+  if (!known)
+    throw Failure(path + ": a checkpoint of another version; remove it and start without --resume");
   return checkpoint;
 }
 

@@ -12,8 +12,8 @@ namespace personalize::tools {
 struct Checkpoint {
   std::string recipe;  // JSON: the options and the data that the run was started with
   std::vector<at::Tensor> parameters, first_moments, second_moments;  // in the network's order
-  std::vector<at::Tensor> best_parameters;                            // empty: no epoch validated yet
-  std::vector<at::Tensor> state;                                      // hidden state carried between chunks
+  std::vector<at::Tensor> best_parameters;      // empty: no epoch validated yet
+  std::vector<at::Tensor> state;                // hidden state carried between chunks
   std::int64_t epoch = 0, chunk = 0, step = 0;  // the next chunk to train on; steps done
   std::int64_t epoch_events = 0, best_epoch = 0, stale_epochs = 0;
   double epoch_loss = 0, last_loss = 0, best_ndcg10 = -1, best_recall10 = 0, elapsed_seconds = 0;

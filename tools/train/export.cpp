@@ -26,7 +26,8 @@ Matrix matrix(const at::Tensor& tensor) {
 StringTable string_table(const std::vector<std::string>& strings) {
   StringTable table;
   for (const std::string& s : strings)
-    if (const auto added = table.add(s); !added) throw Failure("'" + s + "': " + added.error().message);
+    if (const auto added = table.add(s); !added)
+      throw Failure("'" + s + "': " + added.error().message);
   return table;
 }
 
@@ -59,7 +60,8 @@ ModelParts export_network(const Network& network, const Dataset& dataset, std::s
     parts.event_types = string_table(dataset.event_types);
     parts.event_type_embedding = matrix(network.parameter("event_type_embedding"));
   }
-  if (shape.time_gap_buckets > 0) parts.time_gap_embedding = matrix(network.parameter("time_gap_embedding"));
+  if (shape.time_gap_buckets > 0)
+    parts.time_gap_embedding = matrix(network.parameter("time_gap_embedding"));
   for (const MetadataColumn& column : dataset.metadata)
     parts.fields.push_back({.name = column.name,
                             .numeric = column.numeric,
@@ -70,7 +72,8 @@ ModelParts export_network(const Network& network, const Dataset& dataset, std::s
   const auto operation = [&](EncoderOp::Kind kind, std::initializer_list<std::string> weights,
                              std::uint32_t argument = 0) {
     parts.operations.push_back({.kind = kind, .argument = argument});
-    for (const std::string& name : weights) parts.weights.push_back(matrix(network.parameter(name)));
+    for (const std::string& name : weights)
+      parts.weights.push_back(matrix(network.parameter(name)));
   };
   using Kind = EncoderOp::Kind;
   operation(Kind::embed_sum, {});

@@ -21,14 +21,16 @@ void clear_rows(float* rows, const std::uint8_t* reset, std::int64_t batch, std:
 }
 
 struct GruFunction : torch::autograd::Function<GruFunction> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_any, const at::Tensor& state,
-                            const at::Tensor& w_ih, const at::Tensor& w_hh, const at::Tensor& b_ih,
-                            const at::Tensor& b_hh, const at::Tensor& reset) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_any,
+                            const at::Tensor& state, const at::Tensor& w_ih, const at::Tensor& w_hh,
+                            const at::Tensor& b_ih, const at::Tensor& b_hh,
+                            const at::Tensor& reset) {
     const at::Tensor x = x_any.contiguous();
     const std::int64_t steps = x.size(0);
     const std::int64_t batch = x.size(1);
     const std::int64_t h = w_hh.size(1);
-    at::Tensor gates = at::addmm(b_ih, x.view({steps * batch, x.size(2)}), w_ih.t()).view({steps, batch, 3 * h});
+    at::Tensor gates =
+        at::addmm(b_ih, x.view({steps * batch, x.size(2)}), w_ih.t()).view({steps, batch, 3 * h});
     at::Tensor hidden = at::empty({steps, batch, 3 * h}, x.options());
     at::Tensor previous = at::empty({steps, batch, h}, x.options());
     at::Tensor output = at::empty({steps, batch, h}, x.options());
@@ -101,21 +103,24 @@ at::Tensor apply_dropout(const at::Tensor& x_any, double p, std::uint64_t seed) 
 }
 
 struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, double p, std::int64_t seed) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, double p,
+                            std::int64_t seed) {
     context->saved_data["p"] = p;
     context->saved_data["seed"] = seed;
     return apply_dropout(x, p, static_cast<std::uint64_t>(seed));
   }
   static variable_list backward(AutogradContext* context, variable_list gradients) {
     const auto seed = static_cast<std::uint64_t>(context->saved_data["seed"].toInt());
-    return {apply_dropout(gradients[0], context->saved_data["p"].toDouble(), seed), at::Tensor(), at::Tensor()};
+    return {apply_dropout(gradients[0], context->saved_data["p"].toDouble(), seed), at::Tensor(),
+            at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor gru(const at::Tensor& x, const at::Tensor& state, const at::Tensor& w_ih, const at::Tensor& w_hh,
-               const at::Tensor& b_ih, const at::Tensor& b_hh, const at::Tensor& reset) {
+at::Tensor gru(const at::Tensor& x, const at::Tensor& state, const at::Tensor& w_ih,
+               const at::Tensor& w_hh, const at::Tensor& b_ih, const at::Tensor& b_hh,
+               const at::Tensor& reset) {
   return GruFunction::apply(x, state, w_ih, w_hh, b_ih, b_hh, reset);
 }
 

@@ -8,9 +8,10 @@
 #endif
 
 // ifunc resolvers run before a sanitizer's runtime is ready.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
-#define PERSONALIZE_KERNEL __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define PERSONALIZE_KERNEL \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define PERSONALIZE_KERNEL
 #endif
@@ -23,7 +24,8 @@ namespace {
 PERSONALIZE_INLINE float exponential(float x) noexcept {
   x = x < -87.0F ? -87.0F : x;
   x = x > 88.0F ? 88.0F : x;
-  constexpr float magic = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  constexpr float magic =
+      12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const float t = x * 1.44269504088896341F + magic;
   const float n = t - magic;
   const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
@@ -34,7 +36,8 @@ PERSONALIZE_INLINE float exponential(float x) noexcept {
   p = p * r + 1.6666665459e-1F;
   p = p * r + 5.0000001201e-1F;
   p = p * r * r + r + 1.0F;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) + (std::bit_cast<std::uint32_t>(t) << 23U));
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) +
+                              (std::bit_cast<std::uint32_t>(t) << 23U));
 }
 
 PERSONALIZE_INLINE float sigmoid(float x) noexcept { return 1.0F / (1.0F + exponential(-x)); }
@@ -46,8 +49,8 @@ constexpr std::size_t lanes = 32;  // independent partial sums, so that the redu
 
 }  // namespace
 
-PERSONALIZE_KERNEL void gru_step(float* input, const float* hidden, const float* previous, float* next,
-                                 std::size_t rows, std::size_t h) noexcept {
+PERSONALIZE_KERNEL void gru_step(float* input, const float* hidden, const float* previous,
+                                 float* next, std::size_t rows, std::size_t h) noexcept {
   for (std::size_t row = 0; row < rows; ++row) {
     float* __restrict r = input + row * 3 * h;
     float* __restrict z = r + h;
@@ -69,8 +72,9 @@ PERSONALIZE_KERNEL void gru_step(float* input, const float* hidden, const float*
   }
 }
 
-PERSONALIZE_KERNEL void gru_step_gradient(const float* gates, const float* hidden_n, const float* previous,
-                                          const float* d_output, float* carry, float* d_input, float* d_hidden,
+PERSONALIZE_KERNEL void gru_step_gradient(const float* gates, const float* hidden_n,
+                                          const float* previous, const float* d_output,
+                                          float* carry, float* d_input, float* d_hidden,
                                           std::size_t rows, std::size_t h) noexcept {
   for (std::size_t row = 0; row < rows; ++row) {
     const float* __restrict r = gates + row * 3 * h;
@@ -98,8 +102,8 @@ PERSONALIZE_KERNEL void gru_step_gradient(const float* gates, const float* hidde
   }
 }
 
-PERSONALIZE_KERNEL float softmax_cross_entropy(float* scores, const float* bias, std::size_t n, std::size_t target,
-                                               float scale) noexcept {
+PERSONALIZE_KERNEL float softmax_cross_entropy(float* scores, const float* bias, std::size_t n,
+                                               std::size_t target, float scale) noexcept {
   const std::size_t whole = n - n % lanes;
   float maxima[lanes];
   for (float& m : maxima) m = -INFINITY;
@@ -152,8 +156,8 @@ PERSONALIZE_KERNEL void dropout(const float* in, float* out, std::size_t n, floa
     out[i + l] = in[i + l] * ((bits >> (16U * l) & 0xFFFFU) < threshold ? 0.0F : keep);
 }
 
-PERSONALIZE_KERNEL void adamw(float* parameter, const float* gradient, float* first_moment, float* second_moment,
-                              std::size_t n, const AdamStep& step) noexcept {
+PERSONALIZE_KERNEL void adamw(float* parameter, const float* gradient, float* first_moment,
+                              float* second_moment, std::size_t n, const AdamStep& step) noexcept {
   const float decay = 1.0F - step.learning_rate * step.weight_decay;
   const float rate = step.learning_rate / step.correction1;
   const float root = 1.0F / std::sqrt(step.correction2);

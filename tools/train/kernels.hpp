@@ -1,4 +1,5 @@
-// The elementwise loops of training on raw pointers, without libtorch: GRU gates, softmax, dropout, AdamW.
+// The elementwise loops of training on raw pointers, without libtorch: GRU gates, softmax, dropout,
+// AdamW.
 #pragma once
 
 #include <cstddef>
@@ -10,16 +11,19 @@ namespace personalize::tools {
 // input:  x W_ih^T + b_ih [rows, 3h] in; the activations r, z, n out.
 // hidden: h W_hh^T + b_hh [rows, 3h].
 // previous: the state before the step; next: the state after it.
-void gru_step(float* input, const float* hidden, const float* previous, float* next, std::size_t rows,
-              std::size_t h) noexcept;
+void gru_step(float* input, const float* hidden, const float* previous, float* next,
+              std::size_t rows, std::size_t h) noexcept;
 
-// Its gradient. gates: r, z, n as gru_step left them [rows, 3h]; hidden_n: the n columns of `hidden` of the
-// forward step, row stride 3h. carry: dL/d(next) from later steps in, the direct part z * dL/d(next) out.
-// d_output: dL/d(next) of the step's own output. d_input, d_hidden [rows, 3h].
-void gru_step_gradient(const float* gates, const float* hidden_n, const float* previous, const float* d_output,
-                       float* carry, float* d_input, float* d_hidden, std::size_t rows, std::size_t h) noexcept;
+// Its gradient. gates: r, z, n as gru_step left them [rows, 3h]; hidden_n: the n columns of
+// `hidden` of the forward step, row stride 3h. carry: dL/d(next) from later steps in, the direct
+// part z * dL/d(next) out. d_output: dL/d(next) of the step's own output. d_input, d_hidden [rows,
+// 3h].
+void gru_step_gradient(const float* gates, const float* hidden_n, const float* previous,
+                       const float* d_output, float* carry, float* d_input, float* d_hidden,
+                       std::size_t rows, std::size_t h) noexcept;
 
-// scores [n] in, scale * (softmax(scores + bias) - onehot(target)) out; returns -log softmax(target).
+// scores [n] in, scale * (softmax(scores + bias) - onehot(target)) out; returns -log
+// softmax(target).
 float softmax_cross_entropy(float* scores, const float* bias, std::size_t n, std::size_t target,
                             float scale) noexcept;
 
@@ -32,16 +36,19 @@ struct AdamStep {
   float gradient_scale = 1;        // < 1 where the gradient's norm is clipped
 };
 // AdamW (Loshchilov and Hutter 2019), decoupled weight decay.
-void adamw(float* parameter, const float* gradient, float* first_moment, float* second_moment, std::size_t n,
-           const AdamStep& step) noexcept;
+void adamw(float* parameter, const float* gradient, float* first_moment, float* second_moment,
+           std::size_t n, const AdamStep& step) noexcept;
 
-[[nodiscard]] constexpr std::uint64_t mix(std::uint64_t x) noexcept {  // splitmix64's finaliser (Steele et al. 2014)
+[[nodiscard]] constexpr std::uint64_t mix(
+    std::uint64_t x) noexcept {  // splitmix64's finaliser (Steele et al. 2014)
   x += 0x9E3779B97F4A7C15U;
   x = (x ^ (x >> 30U)) * 0xBF58476D1CE4E5B9U;
   x = (x ^ (x >> 27U)) * 0x94D049BB133111EBU;
   return x ^ (x >> 31U);
 }
 
-[[nodiscard]] constexpr std::uint64_t mix(std::uint64_t a, std::uint64_t b) noexcept { return mix(mix(a) ^ b); }
+[[nodiscard]] constexpr std::uint64_t mix(std::uint64_t a, std::uint64_t b) noexcept {
+  return mix(mix(a) ^ b);
+}
 
 }  // namespace personalize::tools

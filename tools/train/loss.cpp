@@ -13,11 +13,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t scores_per_block = std::int64_t{1} << 21;  // 8 MiB: stays within the last-level cache
+constexpr std::int64_t scores_per_block = std::int64_t{1}
+                                          << 21;  // 8 MiB: stays within the last-level cache
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden_any, const at::Tensor& vectors,
-                            const at::Tensor& bias, const at::Tensor& target, std::int64_t rows_per_block) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden_any,
+                            const at::Tensor& vectors, const at::Tensor& bias,
+                            const at::Tensor& target, std::int64_t rows_per_block) {
     const at::Tensor hidden = hidden_any.contiguous();
     const std::int64_t n = hidden.size(0);
     const std::int64_t items = vectors.size(0);
@@ -48,8 +50,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
           std::fill_n(out, items, 0.0F);
           continue;
         }
-        total += static_cast<double>(
-            softmax_cross_entropy(out, b, static_cast<std::size_t>(items), static_cast<std::size_t>(t), scale));
+        total += static_cast<double>(softmax_cross_entropy(out, b, static_cast<std::size_t>(items),
+                                                           static_cast<std::size_t>(t), scale));
       }
       at::Tensor d_rows = d_hidden.narrow(0, begin, rows);
       at::mm_out(d_rows, scores, vectors);
@@ -72,8 +74,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
 }  // namespace
 
-at::Tensor catalogue_cross_entropy(const at::Tensor& hidden, const at::Tensor& vectors, const at::Tensor& bias,
-                                   const at::Tensor& target, std::int64_t rows_per_block) {
+at::Tensor catalogue_cross_entropy(const at::Tensor& hidden, const at::Tensor& vectors,
+                                   const at::Tensor& bias, const at::Tensor& target,
+                                   std::int64_t rows_per_block) {
   return CrossEntropyFunction::apply(hidden, vectors, bias, target, rows_per_block);
 }
 

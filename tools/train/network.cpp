@@ -33,7 +33,8 @@ const at::Tensor& Network::parameter(const std::string& name) const {
   throw std::logic_error("no parameter " + name);
 }
 
-Network::Network(const NetworkShape& shape, std::span<const MetadataColumn> metadata, std::uint64_t seed)
+Network::Network(const NetworkShape& shape, std::span<const MetadataColumn> metadata,
+                 std::uint64_t seed)
     : shape_(shape) {
   const std::int64_t d = size(shape.dimension);
   at::manual_seed(mix(seed, 0x6e6574));
@@ -45,15 +46,16 @@ Network::Network(const NetworkShape& shape, std::span<const MetadataColumn> meta
     return at::empty(sizes, at::kFloat).uniform_(-bound, bound);
   };
 
-  item_embedding_ =
-      add("item_embedding", normal(size(shape.trained_items), d, 0.3 / std::sqrt(static_cast<double>(d))));
+  item_embedding_ = add("item_embedding", normal(size(shape.trained_items), d,
+                                                 0.3 / std::sqrt(static_cast<double>(d))));
   biases_ = add("item_bias", at::zeros({size(shape.trained_items)}));
   if (shape.event_types > 0)
     event_type_embedding_ = add("event_type_embedding", normal(size(shape.event_types), d, 0.02));
   if (shape.time_gap_buckets > 0)
     time_gap_embedding_ = add("time_gap_embedding", normal(size(shape.time_gap_buckets), d, 0.02));
   for (const MetadataColumn& column : metadata) {
-    const std::size_t rows = column.numeric ? column.boundaries.size() + 1 : column.vocabulary.size();
+    const std::size_t rows =
+        column.numeric ? column.boundaries.size() + 1 : column.vocabulary.size();
     std::vector<std::int64_t> values;
     std::vector<std::int64_t> offsets;
     for (const auto& of_item : column.values) {
@@ -63,8 +65,8 @@ Network::Network(const NetworkShape& shape, std::span<const MetadataColumn> meta
     offsets.push_back(size(values.size()));
     const std::int64_t trained_values = offsets[shape.trained_items];
     offsets.pop_back();
-    bags_.push_back({add("metadata." + column.name, normal(size(rows), d, 0.02)), view(values).clone(),
-                     view(offsets).clone(), trained_values});
+    bags_.push_back({add("metadata." + column.name, normal(size(rows), d, 0.02)),
+                     view(values).clone(), view(offsets).clone(), trained_values});
   }
   norm_weight_ = add("norm.weight", at::ones({d}));
   norm_bias_ = add("norm.bias", at::zeros({d}));
@@ -94,8 +96,9 @@ at::Tensor Network::item_vectors() const {
   at::Tensor vectors = item_embedding_;
   for (const Bag& bag : bags_)
     if (bag.trained_values > 0)
-      vectors = vectors + std::get<0>(at::embedding_bag(bag.embedding, bag.values.narrow(0, 0, bag.trained_values),
-                                                        bag.offsets.narrow(0, 0, size(shape_.trained_items))));
+      vectors = vectors + std::get<0>(at::embedding_bag(
+                              bag.embedding, bag.values.narrow(0, 0, bag.trained_values),
+                              bag.offsets.narrow(0, 0, size(shape_.trained_items))));
   return vectors;
 }
 
@@ -104,7 +107,8 @@ at::Tensor Network::all_item_vectors() const {
   at::Tensor vectors = at::zeros({size(shape_.items), size(shape_.dimension)});
   vectors.narrow(0, 0, size(shape_.trained_items)).copy_(item_embedding_);
   for (const Bag& bag : bags_)
-    if (bag.values.numel() > 0) vectors += std::get<0>(at::embedding_bag(bag.embedding, bag.values, bag.offsets));
+    if (bag.values.numel() > 0)
+      vectors += std::get<0>(at::embedding_bag(bag.embedding, bag.values, bag.offsets));
   return vectors;
 }
 
@@ -115,8 +119,9 @@ std::vector<at::Tensor> Network::initial_state(std::size_t batch) const {
   return state;
 }
 
-at::Tensor Network::encode(const at::Tensor& vectors, const Chunk& chunk, std::vector<at::Tensor>& state,
-                           double dropout, std::optional<std::uint64_t> dropout_seed, bool last_step_only) const {
+at::Tensor Network::encode(const at::Tensor& vectors, const Chunk& chunk,
+                           std::vector<at::Tensor>& state, double dropout,
+                           std::optional<std::uint64_t> dropout_seed, bool last_step_only) const {
   const std::int64_t d = size(shape_.dimension);
   const std::int64_t steps = size(chunk.steps);
   const std::int64_t batch = size(chunk.batch);
@@ -128,13 +133,15 @@ at::Tensor Network::encode(const at::Tensor& vectors, const Chunk& chunk, std::v
 
   at::Tensor x = vectors.index_select(0, view(chunk.item));
   if (shape_.event_types > 0) x = x + event_type_embedding_.index_select(0, view(chunk.event_type));
-  if (shape_.time_gap_buckets > 0) x = x + time_gap_embedding_.index_select(0, view(chunk.time_gap));
+  if (shape_.time_gap_buckets > 0)
+    x = x + time_gap_embedding_.index_select(0, view(chunk.time_gap));
   x = drop(at::layer_norm(x, {d}, norm_weight_, norm_bias_));
   const at::Tensor reset =
       at::from_blob(const_cast<std::uint8_t*>(chunk.reset.data()), {steps, batch}, at::kByte);
   for (std::size_t k = 0; k < layers_.size(); ++k) {
     const Layer& layer = layers_[k];
-    at::Tensor y = gru(x.view({steps, batch, d}), state[k], layer.w_ih, layer.w_hh, layer.b_ih, layer.b_hh, reset);
+    at::Tensor y = gru(x.view({steps, batch, d}), state[k], layer.w_ih, layer.w_hh, layer.b_ih,
+                       layer.b_hh, reset);
     state[k] = y.detach()[steps - 1].clone();
     y = y.view({steps * batch, d});
     if (last_step_only && k + 1 == layers_.size()) {

@@ -1,4 +1,5 @@
-// The network that `personalize train` fits: HRNN's encoder with tied item vectors (shared with the model file).
+// The network that `personalize train` fits: HRNN's encoder with tied item vectors (shared with the
+// model file).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -37,17 +38,19 @@ class Network {
   const at::Tensor& parameter(const std::string& name) const;
   const at::Tensor& biases() const { return biases_; }
 
-  // id embedding + sum of metadata embeddings. trained: [trained_items, d]; all: [items, d], where an item
-  // without interactions has only its metadata's part.
+  // id embedding + sum of metadata embeddings. trained: [trained_items, d]; all: [items, d], where
+  // an item without interactions has only its metadata's part.
   at::Tensor item_vectors() const;
   at::Tensor all_item_vectors() const;
 
   std::vector<at::Tensor> initial_state(std::size_t batch) const;
 
-  // Hidden outputs [steps * batch, d] of a chunk (only the last step's [batch, d] with last_step_only).
-  // state: one [batch, d] per layer, carried on in place. Dropout happens only with a seed.
-  at::Tensor encode(const at::Tensor& vectors, const Chunk& chunk, std::vector<at::Tensor>& state, double dropout,
-                    std::optional<std::uint64_t> dropout_seed, bool last_step_only = false) const;
+  // Hidden outputs [steps * batch, d] of a chunk (only the last step's [batch, d] with
+  // last_step_only). state: one [batch, d] per layer, carried on in place. Dropout happens only
+  // with a seed.
+  at::Tensor encode(const at::Tensor& vectors, const Chunk& chunk, std::vector<at::Tensor>& state,
+                    double dropout, std::optional<std::uint64_t> dropout_seed,
+                    bool last_step_only = false) const;
 
  private:
   struct Bag {  // a metadata column as torch's embedding_bag takes it
@@ -62,7 +65,8 @@ class Network {
 
   NetworkShape shape_;
   std::vector<Parameter> parameters_;
-  at::Tensor item_embedding_, biases_, event_type_embedding_, time_gap_embedding_, norm_weight_, norm_bias_;
+  at::Tensor item_embedding_, biases_, event_type_embedding_, time_gap_embedding_, norm_weight_,
+      norm_bias_;
   std::vector<Bag> bags_;
   std::vector<Layer> layers_;
 };

@@ -17,7 +17,8 @@ Chunk slice(const Chunk& chunk, std::size_t first, std::size_t last) {
     to.reserve(part.batch * part.steps);
     for (std::size_t t = 0; t < chunk.steps; ++t) {
       const auto row = from.begin() + static_cast<std::ptrdiff_t>(t * chunk.batch);
-      to.insert(to.end(), row + static_cast<std::ptrdiff_t>(first), row + static_cast<std::ptrdiff_t>(last));
+      to.insert(to.end(), row + static_cast<std::ptrdiff_t>(first),
+                row + static_cast<std::ptrdiff_t>(last));
     }
   };
   copy(chunk.item, part.item);
@@ -25,13 +26,13 @@ Chunk slice(const Chunk& chunk, std::size_t first, std::size_t last) {
   copy(chunk.time_gap, part.time_gap);
   copy(chunk.target, part.target);
   copy(chunk.reset, part.reset);
-  part.events = static_cast<std::size_t>(
-      std::count_if(part.target.begin(), part.target.end(), [](std::int64_t target) { return target >= 0; }));
+  part.events = static_cast<std::size_t>(std::count_if(
+      part.target.begin(), part.target.end(), [](std::int64_t target) { return target >= 0; }));
   return part;
 }
 
-Streams::Streams(std::span<const std::span<const Event>> histories, std::size_t batch, std::size_t bptt,
-                 std::uint64_t seed, std::uint64_t epoch)
+Streams::Streams(std::span<const std::span<const Event>> histories, std::size_t batch,
+                 std::size_t bptt, std::uint64_t seed, std::uint64_t epoch)
     : batch_(batch) {
   for (const auto history : histories)
     if (history.size() >= 2) order_.push_back(history);
@@ -64,7 +65,8 @@ Chunk Streams::chunk(std::size_t index) const {
     const std::uint64_t begin = stream_begin + first;
     const std::uint64_t end = std::min(stream_begin + last, stream_end);
     if (begin >= end) continue;
-    auto user = static_cast<std::size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1);
+    auto user = static_cast<std::size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) -
+                                         starts_.begin() - 1);
     for (std::uint64_t position = begin; position < end; ++position) {
       if (position == starts_[user + 1]) ++user;
       const auto at = static_cast<std::size_t>(position - starts_[user]);

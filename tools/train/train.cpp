@@ -44,10 +44,13 @@ void check(const TrainOptions& o) {
   require_range("--max-minutes", o.max_minutes, 0.0, 1e6);
   require_range("--clip-norm", o.clip_norm, 0.0, 1e6);
   require_range("--threads", o.threads, 0, 1024);
-  require_range("--min-user-history-length-percentile", o.min_user_history_length_percentile, 0.0, 1.0);
-  require_range("--max-user-history-length-percentile", o.max_user_history_length_percentile, 0.0, 1.0);
+  require_range("--min-user-history-length-percentile", o.min_user_history_length_percentile, 0.0,
+                1.0);
+  require_range("--max-user-history-length-percentile", o.max_user_history_length_percentile, 0.0,
+                1.0);
   if (o.min_user_history_length_percentile > o.max_user_history_length_percentile)
-    throw Usage("--min-user-history-length-percentile is above --max-user-history-length-percentile");
+    throw Usage(
+        "--min-user-history-length-percentile is above --max-user-history-length-percentile");
 }
 
 void print_json(const TrainSummary& s, const TrainOptions& options) {
@@ -78,15 +81,18 @@ void run(Arguments& arguments) {
   const Dataset dataset = read_dataset(arguments.data, &reading);
   if (dataset.bad_rows > 0)
     std::fprintf(stderr, "personalize train: skipped %llu bad rows; the first: %s\n",
-                 static_cast<unsigned long long>(dataset.bad_rows), dataset.bad_row_reports.front().c_str());
+                 static_cast<unsigned long long>(dataset.bad_rows),
+                 dataset.bad_row_reports.front().c_str());
   arguments.train.interrupted = [] { return stop_requested != 0; };
   std::signal(SIGINT, request_stop);
   std::signal(SIGTERM, request_stop);
   const TrainSummary summary = train(dataset, arguments.train);
   if (arguments.json) print_json(summary, arguments.train);
   if (summary.interrupted) {
-    std::fprintf(stderr, "personalize train: interrupted; %s holds the best so far; go on with --resume (%s)\n",
-                 arguments.train.output.c_str(), summary.checkpoint.c_str());
+    std::fprintf(
+        stderr,
+        "personalize train: interrupted; %s holds the best so far; go on with --resume (%s)\n",
+        arguments.train.output.c_str(), summary.checkpoint.c_str());
     std::exit(130);
   }
 }
@@ -98,29 +104,36 @@ void add_train(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   DatasetOptions& data = arguments->data;
   TrainOptions& o = arguments->train;
-  command->add_option("interactions,--interactions", data.interactions,
-                      "CSV (plain or zstd) with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE")
+  command
+      ->add_option("interactions,--interactions", data.interactions,
+                   "CSV (plain or zstd) with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE")
       ->required();
   command->add_option("--items", data.items, "CSV with ITEM_ID and metadata columns");
   command->add_option("-o,--output", o.output, "The model file to write")->default_val("model.pzm");
-  command->add_option("--event-type", data.event_type_filter, "Keep only events of this EVENT_TYPE");
-  command->add_flag("--skip-bad-rows", data.skip_bad_rows, "Leave out malformed rows and report them");
+  command->add_option("--event-type", data.event_type_filter,
+                      "Keep only events of this EVENT_TYPE");
+  command->add_flag("--skip-bad-rows", data.skip_bad_rows,
+                    "Leave out malformed rows and report them");
   command->add_option("--protocol", o.protocol, "What is hidden from training for later evaluation")
-      ->transform(CLI::CheckedTransformer(std::map<std::string, Protocol>{{"leave-one-out", Protocol::leave_one_out},
-                                                                          {"holdout", Protocol::holdout},
-                                                                          {"all", Protocol::all}}))
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, Protocol>{{"leave-one-out", Protocol::leave_one_out},
+                                          {"holdout", Protocol::holdout},
+                                          {"all", Protocol::all}}))
       ->default_str("leave-one-out");
   const auto number = [&](const char* name, auto& value, const char* text) {
     command->add_option(name, value, text)->capture_default_str();
   };
-  number("--hidden-dimension", o.hidden_dimension, "Width of item vectors and hidden state, [32, 256]");
+  number("--hidden-dimension", o.hidden_dimension,
+         "Width of item vectors and hidden state, [32, 256]");
   number("--bptt", o.bptt, "Steps of truncated back-propagation through time, [2, 32]");
   number("--layers", o.layers, "GRU blocks, [1, 4]");
-  number("--feed-forward", o.feed_forward, "Width of a block's feed-forward part in hidden dimensions, [0, 8]");
+  number("--feed-forward", o.feed_forward,
+         "Width of a block's feed-forward part in hidden dimensions, [0, 8]");
   number("--dropout", o.dropout, "[0, 0.9]");
   number("--learning-rate", o.learning_rate, "AdamW's peak rate, [1e-6, 1]");
   number("--weight-decay", o.weight_decay, "On matrices only, [0, 1]");
-  number("--batch-size", o.batch_size, "Parallel streams at most; small data takes fewer, [1, 4096]");
+  number("--batch-size", o.batch_size,
+         "Parallel streams at most; small data takes fewer, [1, 4096]");
   number("--epochs", o.epochs, "Length of the cosine schedule, [1, 10000]");
   number("--patience", o.patience, "Epochs without better validation before stopping; 0: never");
   number("--max-minutes", o.max_minutes, "Time limit that the schedule also ends by; 0: none");
@@ -133,8 +146,8 @@ void add_train(CLI::App& app) {
   number("--max-user-history-length-percentile", o.max_user_history_length_percentile,
          "Users with longer histories leave the training data, [0, 1]");
   command->add_option("--time-gap", o.time_gap, "Embedding of the time since the previous event")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, TimeGap>{{"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}}))
+      ->transform(CLI::CheckedTransformer(std::map<std::string, TimeGap>{
+          {"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}}))
       ->default_str("auto");
   command->add_option("--element-type", o.element_type, "Of the matrices in the model file")
       ->transform(CLI::CheckedTransformer(

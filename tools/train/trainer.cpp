@@ -42,10 +42,13 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t input_window = 200;  // events that validation's ranking is computed from
 constexpr std::size_t steps_per_epoch_wanted = 50;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-// The streams of a chunk are shared out among threads; within one, everything is sequential. That scales better
-// than threads inside each operation, and libtorch's and OpenBLAS's pools would spin against each other.
+// The streams of a chunk are shared out among threads; within one, everything is sequential. That
+// scales better than threads inside each operation, and libtorch's and OpenBLAS's pools would spin
+// against each other.
 void make_operations_sequential() {
   at::set_num_threads(1);
   // Looked up, because only some of the BLAS libraries that libtorch may have loaded have it.
@@ -91,7 +94,8 @@ void keep_history_lengths(std::vector<std::span<const Event>>& histories, double
   for (const auto history : histories) lengths.push_back(history.size());
   std::sort(lengths.begin(), lengths.end());
   const auto at = [&](double p) {
-    return lengths[static_cast<std::size_t>(std::lround(p * static_cast<double>(lengths.size() - 1)))];
+    return lengths[static_cast<std::size_t>(
+        std::lround(p * static_cast<double>(lengths.size() - 1)))];
   };
   const std::size_t shortest = at(low);
   const std::size_t longest = at(high);
@@ -102,7 +106,8 @@ Data split_data(const Dataset& dataset, const TrainOptions& options) {
   Data data;
   for (std::size_t u = 0; u < dataset.histories.size(); ++u) {
     const std::span<const Event> history = dataset.histories[u];
-    const UserSplit split = split_user(options.protocol, options.seed, dataset.user_ids[u], history.size());
+    const UserSplit split =
+        split_user(options.protocol, options.seed, dataset.user_ids[u], history.size());
     if (split.train_end >= 2) data.training.push_back(history.first(split.train_end));
     if (split.validates && split.train_end > 0)
       data.validation.push_back({history.first(split.train_end), history[split.train_end].item});
@@ -110,12 +115,14 @@ Data split_data(const Dataset& dataset, const TrainOptions& options) {
   keep_history_lengths(data.training, options.min_user_history_length_percentile,
                        options.max_user_history_length_percentile);
   if (data.training.empty())
-    throw Failure("no user has two or more events left to train on; use --protocol all, or more data");
+    throw Failure(
+        "no user has two or more events left to train on; use --protocol all, or more data");
 
   // A fixed sample: the same users in every epoch and every run with this seed.
   auto& sample = data.validation;
   const std::uint64_t seed = mix(options.seed, 0x76616c);
-  for (std::size_t i = sample.size(); i > 1; --i) std::swap(sample[i - 1], sample[mix(seed, i) % i]);
+  for (std::size_t i = sample.size(); i > 1; --i)
+    std::swap(sample[i - 1], sample[mix(seed, i) % i]);
   if (sample.size() > options.validation_users) sample.resize(options.validation_users);
   std::stable_sort(sample.begin(), sample.end(), [](const Example& a, const Example& b) {
     return std::min(a.input.size(), input_window) < std::min(b.input.size(), input_window);
@@ -127,18 +134,21 @@ bool gaps_differ(const std::vector<std::span<const Event>>& histories) {
   std::optional<std::uint32_t> seen;
   for (const auto history : histories)
     for (std::size_t i = 1; i < history.size(); ++i) {
-      const std::uint32_t bucket = time_gap_bucket(history[i - 1].timestamp, history[i].timestamp, time_gap_buckets);
+      const std::uint32_t bucket =
+          time_gap_bucket(history[i - 1].timestamp, history[i].timestamp, time_gap_buckets);
       if (seen && *seen != bucket) return true;
       seen = bucket;
     }
   return false;
 }
 
-// Inputs end in the last step; the empty cells before them are undone by the reset at the first event.
+// Inputs end in the last step; the empty cells before them are undone by the reset at the first
+// event.
 Chunk input_chunk(std::span<const Example> examples) {
   Chunk chunk;
   chunk.batch = examples.size();
-  for (const Example& e : examples) chunk.steps = std::max(chunk.steps, std::min(e.input.size(), input_window));
+  for (const Example& e : examples)
+    chunk.steps = std::max(chunk.steps, std::min(e.input.size(), input_window));
   const std::size_t cells = chunk.batch * chunk.steps;
   chunk.item.assign(cells, 0);
   chunk.event_type.assign(cells, 0);
@@ -161,7 +171,8 @@ Chunk input_chunk(std::span<const Example> examples) {
 }
 
 // Full ranking over the catalogue, items of the input window excluded.
-RankingMetrics validate_block(const Network& network, const at::Tensor& vectors, std::span<const Example> block) {
+RankingMetrics validate_block(const Network& network, const at::Tensor& vectors,
+                              std::span<const Example> block) {
   const at::NoGradGuard no_gradient;
   RankingMetrics sums;
   const std::size_t items = network.shape().trained_items;
@@ -183,16 +194,19 @@ RankingMetrics validate_block(const Network& network, const at::Tensor& vectors,
   return sums;
 }
 
-RankingMetrics validate(const Network& network, std::span<const Example> examples, std::size_t threads) {
+RankingMetrics validate(const Network& network, std::span<const Example> examples,
+                        std::size_t threads) {
   const at::NoGradGuard no_gradient;
-  const std::size_t batch = std::clamp<std::size_t>((std::size_t{1} << 23U) / network.shape().trained_items, 8, 128);
+  const std::size_t batch =
+      std::clamp<std::size_t>((std::size_t{1} << 23U) / network.shape().trained_items, 8, 128);
   const at::Tensor vectors = network.item_vectors();
   std::vector<RankingMetrics> blocks((examples.size() + batch - 1) / batch);
   std::atomic<std::size_t> next = 0;
   on_threads(std::max<std::size_t>(1, std::min(threads, blocks.size())), [&](std::size_t) {
     for (std::size_t i = next++; i < blocks.size(); i = next++)
-      blocks[i] = validate_block(network, vectors,
-                                 examples.subspan(i * batch, std::min(batch, examples.size() - i * batch)));
+      blocks[i] =
+          validate_block(network, vectors,
+                         examples.subspan(i * batch, std::min(batch, examples.size() - i * batch)));
   });
   RankingMetrics metrics;
   metrics.users = examples.size();
@@ -233,25 +247,37 @@ std::uint64_t fingerprint(const Dataset& dataset) {
   std::uint64_t hash = mix(dataset.item_ids.size(), dataset.metadata.size());
   for (const auto& history : dataset.histories) {
     hash = mix(hash, history.size());
-    for (const Event& e : history) hash = mix(hash ^ e.event_type, e.item ^ static_cast<std::uint64_t>(e.timestamp) << 20U);
+    for (const Event& e : history)
+      hash = mix(hash ^ e.event_type, e.item ^ static_cast<std::uint64_t>(e.timestamp) << 20U);
   }
   return hash;
 }
 
-void require_same_recipe(const std::string& checkpoint_path, const std::string& saved_text, const Json& wanted) {
+void require_same_recipe(const std::string& checkpoint_path, const std::string& saved_text,
+                         const Json& wanted) {
   const Json saved = Json::parse(saved_text, nullptr, false);
   for (const auto& [key, value] : wanted.items())
     if (!saved.is_object() || !saved.contains(key) || saved[key] != value)
-      throw Failure(checkpoint_path + ": was begun with other " +
-                    (key == "data" ? std::string("data") : key + " (" + (saved.is_object() && saved.contains(key) ? saved[key].dump() : "none") + ", now " + value.dump() + ")") +
-                    "; use the same, or start without --resume");
+      throw Failure(
+          checkpoint_path + ": was begun with other " +
+          (key == "data"
+               ? std::string("data")
+               : key + " (" +
+                     (saved.is_object() && saved.contains(key) ? saved[key].dump() : "none") +
+                     ", now " + value.dump() + ")") +
+          "; use the same, or start without --resume");
 }
 
 class Training {
  public:
   Training(const Dataset& dataset, const TrainOptions& options)
-      : dataset_(dataset), options_(options), data_(split_data(dataset, options)), shape_(make_shape()),
-        batch_size_(make_batch_size()), threads_(make_threads()), network_(shape_, dataset.metadata, options.seed) {
+      : dataset_(dataset),
+        options_(options),
+        data_(split_data(dataset, options)),
+        shape_(make_shape()),
+        batch_size_(make_batch_size()),
+        threads_(make_threads()),
+        network_(shape_, dataset.metadata, options.seed) {
     if (options_.checkpoint.empty()) options_.checkpoint = options_.output + ".checkpoint";
     recipe_ = recipe_json(options_, shape_, batch_size_);
     Json saved = recipe_;
@@ -263,7 +289,8 @@ class Training {
     } else {
       if (std::filesystem::exists(options_.checkpoint))
         throw Failure(options_.checkpoint +
-                      ": exists, from a run that did not finish; pass --resume to go on with it, or remove it");
+                      ": exists, from a run that did not finish; pass --resume to go on with it, "
+                      "or remove it");
       position_.recipe = saved.dump();
       for (const Parameter& p : network_.parameters()) {
         position_.parameters.push_back(p.value);
@@ -297,12 +324,14 @@ class Training {
     summary.best_epoch = static_cast<std::size_t>(position_.best_epoch);
     summary.steps = static_cast<std::uint64_t>(position_.step);
     summary.events_per_epoch = events_per_epoch_;
-    for (const Parameter& p : network_.parameters()) summary.parameters += static_cast<std::uint64_t>(p.value.numel());
+    for (const Parameter& p : network_.parameters())
+      summary.parameters += static_cast<std::uint64_t>(p.value.numel());
     summary.training_users = data_.training.size();
     summary.items = shape_.items;
     summary.loss = position_.last_loss;
     if (position_.best_epoch > 0)
-      summary.validation = {position_.best_ndcg10, position_.best_recall10, data_.validation.size()};
+      summary.validation = {position_.best_ndcg10, position_.best_recall10,
+                            data_.validation.size()};
     summary.seconds = position_.elapsed_seconds;
     summary.events_per_second = training_seconds_ > 0 ? trained_events_ / training_seconds_ : 0;
     summary.checkpoint = options_.checkpoint;
@@ -310,9 +339,11 @@ class Training {
     if (!position_.best_parameters.empty()) restore(position_.best_parameters);
     export_model(summary);
     char text[160];
-    std::snprintf(text, sizeof text, "%s after %zu epochs, validation NDCG@10 %.4f, Recall@10 %.4f, %.0f events/s",
-                  summary.interrupted ? "interrupted" : "done", summary.epochs, summary.validation.ndcg10,
-                  summary.validation.recall10, summary.events_per_second);
+    std::snprintf(text, sizeof text,
+                  "%s after %zu epochs, validation NDCG@10 %.4f, Recall@10 %.4f, %.0f events/s",
+                  summary.interrupted ? "interrupted" : "done", summary.epochs,
+                  summary.validation.ndcg10, summary.validation.recall10,
+                  summary.events_per_second);
     progress.finish(text);
     if (!summary.interrupted) {
       std::error_code ignored;
@@ -326,7 +357,8 @@ class Training {
     NetworkShape shape;
     shape.items = dataset_.item_ids.size();
     for (const auto& history : dataset_.histories)
-      for (const Event& e : history) shape.trained_items = std::max<std::size_t>(shape.trained_items, e.item + 1);
+      for (const Event& e : history)
+        shape.trained_items = std::max<std::size_t>(shape.trained_items, e.item + 1);
     shape.dimension = options_.hidden_dimension;
     shape.layers = options_.layers;
     shape.feed_forward = options_.feed_forward;
@@ -340,7 +372,8 @@ class Training {
   std::size_t make_batch_size() {
     events_per_epoch_ = 0;
     for (const auto history : data_.training) events_per_epoch_ += history.size() - 1;
-    const auto small = static_cast<std::size_t>(events_per_epoch_ / (steps_per_epoch_wanted * options_.bptt));
+    const auto small =
+        static_cast<std::size_t>(events_per_epoch_ / (steps_per_epoch_wanted * options_.bptt));
     return std::clamp<std::size_t>(small, 1, options_.batch_size);
   }
 
@@ -354,7 +387,8 @@ class Training {
   void restore(const std::vector<at::Tensor>& values) {
     const at::NoGradGuard no_gradient;
     const auto& parameters = network_.parameters();
-    if (values.size() != parameters.size()) throw Failure(options_.checkpoint + ": belongs to another network");
+    if (values.size() != parameters.size())
+      throw Failure(options_.checkpoint + ": belongs to another network");
     for (std::size_t i = 0; i < parameters.size(); ++i) {
       if (values[i].sizes() != parameters[i].value.sizes())
         throw Failure(options_.checkpoint + ": belongs to another network");
@@ -365,22 +399,28 @@ class Training {
   double learning_rate(std::size_t chunks) const {
     const double total = static_cast<double>(options_.epochs * chunks);
     const double warm_up = std::clamp(total / 10, 1.0, 100.0);
-    const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, position_.fraction)));
-    return options_.learning_rate * std::min(1.0, static_cast<double>(position_.step + 1) / warm_up) *
+    const double cosine =
+        0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, position_.fraction)));
+    return options_.learning_rate *
+           std::min(1.0, static_cast<double>(position_.step + 1) / warm_up) *
            (0.02 + 0.98 * cosine);
   }
 
   void advance_schedule(std::size_t chunks) {
-    double fraction = static_cast<double>(position_.step) / static_cast<double>(options_.epochs * chunks);
-    if (options_.max_minutes > 0) fraction = std::max(fraction, elapsed() / (60 * options_.max_minutes));
+    double fraction =
+        static_cast<double>(position_.step) / static_cast<double>(options_.epochs * chunks);
+    if (options_.max_minutes > 0)
+      fraction = std::max(fraction, elapsed() / (60 * options_.max_minutes));
     position_.fraction = std::max(position_.fraction, fraction);
   }
 
-  // Mean loss of the chunk; leaves its gradient in the parameters' grad(). The sum over threads has a fixed order.
+  // Mean loss of the chunk; leaves its gradient in the parameters' grad(). The sum over threads has
+  // a fixed order.
   double compute_gradients(const Chunk& chunk, std::uint64_t step_seed) {
     const std::size_t parts = std::min(threads_, batch_size_);
     const at::Tensor vectors = network_.item_vectors();
-    std::vector<at::Tensor> shared;  // parameters that the parts use other than through the item vectors
+    std::vector<at::Tensor>
+        shared;  // parameters that the parts use other than through the item vectors
     for (const Parameter& p : network_.parameters())
       if (p.name != "item_embedding" && !p.name.starts_with("metadata.")) shared.push_back(p.value);
     std::vector<double> losses(parts, 0.0);
@@ -391,7 +431,8 @@ class Training {
       const std::size_t last = batch_size_ * (part + 1) / parts;
       const Chunk mine = slice(chunk, first, last);
       for (const at::Tensor& state : position_.state)
-        states[part].push_back(state.narrow(0, static_cast<std::int64_t>(first), static_cast<std::int64_t>(last - first)));
+        states[part].push_back(state.narrow(0, static_cast<std::int64_t>(first),
+                                            static_cast<std::int64_t>(last - first)));
       const double weight = static_cast<double>(mine.events) / static_cast<double>(chunk.events);
       std::vector<at::Tensor> inputs{vectors.detach().requires_grad_(true)};
       inputs.insert(inputs.end(), shared.begin(), shared.end());
@@ -403,7 +444,8 @@ class Training {
       gradients[part] = torch::autograd::grad({loss}, inputs);
     });
     for (std::size_t part = 1; part < parts; ++part)
-      for (std::size_t i = 0; i < gradients[0].size(); ++i) gradients[0][i].add_(gradients[part][i]);
+      for (std::size_t i = 0; i < gradients[0].size(); ++i)
+        gradients[0][i].add_(gradients[part][i]);
     for (std::size_t k = 0; k < position_.state.size(); ++k) {
       std::vector<at::Tensor> pieces;
       for (const auto& state : states) pieces.push_back(state[k]);
@@ -421,7 +463,10 @@ class Training {
     for (const Parameter& p : parameters)
       if (p.value.grad().defined()) squares += std::pow(p.value.grad().norm().item<double>(), 2);
     const double norm = std::sqrt(squares);
-    AdamStep step{.learning_rate = static_cast<float>(rate), .weight_decay = 0, .correction1 = 0, .correction2 = 0};
+    AdamStep step{.learning_rate = static_cast<float>(rate),
+                  .weight_decay = 0,
+                  .correction1 = 0,
+                  .correction2 = 0};
     const auto t = static_cast<double>(position_.step + 1);
     step.correction1 = static_cast<float>(1 - std::pow(static_cast<double>(step.beta1), t));
     step.correction2 = static_cast<float>(1 - std::pow(static_cast<double>(step.beta2), t));
@@ -452,15 +497,17 @@ class Training {
     bool interrupted = false;
     while (position_.chunk < static_cast<std::int64_t>(chunks) && !interrupted) {
       const Chunk chunk = streams.chunk(static_cast<std::size_t>(position_.chunk));
-      const std::uint64_t step_seed = mix(options_.seed, static_cast<std::uint64_t>(position_.step));
+      const std::uint64_t step_seed =
+          mix(options_.seed, static_cast<std::uint64_t>(position_.step));
       const double rate = learning_rate(chunks);
       const double value = compute_gradients(chunk, step_seed);
       if (!std::isfinite(value)) {
         char text[128];
-        std::snprintf(text, sizeof text,
-                      "the loss is not finite at epoch %lld, step %lld; lower --learning-rate (now %g)",
-                      static_cast<long long>(position_.epoch + 1), static_cast<long long>(position_.step + 1),
-                      options_.learning_rate);
+        std::snprintf(
+            text, sizeof text,
+            "the loss is not finite at epoch %lld, step %lld; lower --learning-rate (now %g)",
+            static_cast<long long>(position_.epoch + 1), static_cast<long long>(position_.step + 1),
+            options_.learning_rate);
         throw Failure(text);
       }
       update_parameters(rate);
@@ -479,7 +526,8 @@ class Training {
   }
 
   void finish_epoch(Progress& progress) {
-    position_.last_loss = position_.epoch_loss / static_cast<double>(std::max<std::int64_t>(1, position_.epoch_events));
+    position_.last_loss = position_.epoch_loss /
+                          static_cast<double>(std::max<std::int64_t>(1, position_.epoch_events));
     ++position_.epoch;
     position_.chunk = position_.epoch_events = 0;
     position_.epoch_loss = 0;
@@ -493,7 +541,8 @@ class Training {
         position_.best_epoch = position_.epoch;
         position_.stale_epochs = 0;
         position_.best_parameters.clear();
-        for (const Parameter& p : network_.parameters()) position_.best_parameters.push_back(p.value.detach().clone());
+        for (const Parameter& p : network_.parameters())
+          position_.best_parameters.push_back(p.value.detach().clone());
       }
     }
     position_.elapsed_seconds = elapsed();
@@ -507,12 +556,15 @@ class Training {
                             ? position_.epoch_loss / static_cast<double>(position_.epoch_events)
                             : position_.last_loss;
     double left = done > 0 ? elapsed() * (1 - done) / done : 0;
-    if (options_.max_minutes > 0) left = std::min(left, std::max(0.0, 60 * options_.max_minutes - elapsed()));
+    if (options_.max_minutes > 0)
+      left = std::min(left, std::max(0.0, 60 * options_.max_minutes - elapsed()));
     char text[160];
-    std::snprintf(text, sizeof text, "epoch %lld/%zu  loss %.4f  NDCG@10 %.4f (best %.4f)  %.0f events/s  %d:%02d left",
-                  static_cast<long long>(position_.epoch), options_.epochs, loss, last_ndcg10_,
-                  std::max(0.0, position_.best_ndcg10), events_per_second, static_cast<int>(left) / 60,
-                  static_cast<int>(left) % 60);
+    std::snprintf(
+        text, sizeof text,
+        "epoch %lld/%zu  loss %.4f  NDCG@10 %.4f (best %.4f)  %.0f events/s  %d:%02d left",
+        static_cast<long long>(position_.epoch), options_.epochs, loss, last_ndcg10_,
+        std::max(0.0, position_.best_ndcg10), events_per_second, static_cast<int>(left) / 60,
+        static_cast<int>(left) % 60);
     progress.update(done, text);
   }
 

@@ -36,10 +36,11 @@ struct RankingMetrics {
 
 struct TrainSummary {
   bool interrupted = false, stopped_early = false;
-  std::size_t epochs = 0, best_epoch = 0;  // epochs finished; the one exported (1-based, 0: none validated)
+  std::size_t epochs = 0,
+              best_epoch = 0;  // epochs finished; the one exported (1-based, 0: none validated)
   std::uint64_t steps = 0, events_per_epoch = 0, parameters = 0;
   std::size_t training_users = 0, items = 0;
-  double loss = 0;  // mean of the last epoch, in nats
+  double loss = 0;            // mean of the last epoch, in nats
   RankingMetrics validation;  // of the exported parameters
   double events_per_second = 0, seconds = 0;
   std::string checkpoint;

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# The command from end to end on a generated data set, and what it says to bad input.
+# usage: tests/command_line.sh PERSONALIZE EXAMPLES_DIR
+set -euo pipefail
+personalize=$1
+examples=$2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+fail() {
+  echo "FAILED: $*" >&2
+  exit 1
+}
+# refuses STATUS PATTERN COMMAND...: that exit status, and one line on stderr with the pattern.
+refuses() {
+  local status=0 want=$1 pattern=$2
+  shift 2
+  "$@" >out 2>err || status=$?
+  ((status == want)) || fail "$* ended with $status instead of $want: $(cat err)"
+  (($(wc -l <err) == 1)) || fail "$* wrote $(wc -l <err) lines: $(cat err)"
+  grep -q -- "$pattern" err || fail "$* did not say '$pattern': $(cat err)"
+}
+field() { python3 -c "import json,sys; print(json.load(open('$1'))$2)"; }
+
+"$personalize" --version | grep -q '^personalize [0-9]'
+"$personalize" train --help | grep -q -- --hidden-dimension
+"$personalize" simulate --write-dataset data --users 300 --items 120
+"$personalize" simulate --write-dataset again --users 300 --items 120
+cmp data/interactions.csv again/interactions.csv
+
+"$personalize" train data/interactions.csv --items data/items.csv -o model.pzm --epochs 6 \
+  --hidden-dimension 32 --seed 5 >/dev/null
+"$personalize" train data/interactions.csv --items data/items.csv -o f32.pzm --epochs 6 \
+  --hidden-dimension 32 --seed 5 --element-type f32 >/dev/null
+"$personalize" evaluate -m model.pzm -i data/interactions.csv --json >int8.json
+"$personalize" evaluate -m f32.pzm -i data/interactions.csv --json --threads 1 >f32.json
+"$personalize" evaluate -m model.pzm -i data/interactions.csv --protocol holdout --json >holdout.json
+key="['normalized_discounted_cumulative_gain_at_10']"
+python3 - <<CHECK || fail "int8 costs accuracy, or nothing was learnt"
+import json
+i8, f32 = (json.load(open(f))$key for f in ("int8.json", "f32.json"))
+print("NDCG@10 int8", i8, "f32", f32)
+assert abs(i8 - f32) < 0.02 and f32 > 0.15, (i8, f32)
+CHECK
+
+user=$(sed -n 2p data/interactions.csv | cut -d, -f1)
+"$personalize" recommend -m model.pzm -i data/interactions.csv --items data/items.csv -u "$user" \
+  -n 7 --json >slate.json
+(($(field slate.json "['slate'].__len__()") == 7)) || fail "the slate is short"
+"$personalize" recommend -m model.pzm -i data/interactions.csv --all-users -n 3 -o slates.csv
+users=$(($(tail -n +2 data/interactions.csv | cut -d, -f1 | sort -u | wc -l)))
+(($(wc -l <slates.csv) == users * 3 + 1)) || fail "slates.csv has $(wc -l <slates.csv) lines"
+"$personalize" recommend -m model.pzm -i data/interactions.csv -u nobody | grep -q popular
+"$personalize" inspect model.pzm --json >inspect.json
+(($(field inspect.json "['items']") == 120)) || fail "inspect counts the items wrong"
+"$examples/first_slate" model.pzm u1 i1 i2 | grep -q '^i'
+refuses 1 'missing.pzm: cannot open' "$examples/first_slate" missing.pzm u1 i1
+
+refuses 2 'personalize --help' "$personalize"
+refuses 2 'personalize.*--help' "$personalize" trian
+refuses 2 '\[0, 0.9\]' "$personalize" train data/interactions.csv -o x.pzm --dropout 1.5
+refuses 2 '\[32, 256\]' "$personalize" train data/interactions.csv -o x.pzm --hidden-dimension 31
+refuses 2 '\[2, 32\]' "$personalize" train data/interactions.csv -o x.pzm --bptt 64
+refuses 2 'leave-one-out' "$personalize" train data/interactions.csv -o x.pzm --protocol x
+refuses 1 'none.csv: cannot open' "$personalize" train none.csv -o x.pzm
+csv() { printf "$1" >bad.csv; }
+train=("$personalize" train bad.csv -o x.pzm --epochs 1)
+csv ''
+refuses 1 'bad.csv: the file is empty' "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\n'
+refuses 1 'bad.csv: holds no interactions' "${train[@]}"
+csv 'USER_ID,TIMESTAMP\nu,1\n'
+refuses 1 'bad.csv:1: no column ITEM_ID' "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,12x\n'
+refuses 1 "bad.csv:2: column TIMESTAMP: '12x'" "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,1700000000000\n'
+refuses 1 'looks like milliseconds' "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,1\nu,\0,2\n'
+refuses 1 'bad.csv:3: a NUL byte' "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,\xff\xfe,2\n'
+refuses 1 'bad.csv:2: column ITEM_ID: not valid UTF-8' "${train[@]}"
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,1\nu,j,2\n'
+refuses 1 'only one user' "${train[@]}"
+{ printf 'USER_ID,ITEM_ID,TIMESTAMP\nu,'; head -c 10000000 /dev/zero | tr '\0' x; printf ',1\n'; } >bad.csv
+refuses 1 'bad.csv:2: the row is longer than 1 MiB' "${train[@]}"
+head -c 100 model.pzm >short.pzm
+refuses 1 'short.pzm: ' "$personalize" inspect short.pzm
+cp data/interactions.csv not-a-model.pzm
+refuses 1 'not a model file' "$personalize" evaluate -m not-a-model.pzm -i data/interactions.csv
+refuses 2 '1 to 10000\|1 - 10000' "$personalize" recommend -m model.pzm -i data/interactions.csv -u u1 -n 0
+echo "ok"
