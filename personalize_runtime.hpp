@@ -795,7 +795,7 @@ class FileBuilder {
   }
 
  private:
-  int zstd_level_;
+  [[maybe_unused]] int zstd_level_;  // not used in a build without zstd
   std::vector<SectionInfo> sections_;
   std::vector<std::vector<std::byte>> payloads_;
 };
