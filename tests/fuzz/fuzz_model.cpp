@@ -1,0 +1,56 @@
+// A model file from anywhere: reading it, and serving from what was accepted, stays inside bounds.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "personalize_runtime.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+// Without right checksums nothing behind them would ever be reached.
+void reseal(std::vector<std::byte>& file) {
+  if (file.size() < 64) return;
+  const auto put = [&](std::size_t at, std::uint64_t value) {
+    std::memcpy(file.data() + at, &value, 8);
+  };
+  const auto get = [&](std::size_t at) {
+    std::uint64_t value;
+    std::memcpy(&value, file.data() + at, 8);
+    return value;
+  };
+  std::memcpy(file.data(), "\x89PZM\r\n\x1a\n", 8);
+  put(16, file.size());
+  std::uint32_t count;
+  std::memcpy(&count, file.data() + 12, 4);
+  const std::uint64_t table = std::uint64_t{count} * 72;
+  if (table <= file.size() - 64) {
+    for (std::size_t at = 64; at < 64 + table; at += 72) {
+      const std::uint64_t offset = get(at + 40), size = get(at + 48);
+      if (offset <= file.size() && size <= file.size() - offset)
+        put(at + 64, pz::xxh64(std::span(file).subspan(offset, size)));
+    }
+    put(24, pz::xxh64(std::span(file).subspan(64, static_cast<std::size_t>(table))));
+  }
+  put(56, pz::xxh64(std::span(file).first(56)));
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const auto input = std::as_bytes(std::span(data, size));
+  std::vector<std::byte> file(input.begin(), input.end());
+  reseal(file);
+  const pz::LoadLimits limits{.file_bytes = 1 << 20, .raw_bytes = 1 << 22, .dimension = 64};
+  const auto model = pz::Model::from_bytes(file, limits);
+  if (!model) return 0;
+  auto shop = pz::Recommender::create(*model);
+  if (!shop) return 0;
+  for (std::uint32_t i = 0; i < (*model)->item_count() && i < 8; ++i)
+    (void)shop->record({.user = "u", .item = (*model)->item_id(i), .timestamp = i});
+  (void)shop->recommend({.user = "u", .count = 5});
+  return 0;
+}

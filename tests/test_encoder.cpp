@@ -1,0 +1,199 @@
+// The encoder's step against a direct computation in double precision.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "small_model.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+using Vector = std::vector<double>;
+
+// Follows the program as the comments on EncoderOp read, without packing, padding or SIMD.
+class DirectEncoder {
+ public:
+  explicit DirectEncoder(const pz::ModelParts& parts) : parts_(parts) {}
+
+  Vector step(const pz::EncoderInput& input) {
+    Vector x;
+    std::size_t next = 0, gru = 0;
+    const auto& w = parts_.weights;
+    for (const auto& op : parts_.operations) {
+      using Kind = pz::EncoderOp::Kind;
+      switch (op.kind) {
+        case Kind::embed_sum:
+          x.resize(parts_.item_vectors.columns());
+          for (std::size_t c = 0; c < x.size(); ++c) {
+            x[c] = parts_.item_vectors.at(input.item, c);
+            if (input.event_type < parts_.event_type_embedding.rows())
+              x[c] += parts_.event_type_embedding.at(input.event_type, c);
+            if (input.time_gap < parts_.time_gap_embedding.rows())
+              x[c] += parts_.time_gap_embedding.at(input.time_gap, c);
+          }
+          break;
+        case Kind::linear:
+          x = affine(w[next], w[next + 1], x);
+          next += 2;
+          break;
+        case Kind::gru: {
+          if (hidden_.size() <= gru) hidden_.emplace_back(w[next].rows() / 3, 0.0);
+          Vector& h = hidden_[gru++];
+          const Vector i = affine(w[next], w[next + 2], x), r = affine(w[next + 1], w[next + 3], h);
+          const std::size_t n = h.size();
+          for (std::size_t j = 0; j < n; ++j) {
+            const double reset = 1 / (1 + std::exp(-(i[j] + r[j])));
+            const double update = 1 / (1 + std::exp(-(i[n + j] + r[n + j])));
+            const double candidate = std::tanh(i[2 * n + j] + reset * r[2 * n + j]);
+            h[j] = (1 - update) * candidate + update * h[j];
+          }
+          x = h;
+          next += 4;
+          break;
+        }
+        case Kind::layer_norm: {
+          double mean = 0, variance = 0;
+          for (const double v : x) mean += v / static_cast<double>(x.size());
+          for (const double v : x)
+            variance += (v - mean) * (v - mean) / static_cast<double>(x.size());
+          for (std::size_t c = 0; c < x.size(); ++c)
+            x[c] = (x[c] - mean) / std::sqrt(variance + 1e-5) * w[next].at(0, c) +
+                   w[next + 1].at(0, c);
+          next += 2;
+          break;
+        }
+        case Kind::activation:
+          for (double& v : x) v = activate(static_cast<pz::Activation>(op.argument), v);
+          break;
+        case Kind::save:
+          saved_[op.argument] = x;
+          break;
+        case Kind::add:
+          for (std::size_t c = 0; c < x.size(); ++c) x[c] += saved_[op.argument][c];
+          break;
+        default:
+          FAIL("an operation that this test does not know");
+      }
+    }
+    return x;
+  }
+
+ private:
+  static Vector affine(const pz::Matrix& w, const pz::Matrix& b, const Vector& x) {
+    Vector y(w.rows());
+    for (std::size_t r = 0; r < w.rows(); ++r) {
+      y[r] = b.at(0, r);
+      for (std::size_t c = 0; c < w.columns(); ++c) y[r] += static_cast<double>(w.at(r, c)) * x[c];
+    }
+    return y;
+  }
+  static double activate(pz::Activation a, double v) {
+    switch (a) {
+      case pz::Activation::sigmoid:
+        return 1 / (1 + std::exp(-v));
+      case pz::Activation::tanh:
+        return std::tanh(v);
+      case pz::Activation::relu:
+        return v > 0 ? v : 0;
+      case pz::Activation::gelu:
+        return v / 2 * (1 + std::erf(v / std::sqrt(2.0)));
+    }
+    return v;
+  }
+
+  const pz::ModelParts& parts_;
+  std::vector<Vector> hidden_;
+  Vector saved_[8];
+};
+
+double relative_error(std::span<const float> got, const Vector& want) {
+  double difference = 0, norm = 0;
+  for (std::size_t c = 0; c < want.size(); ++c) {
+    difference += (got[c] - want[c]) * (got[c] - want[c]);
+    norm += want[c] * want[c];
+  }
+  return std::sqrt(difference / norm);
+}
+
+template <class Encoder>
+double worst_error(const pz::Model& model, std::uint64_t seed) {
+  const Encoder encoder{model};
+  auto workspace = encoder.make_workspace();
+  small_model::Random random{seed};
+  double worst = 0;
+  for (int history = 0; history < 20; ++history) {
+    DirectEncoder direct{model.parts()};
+    std::vector<float> state(encoder.state_size());
+    for (int event = 0; event < 40; ++event) {
+      const pz::EncoderInput input{random.below(static_cast<std::uint32_t>(model.item_count())),
+                                   random.below(4) == 0 ? pz::no_event_type : random.below(2),
+                                   random.below(12)};
+      const Vector want = direct.step(input);
+      encoder.step(input, state, workspace);
+      worst = std::max(worst, relative_error(encoder.query(state), want));
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+TEST_CASE("a step is what its program says, for every width") {
+  for (const std::size_t d : {1u, 5u, 16u, 20u, 33u, 64u}) {
+    for (const std::size_t h : {1u, 7u, 16u, 50u, 128u}) {
+      CAPTURE(d);
+      CAPTURE(h);
+      const small_model::Shape shape{.dimension = d, .hidden = h, .seed = d * 1000 + h};
+      // One value only: layer norm of a single value is its bias, whatever rounding did before.
+      const auto model = small_model::model(shape);
+      CHECK(worst_error<pz::Encoder>(*model, h) < 2e-5);
+      CHECK(worst_error<pz::BasicEncoder<pz::kernels::Scalar>>(*model, h) < 2e-5);
+    }
+  }
+}
+
+TEST_CASE("an int8 model's step is that of its dequantised weights") {
+  const auto model = small_model::model({.dimension = 48, .hidden = 40}, true);
+  CHECK(worst_error<pz::Encoder>(*model, 3) < 2e-5);
+}
+
+TEST_CASE("a model without event types and time gaps ignores both") {
+  const auto model = small_model::model({.event_types = false, .time_gaps = false});
+  const pz::Encoder encoder{*model};
+  auto workspace = encoder.make_workspace();
+  std::vector<float> a(encoder.state_size()), b(encoder.state_size());
+  encoder.step({3, 1, 5}, a, workspace);
+  encoder.step({3}, b, workspace);
+  CHECK(a == b);
+}
+
+TEST_CASE("every activation, two recurrent layers") {
+  using Kind = pz::EncoderOp::Kind;
+  for (std::uint32_t a = 1; a <= 4; ++a) {
+    CAPTURE(a);
+    small_model::Random random{a};
+    pz::ModelParts parts = small_model::parts({.dimension = 12});
+    parts.weights.clear();
+    parts.operations = {{Kind::embed_sum}, {Kind::gru},    {Kind::activation, a},
+                        {Kind::gru},       {Kind::linear}, {Kind::activation, a}};
+    for (const auto& [rows, columns] : std::vector<std::pair<std::size_t, std::size_t>>{{60, 12},
+                                                                                        {60, 20},
+                                                                                        {1, 60},
+                                                                                        {1, 60},
+                                                                                        {27, 20},
+                                                                                        {27, 9},
+                                                                                        {1, 27},
+                                                                                        {1, 27},
+                                                                                        {12, 9},
+                                                                                        {1, 12}})
+      parts.weights.push_back(small_model::random_matrix(random, rows, columns, 0.4f));
+    const auto model = pz::Model::from_parts(parts);
+    REQUIRE(model);
+    CHECK(worst_error<pz::Encoder>(**model, a) < 2e-5);
+  }
+}

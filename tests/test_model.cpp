@@ -1,0 +1,86 @@
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "small_model.hpp"
+
+namespace pz = personalize;
+
+TEST_CASE("a string table numbers what it is given, in order") {
+  pz::StringTable table;
+  CHECK_FALSE(table.find("x").has_value());
+  for (std::uint32_t i = 0; i < 10'000; ++i) {
+    const auto added = table.add("id-" + std::to_string(i * 7));
+    REQUIRE(added);
+    REQUIRE(*added == i);
+  }
+  CHECK(table.size() == 10'000);
+  for (std::uint32_t i = 0; i < 10'000; ++i) {
+    REQUIRE(table[i] == "id-" + std::to_string(i * 7));
+    REQUIRE(table.find("id-" + std::to_string(i * 7)) == i);
+  }
+  CHECK_FALSE(table.find("id-1").has_value());
+}
+
+TEST_CASE("quantised rows are within half a step, zero rows stay zero") {
+  small_model::Random random{5};
+  pz::Matrix m = small_model::random_matrix(random, 30, 33, 2.0f);
+  for (std::size_t c = 0; c < 33; ++c) m.f32()[4 * 33 + c] = 0;
+  const pz::Matrix q = m.quantised();
+  CHECK(q.type() == pz::ElementType::i8);
+  for (std::size_t r = 0; r < 30; ++r) {
+    float largest = 0;
+    for (std::size_t c = 0; c < 33; ++c) {
+      largest = std::max(largest, std::abs(m.at(r, c)));
+      REQUIRE(std::abs(q.at(r, c) - m.at(r, c)) <= 0.5001f * q.scales()[r]);
+    }
+    CHECK(q.scales()[r] == doctest::Approx(largest / 127));
+  }
+  CHECK(q.scales()[4] == 0);
+  CHECK(q.quantised().to_bytes() == q.to_bytes());
+}
+
+TEST_CASE("time gaps fall into log2 buckets, hostile timestamps included") {
+  CHECK(pz::time_gap_bucket(std::nullopt, 5, 12) == 0);
+  CHECK(pz::time_gap_bucket(100, 100, 12) == 1);
+  CHECK(pz::time_gap_bucket(100, 50, 12) == 1);  // time that runs backwards counts as none
+  CHECK(pz::time_gap_bucket(100, 101, 12) == 2);
+  CHECK(pz::time_gap_bucket(100, 102, 12) == 2);
+  CHECK(pz::time_gap_bucket(100, 103, 12) == 3);
+  CHECK(pz::time_gap_bucket(0, 1 << 20, 12) == 11);
+  CHECK(pz::time_gap_bucket(std::numeric_limits<std::int64_t>::min(),
+                            std::numeric_limits<std::int64_t>::max(), 40) == 39);
+}
+
+TEST_CASE("the vector of an item that has only metadata is the sum of its values") {
+  const auto model = small_model::model();
+  const auto& genre = model->parts().fields[0].embedding;
+  const auto& price = model->parts().fields[1].embedding;
+  std::vector<float> out(model->dimension());
+  using Fields = std::vector<std::pair<std::string_view, std::string_view>>;
+  CHECK(model->metadata_vector(Fields{{"GENRE", "bow|shield|unheard"}, {"PRICE", "2.5"}}, out) ==
+        3);
+  for (std::size_t c = 0; c < out.size(); ++c)
+    CHECK(out[c] == doctest::Approx(genre.at(0, c) + genre.at(2, c) + price.at(2, c)));
+  CHECK(model->metadata_vector(Fields{{"PRICE", "cheap"}, {"PRICE", "nan"}, {"COLOUR", "red"}},
+                               out) == 0);
+  for (const float v : out) CHECK(v == 0);
+  CHECK(model->metadata_vector(Fields{{"PRICE", "-7"}}, out) == 1);
+  CHECK(out[0] == price.at(0, 0));
+}
+
+TEST_CASE("items are found by id") {
+  const auto model = small_model::model({.items = 1000});
+  CHECK(model->item_count() == 1000);
+  for (std::uint32_t i = 0; i < 1000; ++i) REQUIRE(model->find_item(model->item_id(i)) == i);
+  CHECK_FALSE(model->find_item("i1000").has_value());
+  CHECK_FALSE(model->find_item("").has_value());
+}

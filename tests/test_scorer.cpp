@@ -1,0 +1,132 @@
+// Exact top-k against a full sort of every score.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "small_model.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+std::vector<pz::ScoredItem> full_sort(const pz::Scorer& scorer, const pz::Model& model,
+                                      const std::vector<float>& query, std::size_t k,
+                                      const pz::Eligibility& eligibility) {
+  std::vector<pz::ScoredItem> all;
+  for (std::uint32_t i = 0; i < model.item_count(); ++i)
+    if (eligibility.test(i)) all.push_back({i, scorer.score(query, i)});
+  std::sort(all.begin(), all.end(), pz::ranks_before);
+  all.resize(std::min(k, all.size()));
+  return all;
+}
+
+void same(const std::vector<pz::ScoredItem>& got, const std::vector<pz::ScoredItem>& want) {
+  REQUIRE(got.size() == want.size());
+  for (std::size_t r = 0; r < got.size(); ++r) {
+    REQUIRE(got[r].item == want[r].item);
+    REQUIRE(got[r].score == want[r].score);
+  }
+}
+
+std::vector<float> random_query(small_model::Random& random, std::size_t d) {
+  std::vector<float> query(pz::kernels::padded(d));
+  for (std::size_t c = 0; c < d; ++c) query[c] = random.normal();
+  return query;
+}
+
+}  // namespace
+
+TEST_CASE("a score is the dot product with the dequantised row, plus the bias") {
+  for (const bool int8 : {false, true}) {
+    const auto model = small_model::model({.items = 67, .dimension = 45}, int8);
+    const pz::Scorer scorer{*model};
+    small_model::Random random{3};
+    const auto query = random_query(random, 45);
+    for (std::uint32_t i = 0; i < 67; ++i) {
+      double want = model->parts().biases[i];
+      for (std::size_t c = 0; c < 45; ++c)
+        want += static_cast<double>(query[c]) * model->parts().item_vectors.at(i, c);
+      CHECK(scorer.score(query, i) == doctest::Approx(want).epsilon(1e-5));
+    }
+  }
+}
+
+TEST_CASE("top k is the head of a full sort") {
+  small_model::Random random{11};
+  for (const std::size_t items : {1u, 2u, 63u, 64u, 65u, 1000u, 5000u}) {
+    for (const bool int8 : {false, true}) {
+      const auto model = small_model::model({.items = items, .dimension = 20}, int8);
+      const pz::Scorer scorer{*model};
+      std::vector<pz::ScoredItem> top;
+      for (const std::size_t k : {1u, 7u, 25u, 100u, 3000u, 6000u}) {
+        CAPTURE(items);
+        CAPTURE(k);
+        const auto query = random_query(random, 20);
+        scorer.top_k(query, k, {}, top);
+        same(top, full_sort(scorer, *model, query, k, {}));
+        pz::ItemMask eligible(items), excluded(items);
+        for (std::uint32_t i = 0; i < items; ++i) {
+          if (random.below(3) > 0) eligible.set(i);
+          if (random.below(5) == 0) excluded.set(i);
+        }
+        const pz::Eligibility eligibility{&eligible, &excluded};
+        scorer.top_k(query, k, eligibility, top);
+        same(top, full_sort(scorer, *model, query, k, eligibility));
+      }
+      scorer.top_k(random_query(random, 20), 0, {}, top);
+      CHECK(top.empty());
+    }
+  }
+}
+
+TEST_CASE("equal scores are ordered by item index") {
+  pz::ModelParts parts = small_model::parts({.items = 700});
+  std::fill(parts.biases.begin(), parts.biases.end(), 1.0f);
+  std::ranges::fill(parts.item_vectors.f32(), 0.0f);
+  const auto model = pz::Model::from_parts(parts);
+  REQUIRE(model);
+  const pz::Scorer scorer{**model};
+  std::vector<pz::ScoredItem> top;
+  small_model::Random random{2};
+  scorer.top_k(random_query(random, 20), 300, {}, top);
+  REQUIRE(top.size() == 300);
+  for (std::uint32_t r = 0; r < 300; ++r) CHECK(top[r].item == r);
+}
+
+TEST_CASE("rising scores, the worst case of a threshold, are exact as well") {
+  pz::ModelParts parts = small_model::parts({.items = 3000});
+  for (std::size_t i = 0; i < parts.biases.size(); ++i)
+    parts.biases[i] = static_cast<float>(i) * 0.01f;
+  std::ranges::fill(parts.item_vectors.f32(), 0.0f);
+  const auto model = pz::Model::from_parts(parts);
+  REQUIRE(model);
+  const pz::Scorer scorer{**model};
+  std::vector<pz::ScoredItem> top;
+  small_model::Random random{2};
+  scorer.top_k(random_query(random, 20), 10, {}, top);
+  REQUIRE(top.size() == 10);
+  for (std::uint32_t r = 0; r < 10; ++r) CHECK(top[r].item == 2999 - r);
+}
+
+TEST_CASE("masks") {
+  pz::ItemMask mask(130, true);
+  CHECK(mask.test(129));
+  mask.reset(129);
+  CHECK_FALSE(mask.test(129));
+  mask.set(129);
+  CHECK(mask.test(129));
+  const auto model = small_model::model({.items = 130});
+  const pz::Scorer scorer{*model};
+  const pz::ItemMask none(130);
+  std::vector<pz::ScoredItem> top;
+  small_model::Random random{9};
+  scorer.top_k(random_query(random, 20), 10, {&none, nullptr}, top);
+  CHECK(top.empty());
+  // The bits behind the last item must not let anything in.
+  scorer.top_k(random_query(random, 20), 200, {&mask, nullptr}, top);
+  CHECK(top.size() == 130);
+}
