@@ -17,7 +17,7 @@
 //   if (!slate) return fail(slate.error().message);
 //   for (const pz::Pick& pick : slate->items) show(pick.item, pick.score, pz::name(pick.reason));
 //
-// Contents (each room uses only earlier rooms; 7 impressions and 8 exploration are kept free)
+// Contents (each room uses only earlier rooms)
 //   0 preamble      version, configuration macros
 //   1 errors        Errc, Error, Result<T>
 //   2 kernels       SIMD and scalar forms of row scoring, matrix-vector product, gates, norms
@@ -25,7 +25,9 @@
 //   4 model         item ids, vectors, statistics, metadata, encoder weights
 //   5 encoder       one event in, new user state out
 //   6 scorer        exact top-k over the eligible items
-//   9 recommender   users and sessions: record, recommend, rank
+//   7 impressions   decayed counters, recent impressions, the log behind recommendation ids
+//   8 exploration   calibration, posterior, vector correction, slots with propensities
+//   9 recommender   users and sessions: record, recommend, rank, put_item, update
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
 
@@ -43,6 +45,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cassert>
 #include <cerrno>
@@ -53,6 +56,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <list>
 #include <memory>
@@ -65,6 +69,7 @@
 #include <string_view>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -74,6 +79,7 @@
 #include <unistd.h>
 #define PERSONALIZE_HAS_FSYNC 1
 #else
+#include <random>
 #define PERSONALIZE_HAS_FSYNC 0
 #endif
 
@@ -89,6 +95,13 @@
 #endif
 #ifndef PERSONALIZE_NO_ZSTD
 #include <zstd.h>
+#endif
+
+// Short loops over registers; at -O2 GCC would keep such an array in memory.
+#if defined(__clang__)
+#define PERSONALIZE_UNROLL _Pragma("unroll")
+#else
+#define PERSONALIZE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace personalize {
@@ -173,41 +186,622 @@ class [[nodiscard]] Result<void> {
 };
 
 // ============================================================================================
-// Room 2: kernels. Owns the arithmetic on rows and vectors, once for each instruction set and once
-// in scalar form as the reference. Uses nothing.
+// Room 2: kernels. Owns the arithmetic on rows and vectors: once for each instruction set, under a
+// tag of its own, and once in scalar form as the reference. Uses nothing.
 //
 // Vectors are padded to a multiple of `lanes` floats. A kernel may read the padding, and may read
 // up to `lanes` elements past a row of a matrix: Matrix (room 4) keeps that slack.
+//
+// Rows of int8 lie in panels (DESIGN of the layout: so that one instruction works on 16 rows):
+// [panels][groups of 4 columns][16 rows][4 columns], stored as value + 128 in a u8; columns behind
+// the last are 0 + 128. Rows of 4 bits lie in panels as well, two groups of columns to a byte: the
+// first in the low half, stored as value + 8. Dot products with such rows are exact integers, the
+// same on every instruction set.
+//
+// Nothing in this room calls an inline function of the standard library: the room is compiled with
+// the flags of several instruction sets into one program, and the linker would be free to keep the
+// copy that only the newest processor can run.
 // ============================================================================================
 
 namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
+inline constexpr std::size_t panel_rows = 16;
 
 constexpr std::size_t padded(std::size_t n) noexcept { return (n + lanes - 1) / lanes * lanes; }
+// A panel is a sequence of steps of 64 bytes: four columns of 8 bits or eight columns of 4 bits.
+inline constexpr std::size_t step_bytes = panel_rows * 4;
+template <int Bits>
+constexpr std::size_t steps(std::size_t columns) noexcept {
+  return Bits == 8 ? (columns + 3) / 4 : (columns + 7) / 8;
+}
+template <int Bits>
+constexpr std::size_t panel_bytes(std::size_t columns) noexcept {
+  return steps<Bits>(columns) * step_bytes;
+}
 
-// The plain-C++ form of every kernel; what the SIMD forms are compared with.
-struct Scalar {};
+// The scalar reference.
+struct Scalar {
+  static constexpr const char* name = "scalar";
+};
+#ifndef PERSONALIZE_NO_XSIMD
+#if XSIMD_WITH_SSE2
+struct Sse2 {
+  static constexpr const char* name = "sse2";
+  using simd = xsimd::sse2;
+};
+#endif
+#if XSIMD_WITH_FMA3_AVX2
+struct Avx2 {
+  static constexpr const char* name = "avx2+fma";
+  using simd = xsimd::fma3<xsimd::avx2>;
+};
+#if defined(__AVXVNNI__)
+struct AvxVnni : Avx2 {
+  static constexpr const char* name = "avx2+fma+vnni";
+};
+#endif
+#endif
+#if XSIMD_WITH_AVX512BW && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define PERSONALIZE_AVX512_VNNI 1
+struct Avx512Vnni {
+  static constexpr const char* name = "avx512+vnni";
+  using simd = xsimd::avx512bw;
+};
+#endif
+#if XSIMD_WITH_NEON64
+struct Neon {
+  static constexpr const char* name = "neon";
+  using simd = xsimd::neon64;
+};
+#if defined(__ARM_FEATURE_DOTPROD)
+struct NeonDot : Neon {
+  static constexpr const char* name = "neon+dotprod";
+};
+#endif
+#endif
+#endif
 
-template <class Arch>
-struct Kernels;
+// The newest that the including translation unit's flags allow.
+#if defined(PERSONALIZE_NO_XSIMD)
+using Default = Scalar;
+#elif defined(PERSONALIZE_AVX512_VNNI)
+using Default = Avx512Vnni;
+#elif defined(__AVXVNNI__) && XSIMD_WITH_FMA3_AVX2
+using Default = AvxVnni;
+#elif XSIMD_WITH_FMA3_AVX2
+using Default = Avx2;
+#elif XSIMD_WITH_SSE2
+using Default = Sse2;
+#elif XSIMD_WITH_NEON64 && defined(__ARM_FEATURE_DOTPROD)
+using Default = NeonDot;
+#elif XSIMD_WITH_NEON64
+using Default = Neon;
+#else
+using Default = Scalar;
+#endif
+
+// Sixteen scores of one panel are scale * scales[r] * dot + biases[r]; bit r of a mask tells
+// whether row r's reaches the limit. Padding rows have a NaN for a bias and never do.
+struct PanelScan {
+  const std::uint8_t* panels;  // first panel to scan
+  const float* scales;         // [16] a panel
+  const float* biases;         // [16] a panel
+  std::size_t columns;
+  const std::int8_t* query;  // [padded(columns)], zero behind the last column
+  std::int32_t
+      query_offset;  // -128 (4 bits: -8) * sum of query: takes back what rows were raised by
+  float scale;
+};
+
+// Integer dot products, conversion and comparison, one set an instruction set.
+template <class Tag>
+struct Ops;
 
 template <>
-struct Kernels<Scalar> {
-  // scores[r] = scale[r] * sum_c query[c] * rows[r, c] + bias[r].
-  // rows: [count, columns] row-major; query: [padded(columns)], zero beyond columns.
+struct Ops<Scalar> {
+  static constexpr int query_limit = 127;
+  struct Sums {
+    std::int32_t v[panel_rows];
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    for (std::int32_t& v : s.v) v = offset;
+  }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    for (std::size_t r = 0; r < panel_rows; ++r)
+      for (std::size_t c = 0; c < 4; ++c) s.v[r] += rows[r * 4 + c] * query[c];
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    for (std::size_t r = 0; r < panel_rows; ++r)
+      for (std::size_t c = 0; c < 4; ++c)
+        s.v[r] += (rows[r * 4 + c] & 15) * query[c] + (rows[r * 4 + c] >> 4) * query[4 + c];
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
+    for (std::size_t r = 0; r < panel_rows; ++r) {
+      const float score = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
+      mask |= static_cast<std::uint32_t>(score >= limit) << r;
+    }
+    return mask;
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    for (std::size_t r = 0; r < panel_rows; ++r)
+      y[r] = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
+  }
+  // q[0, 16) = x / step, rounded to nearest.
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    for (std::size_t l = 0; l < lanes; ++l)
+      q[l] = static_cast<std::int8_t>(__builtin_lrintf(x[l] * inverse));
+  }
+  // Eight partial sums in double: products of a float with an int8 or a float are exact in double,
+  // so a fused multiply-add changes nothing, and every instruction set gets the same bits.
+  struct Doubles {
+    double v[8];
+  };
+  static void clear(Doubles& s) noexcept {
+    for (double& v : s.v) v = 0;
+  }
   template <class Element>
-  static void score_rows(const Element* rows, std::size_t columns, std::size_t count,
-                         const float* query, const float* scales, const float* biases,
-                         float* scores) noexcept {
-    for (std::size_t r = 0; r < count; ++r) {
-      float sum = 0;
-      for (std::size_t c = 0; c < columns; ++c)
-        sum += query[c] * static_cast<float>(rows[r * columns + c]);
-      scores[r] = (scales ? scales[r] : 1.0f) * sum + biases[r];
+  static void multiply(Doubles& s, const Element* row, const double* query) noexcept {
+    for (std::size_t l = 0; l < 8; ++l) s.v[l] += static_cast<double>(row[l]) * query[l];
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    for (std::size_t l = 0; l < 8; ++l) out[l] = s.v[l];
+  }
+};
+
+#ifndef PERSONALIZE_NO_XSIMD
+#if XSIMD_WITH_SSE2
+template <>
+struct Ops<Sse2> {
+  static constexpr int query_limit = 127;
+  struct Sums {
+    __m128i v[8];  // two rows each, two partial sums a row
+    __m128i offset;
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    PERSONALIZE_UNROLL
+    for (__m128i& v : s.v) v = _mm_setzero_si128();
+    s.offset = _mm_set1_epi32(offset);
+  }
+  static __m128i four_columns(const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    const __m128i bytes = _mm_cvtsi32_si128(four);
+    const __m128i words = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+    return _mm_unpacklo_epi64(words, words);
+  }
+  static void add_products(Sums& s, std::size_t p, __m128i rows, __m128i q) noexcept {
+    const __m128i low = _mm_unpacklo_epi8(rows, _mm_setzero_si128());
+    const __m128i high = _mm_unpackhi_epi8(rows, _mm_setzero_si128());
+    s.v[2 * p] = _mm_add_epi32(s.v[2 * p], _mm_madd_epi16(low, q));
+    s.v[2 * p + 1] = _mm_add_epi32(s.v[2 * p + 1], _mm_madd_epi16(high, q));
+  }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    const __m128i q = four_columns(query);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      add_products(s, p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + 16 * p)), q);
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    const __m128i q = four_columns(query), r = four_columns(query + 4);
+    const __m128i nibble = _mm_set1_epi8(15);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + 16 * p));
+      add_products(s, p, _mm_and_si128(both, nibble), q);
+      add_products(s, p, _mm_and_si128(_mm_srli_epi16(both, 4), nibble), r);
     }
   }
+  static __m128 four_scores(const Sums& s, std::size_t p, float scale, const float* scales,
+                            const float* biases) noexcept {
+    const __m128 a = _mm_castsi128_ps(s.v[2 * p]), b = _mm_castsi128_ps(s.v[2 * p + 1]);
+    const __m128i even = _mm_castps_si128(_mm_shuffle_ps(a, b, 0x88));
+    const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(a, b, 0xdd));
+    const __m128i dots = _mm_add_epi32(_mm_add_epi32(even, odd), s.offset);
+    const __m128 scaled = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_set1_ps(scale)),
+                                     _mm_loadu_ps(scales + 4 * p));
+    return _mm_add_ps(scaled, _mm_loadu_ps(biases + 4 * p));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      const __m128 scores = four_scores(s, p, scale, scales, biases);
+      mask |= static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(scores, _mm_set1_ps(limit))))
+              << (4 * p);
+    }
+    return mask;
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      _mm_storeu_ps(y + 4 * p, four_scores(s, p, scale, scales, biases));
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const auto four = [&](std::size_t p) {
+      return _mm_cvtps_epi32(_mm_mul_ps(_mm_loadu_ps(x + 4 * p), _mm_set1_ps(inverse)));
+    };
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(q),
+        _mm_packs_epi16(_mm_packs_epi32(four(0), four(1)), _mm_packs_epi32(four(2), four(3))));
+  }
+  struct Doubles {
+    __m128d v[4];
+  };
+  static void clear(Doubles& s) noexcept {
+    PERSONALIZE_UNROLL
+    for (__m128d& v : s.v) v = _mm_setzero_pd();
+  }
+  static void add(Doubles& s, std::size_t p, __m128d row, const double* query) noexcept {
+    s.v[p] = _mm_add_pd(s.v[p], _mm_mul_pd(row, _mm_loadu_pd(query + 2 * p)));
+  }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+    v = _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8);
+    const __m128i low = _mm_srai_epi32(_mm_unpacklo_epi16(v, v), 16);
+    const __m128i high = _mm_srai_epi32(_mm_unpackhi_epi16(v, v), 16);
+    add(s, 0, _mm_cvtepi32_pd(low), query);
+    add(s, 1, _mm_cvtepi32_pd(_mm_shuffle_epi32(low, 0xee)), query);
+    add(s, 2, _mm_cvtepi32_pd(high), query);
+    add(s, 3, _mm_cvtepi32_pd(_mm_shuffle_epi32(high, 0xee)), query);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p) {
+      const __m128 v = _mm_loadu_ps(row + 4 * p);
+      add(s, 2 * p, _mm_cvtps_pd(v), query);
+      add(s, 2 * p + 1, _mm_cvtps_pd(_mm_movehl_ps(v, v)), query);
+    }
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) _mm_storeu_pd(out + 2 * p, s.v[p]);
+  }
+};
+#endif
 
+#if XSIMD_WITH_FMA3_AVX2
+template <>
+struct Ops<Avx2> {
+  // 255 * 63 * 2 fits the 16 bits that maddubs saturates at.
+  static constexpr int query_limit = 63;
+  struct Sums {
+    __m256i v[2];
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    s.v[0] = s.v[1] = _mm256_set1_epi32(offset);
+  }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    const __m256i q = _mm256_set1_epi32(four);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p) {
+      const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * p));
+      const __m256i pairs = _mm256_maddubs_epi16(r, q);
+      s.v[p] = _mm256_add_epi32(s.v[p], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four[2];
+    __builtin_memcpy(four, query, 8);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * p));
+      const __m256i low =
+          _mm256_maddubs_epi16(_mm256_and_si256(both, nibble), _mm256_set1_epi32(four[0]));
+      const __m256i high = _mm256_maddubs_epi16(
+          _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), _mm256_set1_epi32(four[1]));
+      s.v[p] = _mm256_add_epi32(
+          s.v[p], _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1)));
+    }
+  }
+  static __m256 eight_scores(const Sums& s, std::size_t p, float scale, const float* scales,
+                             const float* biases) noexcept {
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s.v[p]), _mm256_set1_ps(scale)),
+                           _mm256_loadu_ps(scales + 8 * p), _mm256_loadu_ps(biases + 8 * p));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p)
+      mask |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(
+                  eight_scores(s, p, scale, scales, biases), _mm256_set1_ps(limit), _CMP_GE_OQ)))
+              << (8 * p);
+    return mask;
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p)
+      _mm256_storeu_ps(y + 8 * p, eight_scores(s, p, scale, scales, biases));
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const __m256i low =
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(inverse)));
+    const __m256i high =
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), _mm256_set1_ps(inverse)));
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(q),
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
+  struct Doubles {
+    __m256d v[2];
+  };
+  static void clear(Doubles& s) noexcept { s.v[0] = s.v[1] = _mm256_setzero_pd(); }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    const __m256i wide =
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+    s.v[0] = _mm256_fmadd_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(wide)),
+                             _mm256_loadu_pd(query), s.v[0]);
+    s.v[1] = _mm256_fmadd_pd(_mm256_cvtepi32_pd(_mm256_extracti128_si256(wide, 1)),
+                             _mm256_loadu_pd(query + 4), s.v[1]);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p)
+      s.v[p] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(row + 4 * p)),
+                               _mm256_loadu_pd(query + 4 * p), s.v[p]);
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    _mm256_storeu_pd(out, s.v[0]);
+    _mm256_storeu_pd(out + 4, s.v[1]);
+  }
+};
+#if defined(__AVXVNNI__)
+template <>
+struct Ops<AvxVnni> : Ops<Avx2> {
+  static constexpr int query_limit = 127;
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p)
+      s.v[p] = _mm256_dpbusd_avx_epi32(
+          s.v[p], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * p)),
+          _mm256_set1_epi32(four));
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four[2];
+    __builtin_memcpy(four, query, 8);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * p));
+      s.v[p] = _mm256_dpbusd_avx_epi32(s.v[p], _mm256_and_si256(both, nibble),
+                                       _mm256_set1_epi32(four[0]));
+      s.v[p] = _mm256_dpbusd_avx_epi32(s.v[p], _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble),
+                                       _mm256_set1_epi32(four[1]));
+    }
+  }
+};
+#endif
+#endif
+
+#if defined(PERSONALIZE_AVX512_VNNI)
+template <>
+struct Ops<Avx512Vnni> {
+  static constexpr int query_limit = 127;
+  struct Sums {
+    __m512i v;
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept { s.v = _mm512_set1_epi32(offset); }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    s.v = _mm512_dpbusd_epi32(s.v, _mm512_loadu_si512(rows), _mm512_set1_epi32(four));
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four[2];
+    __builtin_memcpy(four, query, 8);
+    const __m512i both = _mm512_loadu_si512(rows), nibble = _mm512_set1_epi8(15);
+    s.v = _mm512_dpbusd_epi32(s.v, _mm512_and_si512(both, nibble), _mm512_set1_epi32(four[0]));
+    s.v = _mm512_dpbusd_epi32(s.v, _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble),
+                              _mm512_set1_epi32(four[1]));
+  }
+  static __m512 sixteen_scores(const Sums& s, float scale, const float* scales,
+                               const float* biases) noexcept {
+    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s.v), _mm512_set1_ps(scale)),
+                           _mm512_loadu_ps(scales), _mm512_loadu_ps(biases));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    return _mm512_cmp_ps_mask(sixteen_scores(s, scale, scales, biases), _mm512_set1_ps(limit),
+                              _CMP_GE_OQ);
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    _mm512_storeu_ps(y, sixteen_scores(s, scale, scales, biases));
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const __m512i wide =
+        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(wide));
+  }
+  struct Doubles {
+    __m512d v;
+  };
+  static void clear(Doubles& s) noexcept { s.v = _mm512_setzero_pd(); }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    const __m256i wide =
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+    s.v = _mm512_fmadd_pd(_mm512_cvtepi32_pd(wide), _mm512_loadu_pd(query), s.v);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    s.v = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(row)), _mm512_loadu_pd(query), s.v);
+  }
+  static void store(const Doubles& s, double* out) noexcept { _mm512_storeu_pd(out, s.v); }
+};
+#endif
+
+#if XSIMD_WITH_NEON64
+template <>
+struct Ops<Neon> {
+  static constexpr int query_limit = 127;
+  struct Sums {
+    int32x4_t v[8];  // two rows each, two partial sums a row
+    std::int32_t offset;
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    PERSONALIZE_UNROLL
+    for (int32x4_t& v : s.v) v = vdupq_n_s32(0);
+    s.offset = offset;
+  }
+  static int16x8_t four_columns(const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    return vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  }
+  static void add_products(Sums& s, std::size_t p, uint8x16_t rows, int16x8_t q) noexcept {
+    s.v[2 * p] = pairs(s.v[2 * p], vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(rows))), q);
+    s.v[2 * p + 1] = pairs(s.v[2 * p + 1], vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(rows))), q);
+  }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    const int16x8_t q = four_columns(query);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) add_products(s, p, vld1q_u8(rows + 16 * p), q);
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    const int16x8_t q = four_columns(query), r = four_columns(query + 4);
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      const uint8x16_t both = vld1q_u8(rows + 16 * p);
+      add_products(s, p, vandq_u8(both, vdupq_n_u8(15)), q);
+      add_products(s, p, vshrq_n_u8(both, 4), r);
+    }
+  }
+  static int32x4_t pairs(int32x4_t sum, int16x8_t a, int16x8_t q) noexcept {
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(q)),
+                                     vmull_s16(vget_high_s16(a), vget_high_s16(q))));
+  }
+  static int32x4_t dots(const Sums& s, std::size_t p) noexcept {
+    return vaddq_s32(vpaddq_s32(s.v[2 * p], s.v[2 * p + 1]), vdupq_n_s32(s.offset));
+  }
+  static float32x4_t scores(int32x4_t dots_of_four, std::size_t p, float scale, const float* scales,
+                            const float* biases) noexcept {
+    return vfmaq_f32(vld1q_f32(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(dots_of_four), scale),
+                     vld1q_f32(scales + 4 * p));
+  }
+  static std::uint32_t bits(float32x4_t values, float limit) noexcept {
+    const uint32x4_t weights{1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(values, vdupq_n_f32(limit)), weights));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      mask |= bits(scores(dots(s, p), p, scale, scales, biases), limit) << (4 * p);
+    return mask;
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      vst1q_f32(y + 4 * p, scores(dots(s, p), p, scale, scales, biases));
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const auto four = [&](std::size_t p) {
+      return vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * p), inverse)));
+    };
+    vst1q_s8(q, vcombine_s8(vqmovn_s16(vcombine_s16(four(0), four(1))),
+                            vqmovn_s16(vcombine_s16(four(2), four(3)))));
+  }
+  struct Doubles {
+    float64x2_t v[4];
+  };
+  static void clear(Doubles& s) noexcept {
+    PERSONALIZE_UNROLL
+    for (float64x2_t& v : s.v) v = vdupq_n_f64(0);
+  }
+  static void add(Doubles& s, std::size_t p, float64x2_t row, const double* query) noexcept {
+    s.v[p] = vfmaq_f64(s.v[p], row, vld1q_f64(query + 2 * p));
+  }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    const int16x8_t wide = vmovl_s8(vld1_s8(row));
+    const int32x4_t low = vmovl_s16(vget_low_s16(wide)), high = vmovl_s16(vget_high_s16(wide));
+    add(s, 0, vcvtq_f64_s64(vmovl_s32(vget_low_s32(low))), query);
+    add(s, 1, vcvtq_f64_s64(vmovl_s32(vget_high_s32(low))), query);
+    add(s, 2, vcvtq_f64_s64(vmovl_s32(vget_low_s32(high))), query);
+    add(s, 3, vcvtq_f64_s64(vmovl_s32(vget_high_s32(high))), query);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) add(s, p, vcvt_f64_f32(vld1_f32(row + 2 * p)), query);
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) vst1q_f64(out + 2 * p, s.v[p]);
+  }
+};
+#if defined(__ARM_FEATURE_DOTPROD)
+template <>
+struct Ops<NeonDot> : Ops<Neon> {
+  struct Sums {
+    int32x4_t v[4];
+  };
+  // The rows come back to their sign for sdot, so there is nothing to take back.
+  static void start(Sums& s, std::int32_t) noexcept {
+    PERSONALIZE_UNROLL
+    for (int32x4_t& v : s.v) v = vdupq_n_s32(0);
+  }
+  static void step(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four;
+    __builtin_memcpy(&four, query, 4);
+    const int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      s.v[p] = vdotq_s32(
+          s.v[p], vreinterpretq_s8_u8(veorq_u8(vld1q_u8(rows + 16 * p), vdupq_n_u8(0x80))), q);
+  }
+  static void step_4bit(Sums& s, const std::uint8_t* rows, const std::int8_t* query) noexcept {
+    std::int32_t four[2];
+    __builtin_memcpy(four, query, 8);
+    const auto lowered = [](uint8x16_t v) {
+      return vsubq_s8(vreinterpretq_s8_u8(v), vdupq_n_s8(8));
+    };
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      const uint8x16_t both = vld1q_u8(rows + 16 * p);
+      s.v[p] = vdotq_s32(s.v[p], lowered(vandq_u8(both, vdupq_n_u8(15))),
+                         vreinterpretq_s8_s32(vdupq_n_s32(four[0])));
+      s.v[p] = vdotq_s32(s.v[p], lowered(vshrq_n_u8(both, 4)),
+                         vreinterpretq_s8_s32(vdupq_n_s32(four[1])));
+    }
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
+                                const float* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      mask |= bits(scores(s.v[p], p, scale, scales, biases), limit) << (4 * p);
+    return mask;
+  }
+  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
+                     float* y) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      vst1q_f32(y + 4 * p, scores(s.v[p], p, scale, scales, biases));
+  }
+};
+#endif
+#endif
+#endif  // PERSONALIZE_NO_XSIMD
+
+// The f32 vector work of the encoder, in batches where there is xsimd.
+template <class Tag>
+struct Vectors;
+
+template <>
+struct Vectors<Scalar> {
   // y = W x + bias. packed: [blocks][inputs][lanes], the outputs of a block side by side;
   // bias, y: [blocks * lanes].
   static void matrix_vector(const float* packed, const float* bias, std::size_t inputs,
@@ -221,6 +815,17 @@ struct Kernels<Scalar> {
     }
   }
 
+  // y[r] = rows[r] . x + bias[r]. rows: [count, columns] row-major; x: [padded(columns)], zero
+  // beyond columns.
+  static void rows_vector(const float* rows, const float* bias, std::size_t columns,
+                          std::size_t count, const float* x, float* y) noexcept {
+    for (std::size_t r = 0; r < count; ++r) {
+      float sum = bias[r];
+      for (std::size_t c = 0; c < columns; ++c) sum += rows[r * columns + c] * x[c];
+      y[r] = sum;
+    }
+  }
+
   // GRU in PyTorch's convention. input, recurrent: gates r, z, n, `stride` floats apart:
   // r = sigmoid(i_r + h_r), z = sigmoid(i_z + h_z), n = tanh(i_n + r h_n), h = (1 - z) n + z h.
   static void gru_gates(std::size_t size, std::size_t stride, const float* input,
@@ -228,7 +833,7 @@ struct Kernels<Scalar> {
     for (std::size_t j = 0; j < size; ++j) {
       const float r = logistic(input[j] + recurrent[j]);
       const float z = logistic(input[stride + j] + recurrent[stride + j]);
-      const float n = std::tanh(input[2 * stride + j] + r * recurrent[2 * stride + j]);
+      const float n = __builtin_tanhf(input[2 * stride + j] + r * recurrent[2 * stride + j]);
       hidden[j] = n + z * (hidden[j] - n);
     }
   }
@@ -241,7 +846,7 @@ struct Kernels<Scalar> {
     const float mean = sum / static_cast<float>(size);
     float squares = 0;
     for (std::size_t j = 0; j < size; ++j) squares += (x[j] - mean) * (x[j] - mean);
-    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + epsilon);
+    const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + epsilon);
     for (std::size_t j = 0; j < size; ++j) x[j] = (x[j] - mean) * scale * weight[j] + bias[j];
   }
 
@@ -249,7 +854,7 @@ struct Kernels<Scalar> {
     for (std::size_t j = 0; j < size; ++j) x[j] = logistic(x[j]);
   }
   static void tanh(std::size_t size, float* x) noexcept {
-    for (std::size_t j = 0; j < size; ++j) x[j] = std::tanh(x[j]);
+    for (std::size_t j = 0; j < size; ++j) x[j] = __builtin_tanhf(x[j]);
   }
   static void relu(std::size_t size, float* x) noexcept {
     for (std::size_t j = 0; j < size; ++j) x[j] = x[j] > 0 ? x[j] : 0;
@@ -257,77 +862,30 @@ struct Kernels<Scalar> {
   // Hendrycks and Gimpel 2016, the exact form: x / 2 (1 + erf(x / sqrt 2)).
   static void gelu(std::size_t size, float* x) noexcept {
     for (std::size_t j = 0; j < size; ++j)
-      x[j] = 0.5f * x[j] * (1.0f + std::erf(x[j] * 0.70710678f));
+      x[j] = 0.5f * x[j] * (1.0f + __builtin_erff(x[j] * 0.70710678f));
+  }
+  // The largest |x|.
+  static float largest(std::size_t size, const float* x) noexcept {
+    float most = 0;
+    for (std::size_t j = 0; j < size; ++j) {
+      const float magnitude = __builtin_fabsf(x[j]);
+      most = magnitude > most ? magnitude : most;
+    }
+    return most;
   }
 
  private:
-  static float logistic(float x) noexcept { return 1.0f / (1.0f + std::exp(-x)); }
+  static float logistic(float x) noexcept { return 1.0f / (1.0f + __builtin_expf(-x)); }
 };
 
 #ifndef PERSONALIZE_NO_XSIMD
-
-// Sign-extends one batch of int8 to float. xsimd 8 has no such load, so each family brings its own.
-template <class Arch>
-xsimd::batch<float, Arch> widen(const std::int8_t* p, xsimd::generic) noexcept {
-  alignas(64) std::array<float, xsimd::batch<float, Arch>::size> values;
-  for (std::size_t l = 0; l < values.size(); ++l) values[l] = static_cast<float>(p[l]);
-  return xsimd::batch<float, Arch>::load_aligned(values.data());
-}
-#if XSIMD_WITH_SSE2
-template <class Arch>
-xsimd::batch<float, Arch> widen(const std::int8_t* p, xsimd::sse2) noexcept {
-  std::int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  __m128i v = _mm_cvtsi32_si128(four);
-  v = _mm_unpacklo_epi8(v, v);
-  v = _mm_unpacklo_epi16(v, v);
-  return _mm_cvtepi32_ps(_mm_srai_epi32(v, 24));
-}
-#endif
-#if XSIMD_WITH_AVX2
-template <class Arch>
-xsimd::batch<float, Arch> widen(const std::int8_t* p, xsimd::avx2) noexcept {
-  std::int64_t eight;
-  std::memcpy(&eight, p, sizeof eight);
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
-}
-#endif
-#if XSIMD_WITH_AVX512F
-template <class Arch>
-xsimd::batch<float, Arch> widen(const std::int8_t* p, xsimd::avx512f) noexcept {
-  __m128i sixteen;
-  std::memcpy(&sixteen, p, sizeof sixteen);
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
-}
-#endif
-#if XSIMD_WITH_NEON64
-template <class Arch>
-xsimd::batch<float, Arch> widen(const std::int8_t* p, xsimd::neon64) noexcept {
-  std::uint32_t four;
-  std::memcpy(&four, p, sizeof four);
-  const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(four));
-  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
-}
-#endif
-
-template <class Arch>
-struct Kernels {
-  using Batch = xsimd::batch<float, Arch>;
+// Errors against the exact functions, over all floats in [-100, 100], as the tests measure them:
+// sigmoid and tanh 3e-7 absolute, gelu 1e-6 relative to max(1, |x|).
+template <class Tag>
+struct Vectors {
+  using Batch = xsimd::batch<float, typename Tag::simd>;
   static constexpr std::size_t width = Batch::size;
   static_assert(lanes % width == 0);
-
-  template <class Element>
-  static void score_rows(const Element* rows, std::size_t columns, std::size_t count,
-                         const float* query, const float* scales, const float* biases,
-                         float* scores) noexcept {
-    std::size_t r = 0;
-    for (; r + 4 <= count; r += 4)
-      score_some<4>(rows + r * columns, columns, query, scales ? scales + r : nullptr, biases + r,
-                    scores + r);
-    for (; r < count; ++r)
-      score_some<1>(rows + r * columns, columns, query, scales ? scales + r : nullptr, biases + r,
-                    scores + r);
-  }
 
   static void matrix_vector(const float* packed, const float* bias, std::size_t inputs,
                             std::size_t blocks, const float* x, float* y) noexcept {
@@ -338,6 +896,14 @@ struct Kernels {
                              y + b * lanes);
     for (; b < blocks; ++b)
       multiply_blocks<1>(packed + b * inputs * lanes, bias + b * lanes, inputs, x, y + b * lanes);
+  }
+
+  static void rows_vector(const float* rows, const float* bias, std::size_t columns,
+                          std::size_t count, const float* x, float* y) noexcept {
+    std::size_t r = 0;
+    for (; r + 4 <= count; r += 4)
+      multiply_rows<4>(rows + r * columns, bias + r, columns, x, y + r);
+    for (; r < count; ++r) multiply_rows<1>(rows + r * columns, bias + r, columns, x, y + r);
   }
 
   static void gru_gates(std::size_t size, std::size_t stride, const float* input,
@@ -367,7 +933,7 @@ struct Kernels {
     }
     float square = add_lanes(squares);
     for (std::size_t j = whole; j < size; ++j) square += (x[j] - mean) * (x[j] - mean);
-    const Batch scale(1.0f / std::sqrt(square / static_cast<float>(size) + epsilon));
+    const Batch scale(1.0f / __builtin_sqrtf(square / static_cast<float>(size) + epsilon));
     for (std::size_t j = 0; j < size; j += width) {
       const Batch centred = (Batch::load_unaligned(x + j) - Batch(mean)) * scale;
       xsimd::fma(centred, Batch::load_unaligned(weight + j), Batch::load_unaligned(bias + j))
@@ -389,11 +955,23 @@ struct Kernels {
       return Batch(0.5f) * v * (Batch(1.0f) + xsimd::erf(v * Batch(0.70710678f)));
     });
   }
+  static float largest(std::size_t size, const float* x) noexcept {
+    const std::size_t whole = size / width * width;
+    Batch most(0.0f);
+    for (std::size_t j = 0; j < whole; j += width)
+      most = xsimd::max(most, xsimd::abs(Batch::load_unaligned(x + j)));
+    float parts[width];
+    most.store_unaligned(parts);
+    float result = parts[0];
+    for (const float part : parts) result = part > result ? part : result;
+    for (std::size_t j = whole; j < size; ++j) {
+      const float magnitude = __builtin_fabsf(x[j]);
+      result = magnitude > result ? magnitude : result;
+    }
+    return result;
+  }
 
  private:
-  static Batch load(const float* p) noexcept { return Batch::load_unaligned(p); }
-  static Batch load(const std::int8_t* p) noexcept { return widen<Arch>(p, Arch{}); }
-
   static float add_lanes(const Batch& v) noexcept {
 #if XSIMD_VERSION_MAJOR >= 9
     return xsimd::reduce_add(v);
@@ -406,35 +984,39 @@ struct Kernels {
     return Batch(1.0f) / (Batch(1.0f) + xsimd::exp(-x));
   }
 
-  template <std::size_t Rows, class Element>
-  static void score_some(const Element* rows, std::size_t columns, const float* query,
-                         const float* scales, const float* biases, float* scores) noexcept {
-    std::array<Batch, Rows> sums;
-    sums.fill(Batch(0.0f));
-    for (std::size_t c = 0; c < columns; c += width) {
-      const Batch q = Batch::load_unaligned(query + c);
-      for (std::size_t r = 0; r < Rows; ++r)
-        sums[r] = xsimd::fma(q, load(rows + r * columns + c), sums[r]);
-    }
-    for (std::size_t r = 0; r < Rows; ++r)
-      scores[r] = (scales ? scales[r] : 1.0f) * add_lanes(sums[r]) + biases[r];
-  }
-
   template <std::size_t Blocks>
   static void multiply_blocks(const float* packed, const float* bias, std::size_t inputs,
                               const float* x, float* y) noexcept {
-    constexpr std::size_t parts = lanes / width;
-    std::array<Batch, Blocks * parts> sums;
-    for (std::size_t s = 0; s < sums.size(); ++s) sums[s] = Batch::load_unaligned(bias + s * width);
+    constexpr std::size_t parts = lanes / width, count = Blocks * parts;
+    Batch sums[count];
+    PERSONALIZE_UNROLL
+    for (std::size_t s = 0; s < count; ++s) sums[s] = Batch::load_unaligned(bias + s * width);
     for (std::size_t i = 0; i < inputs; ++i) {
       const Batch input(x[i]);
-      for (std::size_t b = 0; b < Blocks; ++b)
-        for (std::size_t p = 0; p < parts; ++p)
-          sums[b * parts + p] =
-              xsimd::fma(Batch::load_unaligned(packed + (b * inputs + i) * lanes + p * width),
-                         input, sums[b * parts + p]);
+      PERSONALIZE_UNROLL
+      for (std::size_t b = 0; b < Blocks; ++b) PERSONALIZE_UNROLL
+      for (std::size_t p = 0; p < parts; ++p)
+        sums[b * parts + p] =
+            xsimd::fma(Batch::load_unaligned(packed + (b * inputs + i) * lanes + p * width), input,
+                       sums[b * parts + p]);
     }
-    for (std::size_t s = 0; s < sums.size(); ++s) sums[s].store_unaligned(y + s * width);
+    PERSONALIZE_UNROLL
+    for (std::size_t s = 0; s < count; ++s) sums[s].store_unaligned(y + s * width);
+  }
+
+  template <std::size_t Rows>
+  static void multiply_rows(const float* rows, const float* bias, std::size_t columns,
+                            const float* x, float* y) noexcept {
+    Batch sums[Rows];
+    PERSONALIZE_UNROLL
+    for (std::size_t r = 0; r < Rows; ++r) sums[r] = Batch(0.0f);
+    for (std::size_t c = 0; c < columns; c += width) {
+      const Batch v = Batch::load_unaligned(x + c);
+      PERSONALIZE_UNROLL
+      for (std::size_t r = 0; r < Rows; ++r)
+        sums[r] = xsimd::fma(v, Batch::load_unaligned(rows + r * columns + c), sums[r]);
+    }
+    for (std::size_t r = 0; r < Rows; ++r) y[r] = add_lanes(sums[r]) + bias[r];
   }
 
   template <class Function>
@@ -443,10 +1025,197 @@ struct Kernels {
       function(Batch::load_unaligned(x + j)).store_unaligned(x + j);
   }
 };
+#endif
 
-using Default = xsimd::default_arch;
+template <class Tag>
+struct Kernels : Vectors<Tag> {
+  using O = Ops<Tag>;
+
+  // The largest magnitude that a query multiplied with rows of 8 bits may have; with 4 bits 127.
+  static constexpr int query_limit = O::query_limit;
+
+  // masks[p] has bit r where row r of panel p reaches `limit`. See PanelScan.
+  static void scan_8bit(const PanelScan& scan, std::size_t panels, float limit,
+                        std::uint16_t* masks) noexcept {
+    scan_all<8>(scan, panels, limit, masks);
+  }
+  static void scan_4bit(const PanelScan& scan, std::size_t panels, float limit,
+                        std::uint16_t* masks) noexcept {
+    scan_all<4>(scan, panels, limit, masks);
+  }
+
+  // y[r] = scale * scales[r] * dot(row r, x) + bias[r] for the rows of `panels` panels of 8 bits.
+  static void matrix_vector_i8(const PanelScan& scan, std::size_t panels, float* y) noexcept {
+    std::size_t p = 0;
+    for (; p + together <= panels; p += together) multiply_some<together>(scan, p, y);
+    for (; p < panels; ++p) multiply_some<1>(scan, p, y);
+  }
+
+  // q = x * (limit / largest |x|), rounded; x, q: [padded(size)], x zero beyond size. Returns the
+  // step between two values (0 where x is zero) and the sum of q.
+  static float quantise(std::size_t size, const float* x, int limit, std::int8_t* q,
+                        std::int32_t& sum) noexcept {
+    const float most = Vectors<Tag>::largest(size, x);
+    const float inverse = most > 0 ? static_cast<float>(limit) / most : 0.0f;
+    for (std::size_t j = 0; j < size; j += lanes) O::quantise(x + j, inverse, q + j);
+    sum = 0;
+    for (std::size_t j = 0; j < size; ++j) sum += q[j];
+    return most / static_cast<float>(limit);
+  }
+
+  // The dot products that define scores, of the rows `items`: eight partial sums in double, column
+  // c in sum c mod 8, in ascending order, added up as a tree. The same bits on every instruction
+  // set. query: [padded(columns)], zero beyond columns.
+  static void dots_i8(const std::int8_t* rows, std::size_t columns, const double* query,
+                      const std::uint32_t* items, std::size_t count, double* out) noexcept {
+    dots(rows, columns, query, items, count, out);
+  }
+  static void dots_f32(const float* rows, std::size_t columns, const double* query,
+                       const std::uint32_t* items, std::size_t count, double* out) noexcept {
+    dots(rows, columns, query, items, count, out);
+  }
+
+ private:
+  static constexpr std::size_t together = 4;  // panels or rows that share the loads of the query
+
+  template <class Element>
+  static void dots(const Element* rows, std::size_t columns, const double* query,
+                   const std::uint32_t* items, std::size_t count, double* out) noexcept {
+    std::size_t i = 0;
+    for (; i + together <= count; i += together)
+      dot_some<together>(rows, columns, query, items + i, out + i);
+    for (; i < count; ++i) dot_some<1>(rows, columns, query, items + i, out + i);
+  }
+
+  template <std::size_t Rows, class Element>
+  static void dot_some(const Element* rows, std::size_t columns, const double* query,
+                       const std::uint32_t* items, double* out) noexcept {
+    typename O::Doubles sums[Rows];
+    PERSONALIZE_UNROLL
+    for (auto& sum : sums) O::clear(sum);
+    for (std::size_t c = 0; c < columns; c += 8) PERSONALIZE_UNROLL
+    for (std::size_t r = 0; r < Rows; ++r)
+      O::multiply(sums[r], rows + items[r] * columns + c, query + c);
+    PERSONALIZE_UNROLL
+    for (std::size_t r = 0; r < Rows; ++r) {
+      double s[8];
+      O::store(sums[r], s);
+      out[r] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    }
+  }
+
+  template <int Bits, std::size_t Panels>
+  static void multiply_panels(const PanelScan& scan, std::size_t p,
+                              typename O::Sums (&sums)[Panels]) noexcept {
+    constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
+    const std::size_t count = (scan.columns + columns_a_step - 1) / columns_a_step;
+    const std::size_t stride = count * step_bytes;
+    PERSONALIZE_UNROLL
+    for (auto& sum : sums) O::start(sum, scan.query_offset);
+    const std::uint8_t* rows = scan.panels + p * stride;
+    for (std::size_t s = 0; s < count; ++s) {
+      const std::int8_t* query = scan.query + s * columns_a_step;
+      PERSONALIZE_UNROLL
+      for (std::size_t b = 0; b < Panels; ++b) {
+        if constexpr (Bits == 8)
+          O::step(sums[b], rows + b * stride + s * step_bytes, query);
+        else
+          O::step_4bit(sums[b], rows + b * stride + s * step_bytes, query);
+      }
+    }
+  }
+
+  template <int Bits>
+  static void scan_all(const PanelScan& scan, std::size_t panels, float limit,
+                       std::uint16_t* masks) noexcept {
+    std::size_t p = 0;
+    for (; p + together <= panels; p += together) scan_some<Bits, together>(scan, p, limit, masks);
+    for (; p < panels; ++p) scan_some<Bits, 1>(scan, p, limit, masks);
+  }
+
+  template <int Bits, std::size_t Panels>
+  static void scan_some(const PanelScan& scan, std::size_t p, float limit,
+                        std::uint16_t* masks) noexcept {
+    typename O::Sums sums[Panels];
+    multiply_panels<Bits>(scan, p, sums);
+    PERSONALIZE_UNROLL
+    for (std::size_t b = 0; b < Panels; ++b)
+      masks[p + b] = static_cast<std::uint16_t>(
+          O::at_least(sums[b], scan.scale, scan.scales + (p + b) * panel_rows,
+                      scan.biases + (p + b) * panel_rows, limit));
+  }
+
+  template <std::size_t Panels>
+  static void multiply_some(const PanelScan& scan, std::size_t p, float* y) noexcept {
+    typename O::Sums sums[Panels];
+    multiply_panels<8>(scan, p, sums);
+    PERSONALIZE_UNROLL
+    for (std::size_t b = 0; b < Panels; ++b)
+      O::scaled(sums[b], scan.scale, scan.scales + (p + b) * panel_rows,
+                scan.biases + (p + b) * panel_rows, y + (p + b) * panel_rows);
+  }
+};
+
+// Writes row `lane` of a panel of 8 bits (or, with values in [-8, 7], of 4 bits that was zero).
+template <int Bits>
+void put_in_panel(std::uint8_t* panel, std::size_t lane, const std::int8_t* row,
+                  std::size_t columns) noexcept {
+  for (std::size_t c = 0; c < columns; ++c) {
+    if constexpr (Bits == 8)
+      panel[c / 4 * step_bytes + lane * 4 + c % 4] = static_cast<std::uint8_t>(row[c] + 128);
+    else
+      panel[c / 8 * step_bytes + lane * 4 + c % 4] |=
+          static_cast<std::uint8_t>((row[c] + 8) << (c % 8 / 4 * 4));
+  }
+}
+
+// The kernels of one instruction set, chosen once and called through pointers.
+struct Table {
+  const char* name;
+  int query_limit;
+  decltype(&Kernels<Scalar>::scan_8bit) scan_8bit;
+  decltype(&Kernels<Scalar>::scan_4bit) scan_4bit;
+  decltype(&Kernels<Scalar>::matrix_vector_i8) matrix_vector_i8;
+  decltype(&Kernels<Scalar>::quantise) quantise;
+  decltype(&Kernels<Scalar>::dots_i8) dots_i8;
+  decltype(&Kernels<Scalar>::dots_f32) dots_f32;
+  decltype(&Kernels<Scalar>::matrix_vector) matrix_vector;
+  decltype(&Kernels<Scalar>::rows_vector) rows_vector;
+  decltype(&Kernels<Scalar>::gru_gates) gru_gates;
+  decltype(&Kernels<Scalar>::layer_norm) layer_norm;
+  decltype(&Kernels<Scalar>::sigmoid) sigmoid;
+  decltype(&Kernels<Scalar>::tanh) tanh;
+  decltype(&Kernels<Scalar>::relu) relu;
+  decltype(&Kernels<Scalar>::gelu) gelu;
+};
+
+template <class Tag>
+inline constexpr Table table_of{Tag::name,
+                                Kernels<Tag>::query_limit,
+                                &Kernels<Tag>::scan_8bit,
+                                &Kernels<Tag>::scan_4bit,
+                                &Kernels<Tag>::matrix_vector_i8,
+                                &Kernels<Tag>::quantise,
+                                &Kernels<Tag>::dots_i8,
+                                &Kernels<Tag>::dots_f32,
+                                &Kernels<Tag>::matrix_vector,
+                                &Kernels<Tag>::rows_vector,
+                                &Kernels<Tag>::gru_gates,
+                                &Kernels<Tag>::layer_norm,
+                                &Kernels<Tag>::sigmoid,
+                                &Kernels<Tag>::tanh,
+                                &Kernels<Tag>::relu,
+                                &Kernels<Tag>::gelu};
+
+#ifdef PERSONALIZE_DISPATCH
+// Defined by the target personalize::kernels: the best this processor can run, or the one that the
+// environment variable PERSONALIZE_KERNELS names. Never fails; an unknown or unsupported name falls
+// back to the best.
+const Table& chosen() noexcept;
+// All that this program holds and this processor can run, best first; `count` of them.
+const Table* const* available(std::size_t& count) noexcept;
 #else
-using Default = Scalar;
+inline const Table& chosen() noexcept { return table_of<Default>; }
 #endif
 
 }  // namespace kernels
@@ -859,11 +1628,12 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
 //   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range
 //   IIDS 0     string   [N]      item ids, distinct, 1 to 256 bytes; the order is the item index
 //   IVEC 0     i8, f32  [N, d]   item vectors, their metadata embeddings summed in
+//   IINP 0     i8, f32  [N, e]   what the encoder takes in for an item, where not IVEC (optional)
 //   BIAS 0     f32      [N]      item biases
 //   STAT 0     i64      [N, 4]   interactions, first, last and creation timestamp (INT64_MIN: none)
 //   EVTY 0     string   [E]      event types                                       (optional)
-//   EVTE 0     i8, f32  [E, d]   their embeddings                                  (with EVTY)
-//   GAPE 0     i8, f32  [B, d]   time-gap embeddings, see time_gap_bucket          (optional)
+//   EVTE 0     i8, f32  [E, e]   their embeddings; e = d without IINP              (with EVTY)
+//   GAPE 0     i8, f32  [B, e]   time-gap embeddings, see time_gap_bucket          (optional)
 //   FLDN 0     string   [F]      names of the item metadata fields                 (optional)
 //   FLDK 0     u8       [F]      0 categorical, 1 numeric                          (with FLDN)
 //   FVOC f     string   [V]      values of categorical field f
@@ -871,6 +1641,9 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
 //   FEMB f     i8, f32  [V, d]   embeddings of field f: one a value, or B + 1 buckets
 //   ENCO 0     u32      [n, 2]   encoder operations: kind, argument (EncoderOp)
 //   ENCW k     i8, f32  [r, c]   encoder weights, k-th in the order of the operations
+//   USID 0     string   [U]      users who come with a state                       (optional)
+//   USTA 0     i8, f32  [U, s]   the hidden states of all recurrent operations, then the query
+//                                                                                  (with USID)
 // ============================================================================================
 
 inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
@@ -968,7 +1741,45 @@ class Matrix {
 
   // Writes row `r`, dequantised, to out[0, columns).
   void row(std::size_t r, std::span<float> out) const noexcept {
-    for (std::size_t c = 0; c < columns_; ++c) out[c] = at(r, c);
+    if (type_ == ElementType::i8) {
+      const float scale = scales_[r];
+      for (std::size_t c = 0; c < columns_; ++c)
+        out[c] = scale * static_cast<float>(i8_[r * columns_ + c]);
+    } else {
+      std::copy_n(f32_.data() + r * columns_, columns_, out.data());
+    }
+  }
+
+  // Adds row `r`, dequantised, to out[0, columns).
+  void add_row(std::size_t r, std::span<float> out) const noexcept {
+    for (std::size_t c = 0; c < columns_; ++c) out[c] += at(r, c);
+  }
+
+  // Replaces row `r`; int8 rows get a scale of their own, as in quantised(). values: [columns].
+  void set_row(std::size_t r, std::span<const float> values) noexcept {
+    if (type_ == ElementType::f32) {
+      std::copy(values.begin(), values.end(), f32_.data() + r * columns_);
+      return;
+    }
+    float largest = 0;
+    for (const float value : values) largest = std::max(largest, std::abs(value));
+    const float scale = largest / 127.0f;
+    scales_[r] = scale;
+    for (std::size_t c = 0; c < columns_; ++c)
+      i8_[r * columns_ + c] = scale > 0 ? static_cast<std::int8_t>(std::clamp(
+                                              std::nearbyint(values[c] / scale), -127.0f, 127.0f))
+                                        : std::int8_t{0};
+  }
+
+  // Rows that are added are zero.
+  void resize_rows(std::size_t rows) {
+    rows_ = rows;
+    if (type_ == ElementType::f32) {
+      f32_.resize(rows * columns_ + kernels::lanes);
+    } else {
+      scales_.resize(rows);
+      i8_.resize(rows * columns_ + kernels::lanes);
+    }
   }
 
   float at(std::size_t r, std::size_t c) const noexcept {
@@ -985,15 +1796,7 @@ class Matrix {
     m.type_ = ElementType::i8;
     m.i8_.resize(rows_ * columns_ + kernels::lanes);
     m.scales_.resize(rows_);
-    for (std::size_t r = 0; r < rows_; ++r) {
-      float largest = 0;
-      for (std::size_t c = 0; c < columns_; ++c) largest = std::max(largest, std::abs(at(r, c)));
-      const float scale = largest / 127.0f;
-      m.scales_[r] = scale;
-      for (std::size_t c = 0; c < columns_ && scale > 0; ++c)
-        m.i8_[r * columns_ + c] =
-            static_cast<std::int8_t>(std::clamp(std::nearbyint(at(r, c) / scale), -127.0f, 127.0f));
-    }
+    for (std::size_t r = 0; r < rows_; ++r) m.set_row(r, f32().subspan(r * columns_, columns_));
     return m;
   }
 
@@ -1047,18 +1850,28 @@ class Matrix {
 
 enum class Activation : std::uint32_t { sigmoid = 1, tanh = 2, relu = 3, gelu = 4 };
 
+// How a GRU differs from PyTorch's.
+struct GruForm {
+  static constexpr std::uint32_t reset_before = 1;  // n = tanh(i_n + W_hn (r h) + b_hn)
+  static constexpr std::uint32_t gate_input = 2;    // x [3H] is W_ih's product; W_ih is left out
+};
+
 // One step of the encoder's program. x is the current vector; weights follow in
 // ModelParts::weights.
 struct EncoderOp {
   enum class Kind : std::uint32_t {
-    embed_sum = 1,   // x = item vector + event-type embedding + time-gap embedding; no weights
+    embed_sum = 1,   // x = item's input + event-type embedding + time-gap embedding; no weights
     linear = 2,      // x = W x + b; W [out, in], b [1, out]
     gru = 3,         // x = h = GRU(x, h); W_ih [3H, in], W_hh [3H, H], b_ih [1, 3H], b_hh [1, 3H],
-                     // gates r, z, n as in PyTorch
+                     // gates r, z, n as in PyTorch; argument: 0 or a sum of GruForm
     layer_norm = 4,  // over x; weight [1, dim], bias [1, dim]; epsilon 1e-5
     activation = 5,  // argument: Activation; gelu in the exact (erf) form
     save = 6,        // r[argument] = x; argument 0 to 7
     add = 7,         // x = x + r[argument]
+    lru = 8,         // complex h = l h + B x + b, x = (Re h, Im h) of 2H values; l [1, 2H],
+                     // B [2H, in], b [1, 2H], each with the real parts first. Linear recurrent
+                     // unit: Orvieto et al., ICML 2023
+    decay = 9,       // x = h = a h + b x by element; a [1, dim], b [1, dim]
   };
   Kind kind;
   std::uint32_t argument = 0;
@@ -1087,14 +1900,22 @@ struct ModelParts {
   std::string metadata;  // JSON
   StringTable item_ids;
   Matrix item_vectors;                     // [N, d]
+  Matrix input_vectors;                    // [N, e], empty where they are the item vectors
   std::vector<float> biases;               // [N]
   std::vector<ItemStatistics> statistics;  // [N]
   StringTable event_types;
-  Matrix event_type_embedding;  // [E, d], empty without event types
-  Matrix time_gap_embedding;    // [buckets >= 2, d] or empty
+  Matrix event_type_embedding;  // [E, e], empty without event types
+  Matrix time_gap_embedding;    // [buckets >= 2, e] or empty
   std::vector<MetadataField> fields;
   std::vector<EncoderOp> operations;
   std::vector<Matrix> weights;
+  StringTable user_ids;  // users who come with a state
+  Matrix user_states;    // [U, s]: hidden states, then the query; BasicEncoder::load lays them out
+
+  // What embed_sum looks items up in.
+  const Matrix& inputs() const noexcept {
+    return input_vectors.empty() ? item_vectors : input_vectors;
+  }
 };
 
 // 0: no previous event; else 1 + min(floor(log2(max(gap, 0) + 1)), buckets - 2), gap in seconds.
@@ -1127,9 +1948,8 @@ inline Result<void> check_encoder(const ModelParts& parts) {
   if (parts.operations.empty() || parts.operations.size() > max_operations ||
       parts.operations[0].kind != EncoderOp::Kind::embed_sum)
     return Error{Errc::corrupt, "encoder: has 1 to 256 operations and begins with embed_sum"};
-  std::size_t next = 0, dimension = 0;
+  std::size_t next = 0, dimension = 0, state = 0;
   std::array<std::size_t, encoder_slots> slots{};
-  bool recurrent = false;
   for (std::size_t o = 0; o < parts.operations.size(); ++o) {
     const EncoderOp& op = parts.operations[o];
     const std::string where = "encoder: operation " + std::to_string(o);
@@ -1147,7 +1967,7 @@ inline Result<void> check_encoder(const ModelParts& parts) {
     switch (op.kind) {
       case EncoderOp::Kind::embed_sum:
         if (o != 0) return Error{Errc::corrupt, where + ": embed_sum stands only first"};
-        dimension = d;
+        dimension = parts.inputs().columns();
         break;
       case EncoderOp::Kind::linear: {
         const std::size_t outputs = rows_of_next();
@@ -1158,14 +1978,35 @@ inline Result<void> check_encoder(const ModelParts& parts) {
       }
       case EncoderOp::Kind::gru: {
         const std::size_t hidden = rows_of_next() / 3;
-        if (auto w = weight(3 * hidden, dimension); !w) return w;
+        if (op.argument > (GruForm::reset_before | GruForm::gate_input))
+          return Error{Errc::unsupported, where + ": unknown form of GRU"};
+        if ((op.argument & GruForm::gate_input) == 0) {
+          if (auto w = weight(3 * hidden, dimension); !w) return w;
+        } else if (dimension != 3 * hidden) {
+          return Error{Errc::corrupt, where + ": the input is not as long as the gates"};
+        }
         if (auto w = weight(3 * hidden, hidden); !w) return w;
         if (auto b = weight(1, 3 * hidden); !b) return b;
         if (auto b = weight(1, 3 * hidden); !b) return b;
         dimension = hidden;
-        recurrent = true;
+        state += hidden;
         break;
       }
+      case EncoderOp::Kind::lru: {
+        const std::size_t pair =
+            next < parts.weights.size() ? parts.weights[next].columns() / 2 * 2 : 0;
+        if (auto l = weight(1, pair); !l) return l;
+        if (auto w = weight(pair, dimension); !w) return w;
+        if (auto b = weight(1, pair); !b) return b;
+        dimension = pair;
+        state += pair;
+        break;
+      }
+      case EncoderOp::Kind::decay:
+        if (auto a = weight(1, dimension); !a) return a;
+        if (auto b = weight(1, dimension); !b) return b;
+        state += dimension;
+        break;
       case EncoderOp::Kind::layer_norm:
         if (auto w = weight(1, dimension); !w) return w;
         if (auto b = weight(1, dimension); !b) return b;
@@ -1194,7 +2035,10 @@ inline Result<void> check_encoder(const ModelParts& parts) {
   if (dimension != d)
     return Error{Errc::corrupt, "encoder: ends with " + std::to_string(dimension) +
                                     " values, item vectors have " + std::to_string(d)};
-  if (!recurrent) return Error{Errc::corrupt, "encoder: has no recurrent operation"};
+  if (state == 0) return Error{Errc::corrupt, "encoder: has no recurrent operation"};
+  if (parts.user_states.rows() != parts.user_ids.size() ||
+      (!parts.user_ids.empty() && parts.user_states.columns() != state + d))
+    return shape_error("section USTA", parts.user_states, parts.user_ids.size(), state + d);
   return {};
 }
 
@@ -1206,16 +2050,19 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
     return Error{Errc::limit, "the model has more items than LoadLimits::items"};
   if (parts.item_vectors.rows() != items)
     return shape_error("section IVEC", parts.item_vectors, items, d);
+  const std::size_t e = parts.inputs().columns();
+  if (parts.inputs().rows() != items || e == 0)
+    return shape_error("section IINP", parts.input_vectors, items, e);
   if (parts.biases.size() != items)
     return Error{Errc::corrupt, "section BIAS: one bias an item is needed"};
   if (parts.statistics.size() != items)
     return Error{Errc::corrupt, "section STAT: one row an item is needed"};
   if (parts.event_type_embedding.rows() != parts.event_types.size() ||
-      (!parts.event_types.empty() && parts.event_type_embedding.columns() != d))
-    return shape_error("section EVTE", parts.event_type_embedding, parts.event_types.size(), d);
+      (!parts.event_types.empty() && parts.event_type_embedding.columns() != e))
+    return shape_error("section EVTE", parts.event_type_embedding, parts.event_types.size(), e);
   if (!parts.time_gap_embedding.empty() &&
-      (parts.time_gap_embedding.rows() < 2 || parts.time_gap_embedding.columns() != d))
-    return shape_error("section GAPE", parts.time_gap_embedding, 2, d);
+      (parts.time_gap_embedding.rows() < 2 || parts.time_gap_embedding.columns() != e))
+    return shape_error("section GAPE", parts.time_gap_embedding, 2, e);
   for (const MetadataField& field : parts.fields) {
     const std::size_t rows = field.numeric ? field.boundaries.size() + 1 : field.vocabulary.size();
     if (field.name.empty() || field.name.size() > max_id_bytes)
@@ -1231,6 +2078,8 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
     return {};
   };
   if (auto r = check_finite(parts.item_vectors.finite(), "section IVEC"); !r) return r;
+  if (auto r = check_finite(parts.input_vectors.finite(), "section IINP"); !r) return r;
+  if (auto r = check_finite(parts.user_states.finite(), "section USTA"); !r) return r;
   if (auto r = check_finite(std::all_of(parts.biases.begin(), parts.biases.end(),
                                         [](float v) { return std::isfinite(v); }),
                             "section BIAS");
@@ -1251,8 +2100,8 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
     if (weight.columns() > limits.dimension || weight.rows() / 3 > limits.dimension)
       return Error{Errc::limit, "section ENCW: wider than LoadLimits::dimension"};
   }
-  if (d > limits.dimension)
-    return Error{Errc::limit, "section IVEC: wider than LoadLimits::dimension"};
+  if (d > limits.dimension || e / 3 > limits.dimension)
+    return Error{Errc::limit, "section IVEC or IINP: wider than LoadLimits::dimension"};
   return check_encoder(parts);
 }
 
@@ -1380,7 +2229,10 @@ class SectionReader {
 // Matrices of one row (norms, biases) stay f32: they are small, and every row depends on them.
 inline void add_matrix(FileBuilder& builder, std::string_view tag, std::uint32_t index,
                        const Matrix& matrix, ElementType type) {
-  const Matrix written = type == ElementType::i8 && matrix.rows() > 1 ? matrix.quantised() : matrix;
+  const bool shrinks =
+      type == ElementType::i8 && matrix.type() == ElementType::f32 && matrix.rows() > 1;
+  const Matrix quantised = shrinks ? matrix.quantised() : Matrix{};
+  const Matrix& written = shrinks ? quantised : matrix;
   builder.add(tag, index, written.type(), {written.rows(), written.columns()}, written.to_bytes());
 }
 
@@ -1412,6 +2264,8 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
   file.add("META", 0, ElementType::u8, {text.size()}, {text.begin(), text.end()});
   file.add("IIDS", 0, ElementType::string, {parts.item_ids.size()}, string_bytes(parts.item_ids));
   add_matrix(file, "IVEC", 0, parts.item_vectors, options.element_type);
+  if (!parts.input_vectors.empty())
+    add_matrix(file, "IINP", 0, parts.input_vectors, options.element_type);
   file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, value_bytes(parts.biases));
   std::vector<std::int64_t> statistics;
   for (const ItemStatistics& s : parts.statistics)
@@ -1452,6 +2306,10 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
   file.add("ENCO", 0, ElementType::u32, {parts.operations.size(), 2}, value_bytes(operations));
   for (std::uint32_t k = 0; k < parts.weights.size(); ++k)
     add_matrix(file, "ENCW", k, parts.weights[k], options.element_type);
+  if (!parts.user_ids.empty()) {
+    file.add("USID", 0, ElementType::string, {parts.user_ids.size()}, string_bytes(parts.user_ids));
+    add_matrix(file, "USTA", 0, parts.user_states, options.element_type);
+  }
   return std::move(file).finish();
 }
 
@@ -1507,6 +2365,10 @@ inline Result<ModelParts> read_model(std::span<const std::byte> file,
                               !take(parts.event_type_embedding, reader.matrix("EVTE"))))
     return error;
   if (reader.find("GAPE") && !take(parts.time_gap_embedding, reader.matrix("GAPE"))) return error;
+  if (reader.find("IINP") && !take(parts.input_vectors, reader.matrix("IINP"))) return error;
+  if (reader.find("USID") && (!take(parts.user_ids, reader.strings("USID")) ||
+                              !take(parts.user_states, reader.matrix("USTA"))))
+    return error;
   if (reader.find("FLDN")) {
     StringTable names;
     std::vector<std::uint8_t> kinds;
@@ -1629,18 +2491,22 @@ struct EncoderInput {
 };
 
 // Immutable and shared between threads; each thread brings its own Workspace. A step costs O(1) in
-// the length of the history: 5 to 10 us at hidden 128 with SSE2, less with AVX.
-template <class Arch = kernels::Default>
-class BasicEncoder {
+// the length of the history. Weights that the file holds as int8 are multiplied as int8, with the
+// input rounded to the instruction set's query_limit steps; f32 weights are multiplied in f32.
+class Encoder {
  public:
-  using Workspace = std::vector<float>;
+  struct Workspace {
+    std::vector<float> values;
+    std::vector<std::int8_t> quantised;
+  };
 
   // The model must outlive the encoder.
-  explicit BasicEncoder(const Model& model) : parts_(&model.parts()) {
-    std::size_t next = 0, dimension = model.dimension();
-    width_ = kernels::padded(dimension);
+  explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen())
+      : parts_(&model.parts()), table_(&table) {
+    std::size_t next = 0, dimension = parts_->inputs().columns();
+    width_ = kernels::padded(std::max(dimension, model.dimension()));
     for (const EncoderOp& op : parts_->operations) {
-      Step step{op, dimension, dimension, {}, {}};
+      Step step{op, dimension, dimension, {}, 0};
       const auto& w = parts_->weights;
       switch (op.kind) {
         case EncoderOp::Kind::linear:
@@ -1650,14 +2516,30 @@ class BasicEncoder {
           break;
         case EncoderOp::Kind::gru:
           step.outputs = w[next].rows() / 3;
+          if ((op.argument & GruForm::gate_input) == 0) {
+            step.layers.push_back(pack(w[next], w[next + 2], 3));
+            ++next;
+          } else {
+            step.layers.push_back({.bias = pad(w[next + 1])});
+          }
           step.layers.push_back(pack(w[next], w[next + 2], 3));
-          step.layers.push_back(pack(w[next + 1], w[next + 3], 3));
-          step.state_offset = recurrent_size_;
-          recurrent_size_ += kernels::padded(step.outputs);
-          next += 4;
+          add_state(step);
+          next += 3;
+          break;
+        case EncoderOp::Kind::lru:
+          step.outputs = w[next].columns();
+          step.layers.push_back({.weights = pad(w[next])});
+          step.layers.push_back(pack(w[next + 1], w[next + 2], 1));
+          add_state(step);
+          next += 3;
+          break;
+        case EncoderOp::Kind::decay:
+          step.layers.push_back({.weights = pad(w[next]), .bias = pad(w[next + 1])});
+          add_state(step);
+          next += 2;
           break;
         case EncoderOp::Kind::layer_norm:
-          step.layers.push_back({1, pad(w[next]), pad(w[next + 1])});
+          step.layers.push_back({.weights = pad(w[next]), .bias = pad(w[next + 1])});
           next += 2;
           break;
         default:
@@ -1669,9 +2551,24 @@ class BasicEncoder {
     }
   }
 
-  // Floats of one user's state: the hidden states of all GRUs, then the query (see query()).
+  // Floats of one user's state: the hidden states of all recurrent operations, then the query (see
+  // query()).
   std::size_t state_size() const noexcept {
     return recurrent_size_ + kernels::padded(parts_->item_vectors.columns());
+  }
+
+  // Writes the state that user `row` of the model's stored states comes with to `state`
+  // ([state_size()]).
+  void load(std::uint32_t row, std::span<float> state) const noexcept {
+    std::fill(state.begin(), state.end(), 0.0f);
+    std::size_t column = 0;
+    const auto take = [&](std::size_t offset, std::size_t count) {
+      for (std::size_t c = 0; c < count; ++c)
+        state[offset + c] = parts_->user_states.at(row, column++);
+    };
+    for (const Step& step : steps_)
+      if (step.has_state) take(step.state_offset, step.outputs);
+    take(recurrent_size_, parts_->item_vectors.columns());
   }
 
   // What item vectors are multiplied with: [padded(d)], zero beyond d.
@@ -1679,13 +2576,16 @@ class BasicEncoder {
     return state.subspan(recurrent_size_);
   }
 
-  Workspace make_workspace() const { return Workspace(width_ * (2 + 6 + detail::encoder_slots)); }
+  Workspace make_workspace() const {
+    return {std::vector<float>(width_ * (2 + 6 + detail::encoder_slots)),
+            std::vector<std::int8_t>(width_)};
+  }
 
   // Advances `state` ([state_size()], zeros for a new user) by one event. Allocates nothing.
   void step(const EncoderInput& input, std::span<float> state,
             Workspace& workspace) const noexcept {
-    using K = kernels::Kernels<Arch>;
-    const auto area = [&](std::size_t a) { return workspace.data() + a * width_; };
+    const auto area = [&](std::size_t a) { return workspace.values.data() + a * width_; };
+    std::int8_t* q = workspace.quantised.data();
     float* x = area(0);
     float* y = area(1);
     for (const Step& step : steps_) {
@@ -1694,21 +2594,44 @@ class BasicEncoder {
           embed(input, x);
           break;
         case EncoderOp::Kind::linear:
-          multiply(step.layers[0], step.inputs, x, y);
+          multiply(step.layers[0], step.inputs, x, y, q);
           std::swap(x, y);
           break;
         case EncoderOp::Kind::gru: {
           float* hidden = state.data() + step.state_offset;
           const std::size_t stride = kernels::padded(step.outputs);
-          multiply(step.layers[0], step.inputs, x, area(2));
-          multiply(step.layers[1], step.outputs, hidden, area(5));
-          K::gru_gates(step.outputs, stride, area(2), area(5), hidden);
+          gate_inputs(step, x, area(2), q);
+          multiply(step.layers[1], step.outputs, hidden, area(5), q);
+          if (step.op.argument & GruForm::reset_before)
+            reset_before(step, hidden, area(2), area(5), y, q);
+          table_->gru_gates(step.outputs, stride, area(2), area(5), hidden);
           std::copy_n(hidden, stride, x);
           break;
         }
+        case EncoderOp::Kind::lru: {
+          float* hidden = state.data() + step.state_offset;
+          const float* l = step.layers[0].weights.data();
+          const std::size_t pairs = step.outputs / 2;
+          multiply(step.layers[1], step.inputs, x, y, q);
+          for (std::size_t j = 0; j < pairs; ++j) {
+            const float real = hidden[j], imaginary = hidden[pairs + j];
+            hidden[j] = l[j] * real - l[pairs + j] * imaginary + y[j];
+            hidden[pairs + j] = l[j] * imaginary + l[pairs + j] * real + y[pairs + j];
+          }
+          std::copy_n(hidden, kernels::padded(step.outputs), x);
+          break;
+        }
+        case EncoderOp::Kind::decay: {
+          float* hidden = state.data() + step.state_offset;
+          for (std::size_t j = 0; j < step.outputs; ++j) {
+            hidden[j] = step.layers[0].weights[j] * hidden[j] + step.layers[0].bias[j] * x[j];
+            x[j] = hidden[j];
+          }
+          break;
+        }
         case EncoderOp::Kind::layer_norm:
-          K::layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
-                        step.layers[0].bias.data(), x);
+          table_->layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
+                             step.layers[0].bias.data(), x);
           break;
         case EncoderOp::Kind::activation:
           activate(step, x);
@@ -1730,16 +2653,25 @@ class BasicEncoder {
 
  private:
   struct Layer {
-    std::size_t blocks;
-    std::vector<float> weights;  // [blocks][inputs][lanes], as matrix_vector wants them
-    std::vector<float> bias;     // [blocks * lanes]
+    std::size_t blocks = 0;
+    std::vector<float> weights = {};        // [blocks][inputs][lanes], as matrix_vector wants them
+    std::vector<std::uint8_t> panels = {};  // int8 weights, as matrix_vector_i8 wants them
+    std::vector<float> scales = {};         // [blocks * lanes], with panels
+    std::vector<float> bias = {};           // [blocks * lanes]
   };
   struct Step {
     EncoderOp op;
     std::size_t inputs, outputs;
     std::vector<Layer> layers;
     std::size_t state_offset;
+    bool has_state = false;
   };
+
+  void add_state(Step& step) {
+    step.has_state = true;
+    step.state_offset = recurrent_size_;
+    recurrent_size_ += kernels::padded(step.outputs);
+  }
 
   static std::vector<float> pad(const Matrix& row) {
     std::vector<float> values(kernels::padded(row.columns()) + kernels::lanes);
@@ -1749,63 +2681,114 @@ class BasicEncoder {
 
   // The rows of `weights` come in `gates` groups; each group is padded on its own.
   static Layer pack(const Matrix& weights, const Matrix& bias, std::size_t gates) {
+    static_assert(kernels::lanes == kernels::panel_rows);
     const std::size_t size = weights.rows() / gates, stride = kernels::padded(size);
     const std::size_t inputs = weights.columns();
-    Layer layer{gates * stride / kernels::lanes, std::vector<float>(gates * stride * inputs),
-                std::vector<float>(gates * stride)};
+    const bool int8 = weights.type() == ElementType::i8;
+    Layer layer{.blocks = gates * stride / kernels::lanes,
+                .bias = std::vector<float>(gates * stride)};
+    if (int8) {
+      layer.panels.assign(layer.blocks * kernels::panel_bytes<8>(inputs), 128);
+      layer.scales.resize(gates * stride);
+    } else {
+      layer.weights.resize(gates * stride * inputs);
+    }
     for (std::size_t g = 0; g < gates; ++g)
       for (std::size_t j = 0; j < size; ++j) {
-        const std::size_t out = g * stride + j;
+        const std::size_t out = g * stride + j, row = g * size + j;
         const std::size_t block = out / kernels::lanes, lane = out % kernels::lanes;
-        layer.bias[out] = bias.at(0, g * size + j);
-        for (std::size_t i = 0; i < inputs; ++i)
-          layer.weights[(block * inputs + i) * kernels::lanes + lane] = weights.at(g * size + j, i);
+        layer.bias[out] = bias.at(0, row);
+        if (int8) {
+          layer.scales[out] = weights.scales()[row];
+          kernels::put_in_panel<8>(layer.panels.data() + block * kernels::panel_bytes<8>(inputs),
+                                   lane, weights.i8().data() + row * inputs, inputs);
+        } else {
+          for (std::size_t i = 0; i < inputs; ++i)
+            layer.weights[(block * inputs + i) * kernels::lanes + lane] = weights.at(row, i);
+        }
       }
     return layer;
   }
 
-  static void multiply(const Layer& layer, std::size_t inputs, const float* x, float* y) noexcept {
-    kernels::Kernels<Arch>::matrix_vector(layer.weights.data(), layer.bias.data(), inputs,
-                                          layer.blocks, x, y);
+  // y = W x + b; of the blocks from `first` on. x: [padded(inputs)], zeroed behind inputs; q:
+  // scratch.
+  void multiply(const Layer& layer, std::size_t inputs, float* x, float* y, std::int8_t* q,
+                std::size_t first = 0) const noexcept {
+    const std::size_t blocks = layer.blocks - first, row = first * kernels::lanes;
+    if (layer.panels.empty()) {
+      table_->matrix_vector(layer.weights.data() + row * inputs, layer.bias.data() + row, inputs,
+                            blocks, x, y);
+      return;
+    }
+    // A kernel may have left anything behind the last value.
+    std::fill(x + inputs, x + kernels::padded(inputs), 0.0f);
+    std::int32_t sum = 0;
+    const float scale = table_->quantise(inputs, x, table_->query_limit, q, sum);
+    table_->matrix_vector_i8(
+        {layer.panels.data() + first * kernels::panel_bytes<8>(inputs), layer.scales.data() + row,
+         layer.bias.data() + row, inputs, q, -128 * sum, scale},
+        blocks, y);
   }
 
-  static void activate(const Step& step, float* x) noexcept {
-    using K = kernels::Kernels<Arch>;
+  void gate_inputs(const Step& step, float* x, float* gates, std::int8_t* q) const noexcept {
+    const Layer& layer = step.layers[0];
+    if ((step.op.argument & GruForm::gate_input) == 0) {
+      multiply(layer, step.inputs, x, gates, q);
+      return;
+    }
+    const std::size_t stride = kernels::padded(step.outputs);
+    std::fill_n(gates, 3 * stride, 0.0f);
+    for (std::size_t g = 0; g < 3; ++g)
+      for (std::size_t j = 0; j < step.outputs; ++j)
+        gates[g * stride + j] = x[g * step.outputs + j] + layer.bias[g * step.outputs + j];
+  }
+
+  // Adds W_hn (r h) + b_hn to the candidate's input and clears its recurrent half, so that
+  // gru_gates has nothing left to reset. scratch: [padded(outputs)].
+  void reset_before(const Step& step, const float* hidden, float* input, float* recurrent,
+                    float* scratch, std::int8_t* q) const noexcept {
+    const std::size_t size = step.outputs, stride = kernels::padded(size);
+    const Layer& layer = step.layers[1];
+    for (std::size_t j = 0; j < size; ++j) scratch[j] = input[j] + recurrent[j];
+    table_->sigmoid(size, scratch);
+    for (std::size_t j = 0; j < size; ++j) scratch[j] *= hidden[j];
+    multiply(layer, size, scratch, recurrent + 2 * stride, q, 2 * stride / kernels::lanes);
+    for (std::size_t j = 0; j < size; ++j) input[2 * stride + j] += recurrent[2 * stride + j];
+    std::fill_n(recurrent + 2 * stride, stride, 0.0f);
+  }
+
+  void activate(const Step& step, float* x) const noexcept {
     switch (static_cast<Activation>(step.op.argument)) {
       case Activation::sigmoid:
-        K::sigmoid(step.outputs, x);
+        table_->sigmoid(step.outputs, x);
         break;
       case Activation::tanh:
-        K::tanh(step.outputs, x);
+        table_->tanh(step.outputs, x);
         break;
       case Activation::relu:
-        K::relu(step.outputs, x);
+        table_->relu(step.outputs, x);
         break;
       case Activation::gelu:
-        K::gelu(step.outputs, x);
+        table_->gelu(step.outputs, x);
         break;
     }
   }
 
   void embed(const EncoderInput& input, float* x) const noexcept {
-    const std::size_t d = parts_->item_vectors.columns();
-    parts_->item_vectors.row(input.item, {x, d});
-    const auto add = [&](const Matrix& embedding, std::size_t row) {
-      for (std::size_t c = 0; c < d; ++c) x[c] += embedding.at(row, c);
-    };
+    const Matrix& inputs = parts_->inputs();
+    inputs.row(input.item, {x, inputs.columns()});
     if (input.event_type < parts_->event_type_embedding.rows())
-      add(parts_->event_type_embedding, input.event_type);
+      parts_->event_type_embedding.add_row(input.event_type, {x, inputs.columns()});
     if (input.time_gap < parts_->time_gap_embedding.rows())
-      add(parts_->time_gap_embedding, input.time_gap);
+      parts_->time_gap_embedding.add_row(input.time_gap, {x, inputs.columns()});
   }
 
   const ModelParts* parts_;
+  const kernels::Table* table_;
   std::vector<Step> steps_;
   std::size_t recurrent_size_ = 0;
   std::size_t width_ = 0;
 };
-
-using Encoder = BasicEncoder<>;
 
 // ============================================================================================
 // Room 6: scorer. Owns the exact top-k over the eligible items. Uses rooms 2 and 4.
@@ -1818,6 +2801,13 @@ class ItemMask {
       : items_(items), words_((items + 63) / 64, value ? ~std::uint64_t{0} : 0) {}
 
   std::size_t size() const noexcept { return items_; }
+  // Items that are added are not in the mask.
+  void resize(std::size_t items) {
+    words_.resize((items + 63) / 64);
+    if (items > items_ && items_ % 64 != 0)
+      words_[items_ / 64] &= (std::uint64_t{1} << (items_ % 64)) - 1;
+    items_ = items;
+  }
   void set(std::uint32_t item) noexcept { words_[item / 64] |= bit(item); }
   void reset(std::uint32_t item) noexcept { words_[item / 64] &= ~bit(item); }
   bool test(std::uint32_t item) const noexcept { return (words_[item / 64] & bit(item)) != 0; }
@@ -1851,92 +2841,1199 @@ struct Eligibility {
   bool test(std::uint32_t item) const noexcept { return (word(item / 64) >> (item % 64) & 1) != 0; }
 };
 
-// Immutable; one for all threads. score(i) = query . v_i + b_i.
-template <class Arch = kernels::Default>
-class BasicScorer {
+// Immutable; one for all threads, each with its own Workspace. The score of an item is
+//   f32(b_i + scale_i * sum_c q_c v_ic), summed in double as Kernels::dot says,
+// the same bits on every instruction set. top_k never returns anything but the head of a full sort
+// by these scores, ties by item index.
+//
+// The scan reads a copy of the vectors in panels of 16 rows, ordered by the largest score they
+// could have, and multiplies in integers: rows of 8 bits while they fit into a core's own cache,
+// beyond it rows of 4 bits. With the query q = s q^ + e (q^ int8) and the vector v = t v^ + r (v^
+// of 8 or 4 bits), Cauchy and Schwarz bound what that leaves out:
+//   | q . v - s t q^ . v^ | = | e . t v^ + q . r | <= |e| (|v| + |r|) + |q| |r|.
+// An item is looked at exactly when its integer score plus this bound reaches the k-th best exact
+// score so far. The scan ends where |q| max |v| + max b of all later rows stays below it.
+class Scorer {
  public:
-  // The model must outlive the scorer.
-  explicit BasicScorer(const Model& model) : parts_(&model.parts()) {}
+  struct Workspace {
+    std::vector<std::int8_t> quantised;
+    std::vector<double> query;
+    std::vector<std::uint64_t> best;  // keys of the items found so far
+  };
 
-  // Replaces `top` by the k best eligible items, best first: exactly those of a full sort by
-  // ranks_before. query: [padded(d)], zero beyond d. An item whose score is not finite is left out.
-  // One pass over the item vectors; allocates only while top grows to max(2 k, k + 256).
-  void top_k(std::span<const float> query, std::size_t k, const Eligibility& eligibility,
-             std::vector<ScoredItem>& top) const {
-    top.clear();
-    if (k == 0) return;
-    const std::size_t items = parts_->item_ids.size();
-    const std::size_t capacity = std::max(2 * k, k + 256);
-    if (top.capacity() < capacity) top.reserve(capacity);
-    float threshold = -std::numeric_limits<float>::infinity();
-    std::array<float, 64> scores;
-    for (std::size_t begin = 0; begin < items; begin += 64) {
-      const std::size_t count = std::min<std::size_t>(64, items - begin);
-      const std::uint64_t allowed = eligibility.word(begin / 64);
-      if (allowed == 0) continue;
-      score_block(query.data(), begin, count, scores.data());
-      for (std::size_t j = 0; j < count; ++j) {
-        // Later items lose ties, so the comparison is strict.
-        if (!(scores[j] > threshold) || (allowed >> j & 1) == 0 || !std::isfinite(scores[j]))
-          continue;
-        top.push_back({static_cast<std::uint32_t>(begin + j), scores[j]});
-        if (top.size() == capacity) {
-          keep_best(top, k);
-          threshold = top[k - 1].score;
-        }
-      }
-    }
-    keep_best(top, k);
-    std::sort(top.begin(), top.end(), ranks_before);
+  // The model must outlive the scorer. Takes N * (d + 12) bytes, N * (d / 2 + 12) where it scans 4
+  // bits.
+  explicit Scorer(const Model& model, const kernels::Table& table = kernels::chosen())
+      : Scorer(model.parts().item_vectors, model.parts().biases, usual_query_length(model), table) {
   }
 
+  // vectors: [N, d], biases: [N]; both must outlive the scorer. usual_query_length: a guess at |q|,
+  // which decides only how early a scan ends.
+  Scorer(const Matrix& vectors, std::span<const float> biases, float usual_query_length,
+         const kernels::Table& table = kernels::chosen())
+      : vectors_(&vectors), biases_by_item_(biases), table_(&table) {
+    build(usual_query_length);
+  }
+
+  // After a last layer norm a query's length hardly depends on the user.
+  static float usual_query_length(const Model& model) noexcept {
+    const ModelParts& parts = model.parts();
+    const std::size_t d = parts.item_vectors.columns();
+    if (parts.operations.back().kind != EncoderOp::Kind::layer_norm)
+      return std::sqrt(static_cast<float>(d));
+    const Matrix& weight = parts.weights[parts.weights.size() - 2];
+    const Matrix& bias = parts.weights.back();
+    float squares = 0;
+    for (std::size_t c = 0; c < d; ++c)
+      squares += weight.at(0, c) * weight.at(0, c) + bias.at(0, c) * bias.at(0, c);
+    return std::sqrt(squares);
+  }
+
+  Workspace make_workspace() const {
+    const std::size_t padded = kernels::padded(vectors_->columns());
+    return {std::vector<std::int8_t>(padded), std::vector<double>(padded), {}};
+  }
+
+  // Replaces `top` by the k best eligible items, best first. query: [padded(d)], zero beyond d. An
+  // item whose score is not finite is left out. At most one pass over the panels; allocates only
+  // while top and workspace grow to k and 2 k + 256.
+  void top_k(std::span<const float> query, std::size_t k, const Eligibility& eligibility,
+             Workspace& workspace, std::vector<ScoredItem>& top) const {
+    top.clear();
+    if (k == 0) return;
+    Search search{k, eligibility, workspace.query.data(), &workspace.best};
+    workspace.best.clear();
+    workspace.best.reserve(2 * k + chunk_rows);
+    widen(query, workspace);
+    double norm = 0;
+    for (const double q : workspace.query) norm += q * q;
+    norm = std::sqrt(norm);
+    if (std::isfinite(norm) && !few_eligible(eligibility))
+      scan(query, static_cast<float>(norm) * (1 + 1e-6f), search, workspace);
+    else
+      look_at_all(search);
+    search.cut();
+    std::sort(workspace.best.begin(), workspace.best.end(), std::greater<>{});
+    top.reserve(workspace.best.size());
+    for (const std::uint64_t key : workspace.best) top.push_back({item_of(key), score_of(key)});
+  }
+
+  // The scores of `items`, in their order, to scores.
+  void score(std::span<const float> query, std::span<const std::uint32_t> items,
+             Workspace& workspace, std::span<float> scores) const noexcept {
+    widen(query, workspace);
+    exact(workspace.query.data(), items, scores.data());
+  }
+
+  // Of one item, without a workspace; many are faster together.
   float score(std::span<const float> query, std::uint32_t item) const noexcept {
-    float value;
-    score_block(query.data(), item, 1, &value);
-    return value;
+    std::array<double, 8> s{};
+    for (std::size_t c = 0; c < vectors_->columns(); ++c)
+      s[c % 8] += static_cast<double>(query[c]) *
+                  (vectors_->type() == ElementType::i8
+                       ? static_cast<double>(vectors_->i8()[item * vectors_->columns() + c])
+                       : static_cast<double>(vectors_->f32()[item * vectors_->columns() + c]));
+    return finish(item, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
+  }
+
+  const char* instruction_set() const noexcept { return table_->name; }
+
+ private:
+  static constexpr std::size_t largest_8bit = std::size_t{1} << 24;  // bytes
+  static constexpr std::size_t chunk_panels = 16;
+  static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
+
+  // Largest values of a chunk's rows, or of all rows from a chunk on.
+  struct Bounds {
+    float norm = 0;      // |v|
+    float residual = 0;  // |r|
+    float bias = -std::numeric_limits<float>::infinity();
+
+    void add(const Bounds& other) noexcept {
+      norm = std::max(norm, other.norm);
+      residual = std::max(residual, other.residual);
+      bias = std::max(bias, other.bias);
+    }
+  };
+
+  // Keys compare as ranks_before does: the score's bits in an order-preserving form above the
+  // complement of the item.
+  static std::uint64_t key_of(float score, std::uint32_t item) noexcept {
+    const auto bits = std::bit_cast<std::uint32_t>(score + 0.0f);  // -0 ties with 0
+    const std::uint32_t ordered = bits ^ (bits >> 31 ? ~std::uint32_t{0} : std::uint32_t{1} << 31);
+    return std::uint64_t{ordered} << 32 | (~item & 0xffffffffu);
+  }
+  static std::uint32_t item_of(std::uint64_t key) noexcept {
+    return ~static_cast<std::uint32_t>(key);
+  }
+  static float score_of(std::uint64_t key) noexcept {
+    const auto ordered = static_cast<std::uint32_t>(key >> 32);
+    return std::bit_cast<float>(ordered ^
+                                (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
+  }
+
+  struct Search {
+    std::size_t k;
+    const Eligibility& eligibility;
+    const double* query;
+    std::vector<std::uint64_t>* best;
+    std::uint64_t worst = 0;  // key of the k-th best, once k are known
+    float threshold = -std::numeric_limits<float>::infinity();
+
+    void offer(float score, std::uint32_t item) {
+      if (!std::isfinite(score)) return;
+      const std::uint64_t key = key_of(score, item);
+      if (key > worst) best->push_back(key);
+    }
+
+    // Keeps the k best and raises the threshold.
+    void cut() {
+      if (best->size() < k) return;
+      if (best->size() > k) {
+        std::nth_element(best->begin(), best->begin() + static_cast<std::ptrdiff_t>(k - 1),
+                         best->end(), std::greater<>{});
+        best->resize(k);
+      }
+      worst = (*best)[k - 1];
+      threshold = score_of(worst);
+    }
+  };
+
+  void widen(std::span<const float> query, Workspace& workspace) const noexcept {
+    for (std::size_t c = 0; c < workspace.query.size(); ++c) workspace.query[c] = query[c];
+  }
+
+  void exact(const double* query, std::span<const std::uint32_t> items,
+             float* scores) const noexcept {
+    const Matrix& vectors = *vectors_;
+    const std::size_t d = vectors.columns();
+    std::array<double, 64> dots;
+    for (std::size_t begin = 0; begin < items.size(); begin += dots.size()) {
+      const auto some = items.subspan(begin, std::min(dots.size(), items.size() - begin));
+      if (vectors.type() == ElementType::i8)
+        table_->dots_i8(vectors.i8().data(), d, query, some.data(), some.size(), dots.data());
+      else
+        table_->dots_f32(vectors.f32().data(), d, query, some.data(), some.size(), dots.data());
+      for (std::size_t i = 0; i < some.size(); ++i) scores[begin + i] = finish(some[i], dots[i]);
+    }
+  }
+
+  float finish(std::uint32_t item, double dot) const noexcept {
+    const double bias = biases_by_item_[item];
+    return static_cast<float>(
+        vectors_->type() == ElementType::i8
+            ? std::fma(static_cast<double>(vectors_->scales()[item]), dot, bias)
+            : dot + bias);
+  }
+
+  void prefetch(std::uint32_t item) const noexcept {
+    const Matrix& vectors = *vectors_;
+    const std::size_t at = item * vectors.columns();
+    const auto* row = vectors.type() == ElementType::i8
+                          ? reinterpret_cast<const char*>(vectors.i8().data() + at)
+                          : reinterpret_cast<const char*>(vectors.f32().data() + at);
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 64);
+  }
+
+  // Where a filter leaves little, looking at each of those items is faster than the scan.
+  bool few_eligible(const Eligibility& eligibility) const noexcept {
+    if (!eligibility.eligible) return false;
+    const std::size_t items = vectors_->rows();
+    std::size_t count = 0;
+    for (std::size_t w = 0; w < (items + 63) / 64; ++w)
+      count += static_cast<std::size_t>(std::popcount(eligibility.word(w)));
+    return count < items / 16;
+  }
+
+  void look_at_all(Search& search) const {
+    const std::size_t items = vectors_->rows();
+    for (std::size_t begin = 0; begin < items; begin += 64) {
+      const std::size_t left = std::min<std::size_t>(64, items - begin);
+      std::uint64_t allowed = search.eligibility.word(begin / 64);
+      if (left < 64) allowed &= (std::uint64_t{1} << left) - 1;
+      std::array<std::uint32_t, 64> some;
+      std::size_t found = 0;
+      for (; allowed != 0; allowed &= allowed - 1)
+        some[found++] = static_cast<std::uint32_t>(begin) +
+                        static_cast<std::uint32_t>(std::countr_zero(allowed));
+      look_at({some.data(), found}, search);
+    }
+  }
+
+  void look_at(std::span<const std::uint32_t> items, Search& search) const {
+    std::array<float, 2 * chunk_rows> scores;
+    exact(search.query, items, scores.data());
+    for (std::size_t i = 0; i < items.size(); ++i) search.offer(scores[i], items[i]);
+    // Early cuts are cheap and raise the threshold; later ones have less to gain.
+    if (search.best->size() >= (search.worst == 0 ? search.k + 1 : 2 * search.k)) search.cut();
+  }
+
+  void scan(std::span<const float> query, float norm, Search& search, Workspace& workspace) const {
+    std::int32_t sum = 0;
+    const std::size_t d = vectors_->columns();
+    const int limit = bits_ == 8 ? table_->query_limit : 127;
+    const float step = table_->quantise(d, query.data(), limit, workspace.quantised.data(), sum);
+    double squares = 0;
+    for (std::size_t c = 0; c < d; ++c) {
+      const double e = workspace.query[c] - static_cast<double>(step) * workspace.quantised[c];
+      squares += e * e;
+    }
+    const float error = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
+    // Rounding in f32: of the approximate score (4 roundings), the exact one (1), threshold and
+    // margin (3), each at most 2^-24 of the largest magnitude involved.
+    const Bounds& all = from_[0];
+    const float slack = 1e-6f * ((norm + error) * (all.norm + all.residual) + largest_bias_);
+    const std::size_t panel_size = panel_bytes();
+    const std::size_t panels = order_.size() / kernels::panel_rows;
+    std::array<std::uint16_t, chunk_panels> masks;
+    // Candidates wait for a batch, in which time their rows come out of memory.
+    constexpr std::size_t batch = 64;
+    std::array<std::uint32_t, batch + chunk_rows> candidates;
+    std::size_t found = 0;
+    for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+      const auto reaches = [&](const Bounds& b) {
+        return norm * b.norm + b.bias + slack >= search.threshold;
+      };
+      if (!reaches(from_[chunk])) break;
+      if (!reaches(chunks_[chunk])) continue;
+      const Bounds& bounds = chunks_[chunk];
+      const float margin = error * (bounds.norm + bounds.residual) + norm * bounds.residual + slack;
+      const std::size_t first = chunk * chunk_panels;
+      const std::size_t count = std::min(chunk_panels, panels - first);
+      const kernels::PanelScan rows{panels_.data() + first * panel_size,
+                                    scales_.data() + first * kernels::panel_rows,
+                                    biases_.data() + first * kernels::panel_rows,
+                                    d,
+                                    workspace.quantised.data(),
+                                    (bits_ == 8 ? -128 : -8) * sum,
+                                    step};
+      (bits_ == 8 ? table_->scan_8bit : table_->scan_4bit)(rows, count, search.threshold - margin,
+                                                           masks.data());
+      for (std::size_t p = 0; p < count; ++p) {
+        for (std::uint32_t mask = masks[p]; mask != 0; mask &= mask - 1) {
+          const std::uint32_t item = order_[(first + p) * kernels::panel_rows +
+                                            static_cast<std::size_t>(std::countr_zero(mask))];
+          if (!search.eligibility.test(item)) continue;
+          prefetch(item);
+          candidates[found++] = item;
+        }
+      }
+      if (found >= batch) {
+        look_at({candidates.data(), found}, search);
+        found = 0;
+      }
+    }
+    look_at({candidates.data(), found}, search);
+  }
+
+  std::size_t panel_bytes() const noexcept {
+    const std::size_t d = vectors_->columns();
+    return bits_ == 8 ? kernels::panel_bytes<8>(d) : kernels::panel_bytes<4>(d);
+  }
+
+  // The row in `bits_` bits: the scale, and the norm of what is left over. Of 4 bits, the scale
+  // that leaves least is looked for among a few.
+  static float quantise_row(std::span<const float> row, int bits, std::span<std::int8_t> values,
+                            double& residual) noexcept {
+    float largest = 0;
+    for (const float v : row) largest = std::max(largest, std::abs(v));
+    residual = 0;
+    if (largest == 0) {
+      std::fill(values.begin(), values.end(), std::int8_t{0});
+      return 0;
+    }
+    const float most = bits == 8 ? 127.0f : 7.0f;
+    float best_scale = 0;
+    residual = std::numeric_limits<double>::infinity();
+    for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
+      const float scale = largest * part / most, inverse = most / (largest * part);
+      double squares = 0;
+      for (const float v : row) {
+        const double e = v - static_cast<double>(scale) * nearest(v * inverse, most);
+        squares += e * e;
+      }
+      if (squares < residual) {
+        residual = squares;
+        best_scale = scale;
+      }
+      if (bits == 8) break;
+    }
+    const float inverse = 1.0f / best_scale;
+    residual = 0;
+    for (std::size_t c = 0; c < row.size(); ++c) {
+      const float value = nearest(row[c] * inverse, most);
+      values[c] = static_cast<std::int8_t>(value);
+      const double e = row[c] - static_cast<double>(best_scale) * value;
+      residual += e * e;
+    }
+    residual = std::sqrt(residual);
+    return best_scale;
+  }
+  static float nearest(float v, float most) noexcept {
+    return std::clamp(std::nearbyint(v), -most, most);
+  }
+
+  // Rows by the largest score they could have with a query of the usual length; any order is
+  // correct, this one ends the scan soonest.
+  void build(float length) {
+    const Matrix& vectors = *vectors_;
+    const std::size_t items = vectors.rows(), d = vectors.columns();
+    bits_ = items * d <= largest_8bit ? 8 : 4;
+    std::vector<float> row(d), norms(items), reach(items);
+    for (std::uint32_t i = 0; i < items; ++i) {
+      vectors.row(i, row);
+      double squares = 0;
+      for (const float v : row) squares += static_cast<double>(v) * v;
+      norms[i] = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
+      reach[i] = length * norms[i] + biases_by_item_[i];
+      largest_bias_ = std::max(largest_bias_, std::abs(biases_by_item_[i]));
+    }
+    order_.resize(kernels::padded(items));
+    std::iota(order_.begin(), order_.end(), 0u);
+    std::stable_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(items),
+                     [&](std::uint32_t a, std::uint32_t b) { return reach[a] > reach[b]; });
+    panels_.assign(order_.size() / kernels::panel_rows * panel_bytes(), 0);
+    scales_.resize(order_.size());
+    biases_.resize(order_.size(), std::numeric_limits<float>::quiet_NaN());
+    chunks_.resize((order_.size() + chunk_rows - 1) / chunk_rows);
+    std::vector<std::int8_t> values(d);
+    for (std::size_t p = 0; p < items; ++p) {
+      const std::uint32_t item = order_[p];
+      std::uint8_t* panel = panels_.data() + p / kernels::panel_rows * panel_bytes();
+      const std::size_t lane = p % kernels::panel_rows;
+      double residual = 0;
+      if (bits_ == 8 && vectors.type() == ElementType::i8) {
+        scales_[p] = vectors.scales()[item];
+        kernels::put_in_panel<8>(panel, lane, vectors.i8().data() + item * d, d);
+      } else {
+        vectors.row(item, row);
+        scales_[p] = quantise_row(row, bits_, values, residual);
+        if (bits_ == 8)
+          kernels::put_in_panel<8>(panel, lane, values.data(), d);
+        else
+          kernels::put_in_panel<4>(panel, lane, values.data(), d);
+      }
+      biases_[p] = biases_by_item_[item];
+      chunks_[p / chunk_rows].add(
+          {norms[item], static_cast<float>(residual) * (1 + 1e-6f), biases_by_item_[item]});
+    }
+    from_ = chunks_;
+    for (std::size_t c = from_.size() - 1; c > 0; --c) from_[c - 1].add(from_[c]);
+  }
+
+  const Matrix* vectors_;
+  std::span<const float> biases_by_item_;
+  const kernels::Table* table_;
+  int bits_ = 8;                      // of a value in the panels
+  std::vector<std::uint32_t> order_;  // position in the panels to item, padded to whole panels
+  std::vector<std::uint8_t> panels_;
+  std::vector<float> scales_, biases_;  // by position; NaN biases behind the last item
+  std::vector<Bounds> chunks_;          // of each chunk of chunk_rows positions
+  std::vector<Bounds> from_;            // of each chunk and all later ones
+  float largest_bias_ = 0;
+};
+
+// ============================================================================================
+// Room 7: impressions. Owns what is remembered of shown items: decayed counters an item, sums of
+// the contexts in which it was shown and chosen, each user's recent impressions, and the log of
+// slates behind recommendation ids. Uses rooms 3 and 6.
+// ============================================================================================
+
+namespace detail {
+
+using HashKey = std::array<std::uint64_t, 2>;
+
+// SipHash-2-4 (Aumasson and Bernstein 2012): without the key its values cannot be foretold.
+inline std::uint64_t siphash(const HashKey& key, std::span<const std::byte> data) noexcept {
+  std::uint64_t v0 = key[0] ^ 0x736F6D6570736575u, v1 = key[1] ^ 0x646F72616E646F6Du;
+  std::uint64_t v2 = key[0] ^ 0x6C7967656E657261u, v3 = key[1] ^ 0x7465646279746573u;
+  const auto round = [&] {
+    v0 += v1, v1 = std::rotl(v1, 13) ^ v0, v0 = std::rotl(v0, 32);
+    v2 += v3, v3 = std::rotl(v3, 16) ^ v2;
+    v0 += v3, v3 = std::rotl(v3, 21) ^ v0;
+    v2 += v1, v1 = std::rotl(v1, 17) ^ v2, v2 = std::rotl(v2, 32);
+  };
+  const auto absorb = [&](std::uint64_t word) {
+    v3 ^= word;
+    round();
+    round();
+    v0 ^= word;
+  };
+  std::size_t at = 0;
+  for (; at + 8 <= data.size(); at += 8) absorb(load_integer<std::uint64_t>(data.data() + at));
+  std::uint64_t last = static_cast<std::uint64_t>(data.size()) << 56;
+  for (std::size_t i = 0; at + i < data.size(); ++i)
+    last |= std::to_integer<std::uint64_t>(data[at + i]) << (8 * i);
+  absorb(last);
+  v2 ^= 0xFF;
+  for (int i = 0; i < 4; ++i) round();
+  return v0 ^ v1 ^ v2 ^ v3;
+}
+
+}  // namespace detail
+
+// A time on the scale of exponential decay: counts made at different times are comparable once each
+// is multiplied by 2^(t / half-life) (forward decay: Cormode et al. 2009), here split into a whole
+// number of half-lives since 1970 and the rest, in [1, 2).
+struct DecayMoment {
+  std::uint32_t half_lives;
+  double weight;
+};
+
+class Decay {
+ public:
+  // half_life: seconds, > 0.
+  explicit Decay(std::int64_t half_life) noexcept : half_life_(half_life) {}
+
+  DecayMoment at(std::int64_t timestamp) const noexcept {
+    const std::int64_t last = half_life_ * max_half_lives;
+    const std::int64_t t = std::clamp<std::int64_t>(timestamp, 0, last);
+    const std::int64_t whole = t / half_life_;
+    return {
+        static_cast<std::uint32_t>(whole),
+        std::exp2(static_cast<double>(t - whole * half_life_) / static_cast<double>(half_life_))};
+  }
+
+  static constexpr std::int64_t max_half_lives = 4095;
+
+ private:
+  std::int64_t half_life_;
+};
+
+// Two decayed counters an item, 16 bytes together. Any number of threads may add and read; no
+// increment is lost. Nothing sweeps over the items: a counter is aged when it is next touched.
+class ItemCounters {
+ public:
+  enum class Kind : std::uint32_t { positive, expected };
+
+  explicit ItemCounters(std::size_t items = 0) : items_(items) { grow(); }
+
+  // A counter table for more items that shares those that exist already: an increment through
+  // either is seen through both.
+  ItemCounters grown(std::size_t items) const {
+    ItemCounters table = *this;
+    table.items_ = std::max(items, items_);
+    table.grow();
+    return table;
+  }
+
+  std::size_t size() const noexcept { return items_; }
+
+  // Adds amount >= 0, counted in steps of 2^-22; a counter holds at most 2^29. item < size().
+  void add(Kind kind, std::uint32_t item, double amount, const DecayMoment& moment) noexcept {
+    std::atomic<std::uint64_t>& word = at(kind, item);
+    const double steps = amount * moment.weight * unit;
+    const std::uint64_t whole = rounded(steps);
+    std::uint64_t old = word.load(std::memory_order_relaxed), sum;
+    do {
+      const std::uint64_t epoch = old >> value_bits, now = moment.half_lives;
+      const std::uint64_t value =
+          epoch == now ? (old & value_mask) + whole
+          : epoch < now
+              ? aged(old, now) + whole
+              : (old & value_mask) + rounded(std::ldexp(steps, -static_cast<int>(epoch - now)));
+      sum = std::max(epoch, now) << value_bits | std::min(value, value_mask);
+    } while (!word.compare_exchange_weak(old, sum, std::memory_order_relaxed));
+  }
+
+  // The count as it has decayed by `moment`.
+  double value(Kind kind, std::uint32_t item, const DecayMoment& moment) const noexcept {
+    const std::uint64_t word = at(kind, item).load(std::memory_order_relaxed);
+    // A moment long before the last addition is taken for the half-life before it.
+    const int age =
+        std::min(static_cast<int>(word >> value_bits) - static_cast<int>(moment.half_lives), 1);
+    return std::ldexp(static_cast<double>(word & value_mask) / (unit * moment.weight), age);
+  }
+
+  // Brings the item's counters into the cache ahead of an add.
+  void prefetch(std::uint32_t item) const noexcept {
+#if defined(__GNUC__)
+    __builtin_prefetch(&at(Kind::positive, item), 1);
+#else
+    (void)item;
+#endif
   }
 
  private:
-  static void keep_best(std::vector<ScoredItem>& top, std::size_t k) noexcept {
-    if (top.size() <= k) return;
-    std::nth_element(top.begin(), top.begin() + static_cast<std::ptrdiff_t>(k - 1), top.end(),
-                     ranks_before);
-    top.erase(top.begin() + static_cast<std::ptrdiff_t>(k), top.end());
+  static constexpr unsigned value_bits = 52;
+  static constexpr std::uint64_t value_mask = (std::uint64_t{1} << value_bits) - 1;
+  static constexpr double unit = 0x1p22;
+  static constexpr std::size_t block_items = 4096;
+  using Block = std::array<std::atomic<std::uint64_t>, 2 * block_items>;
+  static_assert(sizeof(Block) == 16 * block_items &&
+                std::atomic<std::uint64_t>::is_always_lock_free);
+
+  static std::uint64_t rounded(double steps) noexcept {
+    return steps < 0x1p52 - 1 ? static_cast<std::uint64_t>(steps + 0.5) : value_mask;
   }
 
-  void score_block(const float* query, std::size_t begin, std::size_t count,
-                   float* scores) const noexcept {
-    using K = kernels::Kernels<Arch>;
-    const Matrix& vectors = parts_->item_vectors;
-    const std::size_t d = vectors.columns();
-    const float* biases = parts_->biases.data() + begin;
-    if (vectors.type() == ElementType::i8)
-      K::score_rows(vectors.i8().data() + begin * d, d, count, query,
-                    vectors.scales().data() + begin, biases, scores);
-    else
-      K::score_rows(vectors.f32().data() + begin * d, d, count, query, nullptr, biases, scores);
+  static std::uint64_t aged(std::uint64_t word, std::uint64_t epoch) noexcept {
+    const std::uint64_t age = epoch - (word >> value_bits);
+    return age < value_bits ? (word & value_mask) >> age : 0;
   }
 
-  const ModelParts* parts_;
+  std::atomic<std::uint64_t>& at(Kind kind, std::uint32_t item) const noexcept {
+    return (
+        *blocks_[item / block_items])[2 * (item % block_items) + static_cast<std::uint32_t>(kind)];
+  }
+
+  void grow() {
+    while (blocks_.size() * block_items < items_) blocks_.push_back(std::make_shared<Block>());
+  }
+
+  std::size_t items_;
+  std::vector<std::shared_ptr<Block>> blocks_;
 };
 
-using Scorer = BasicScorer<>;
+// An item's sums over its impressions, decayed as its counters are: of the query where it was
+// chosen, and of the query times the expected number of choices. Any number of threads may call;
+// items are spread over 64 locks. Memory: 8 d bytes an item that was ever shown.
+class ContextSums {
+ public:
+  explicit ContextSums(std::size_t dimension) : dimension_(dimension) {}
+
+  void add_positive(std::uint32_t item, std::span<const float> query, const DecayMoment& moment) {
+    add(item, query, 1.0, 0, moment);
+  }
+  void add_expected(std::uint32_t item, std::span<const float> query, double expected,
+                    const DecayMoment& moment) {
+    add(item, query, expected, dimension_, moment);
+  }
+
+  // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, in no order.
+  template <class Visit>
+  void for_each(const DecayMoment& moment, Visit visit) const {
+    std::vector<float> sums(2 * dimension_);
+    for (const Stripe& stripe : stripes_) {
+      const std::lock_guard lock{stripe.mutex};
+      for (const auto& [item, row] : stripe.rows) {
+        const double scale =
+            std::ldexp(1.0 / moment.weight,
+                       static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
+        for (std::size_t c = 0; c < sums.size(); ++c)
+          sums[c] = static_cast<float>(scale * static_cast<double>(row.sums[c]));
+        const std::span<const float> all(sums);
+        visit(item, all.first(dimension_), all.subspan(dimension_));
+      }
+    }
+  }
+
+ private:
+  struct Row {
+    std::uint32_t half_lives = 0;
+    std::vector<float> sums;  // positive, then expected
+  };
+  struct Stripe {
+    mutable std::mutex mutex;
+    std::unordered_map<std::uint32_t, Row> rows;
+  };
+
+  void add(std::uint32_t item, std::span<const float> query, double amount, std::size_t offset,
+           const DecayMoment& moment) {
+    Stripe& stripe = stripes_[item % stripes_.size()];
+    const std::lock_guard lock{stripe.mutex};
+    Row& row = stripe.rows[item];
+    if (row.sums.empty()) row = {moment.half_lives, std::vector<float>(2 * dimension_)};
+    if (moment.half_lives > row.half_lives) {
+      const float scale =
+          std::ldexp(1.0f, static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
+      for (float& sum : row.sums) sum *= scale;
+      row.half_lives = moment.half_lives;
+    }
+    const auto factor = static_cast<float>(
+        std::ldexp(amount * moment.weight,
+                   static_cast<int>(moment.half_lives) - static_cast<int>(row.half_lives)));
+    for (std::size_t c = 0; c < dimension_; ++c) row.sums[offset + c] += factor * query[c];
+  }
+
+  std::size_t dimension_;
+  std::array<Stripe, 64> stripes_;
+};
+
+// What one user was shown lately and did not choose: at most 64 items, the one shown longest ago
+// gives way. The count of an item fades with a half-life of 7 days. Not thread-safe.
+class RecentImpressions {
+ public:
+  static constexpr std::size_t capacity = 64;
+  static constexpr std::int64_t half_life = 7 * 86'400;
+
+  void add(std::uint32_t item, std::int64_t timestamp) {
+    Entry* entry = find(item);
+    if (!entry && entries_.size() < capacity) {
+      entry = &entries_.emplace_back(Entry{item, 0, timestamp});
+    } else if (!entry) {
+      entry = &*std::min_element(
+          entries_.begin(), entries_.end(),
+          [](const Entry& a, const Entry& b) { return a.timestamp < b.timestamp; });
+      *entry = {item, 0, timestamp};
+    }
+    entry->count = 1.0f + faded(*entry, timestamp);
+    entry->timestamp = std::max(entry->timestamp, timestamp);
+  }
+
+  // The user chose the item: what came before is no longer held against it.
+  void remove(std::uint32_t item) noexcept {
+    if (Entry* entry = find(item)) {
+      *entry = entries_.back();
+      entries_.pop_back();
+    }
+  }
+
+  float count(std::uint32_t item, std::int64_t timestamp) const noexcept {
+    const Entry* entry = const_cast<RecentImpressions*>(this)->find(item);
+    return entry ? faded(*entry, timestamp) : 0.0f;
+  }
+
+  bool contains(std::uint32_t item) const noexcept {
+    return std::any_of(entries_.begin(), entries_.end(),
+                       [item](const Entry& entry) { return entry.item == item; });
+  }
+
+  template <class Visit>
+  void for_each(std::int64_t timestamp, Visit visit) const {
+    for (const Entry& entry : entries_) visit(entry.item, faded(entry, timestamp));
+  }
+
+  std::size_t size() const noexcept { return entries_.size(); }
+
+ private:
+  struct Entry {
+    std::uint32_t item;
+    float count;  // as of timestamp
+    std::int64_t timestamp;
+  };
+
+  static float faded(const Entry& entry, std::int64_t timestamp) noexcept {
+    const double age =
+        std::max(0.0, static_cast<double>(timestamp) - static_cast<double>(entry.timestamp));
+    return entry.count * std::exp2(static_cast<float>(-age / half_life));
+  }
+
+  Entry* find(std::uint32_t item) noexcept {
+    const auto found = std::find_if(entries_.begin(), entries_.end(),
+                                    [item](const Entry& entry) { return entry.item == item; });
+    return found == entries_.end() ? nullptr : &*found;
+  }
+
+  std::vector<Entry> entries_;
+};
+
+// One place of a slate and how it came about (room 8).
+struct SlotChoice {
+  ScoredItem pick{};
+  ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
+  bool explored = false;  // drawn from the pool
+  float propensity = 1;   // probability of this pick, given those above it
+  float pool_share = 0;   // softmax of the pick in the pool as it stood; 0: not in the pool
+  float pool_logit = 0;   // log odds that the pool wins an exploring slot, before the handicap
+  float pool_value = 0;   // mean value of the pool, weighted by softmax
+};
+
+// One pick of a logged slate. "Log clicks": the natural logarithm of an expected number of positive
+// events.
+struct LoggedPick {
+  SlotChoice choice;        // with pool_value as the values below
+  std::uint32_t place = 0;  // from 0
+  float relevance = 0;      // S, the model's score less the user's own normaliser (room 8)
+  float adjustment = 0;     // what feedback added when served, in log clicks
+  float examination = 1;    // probability that a user looks at this position
+  float expected = 0;       // positive events expected of the impression by the model alone
+  float value = 0;          // the same by all that is known
+  float best_value = 0;     // had the slot gone to choice.best
+  bool seen = false;
+  bool positive = false;
+};
+
+struct LoggedSlate {
+  std::int64_t timestamp = 0;
+  bool reported = false;     // an event or a call has said which picks were seen
+  std::vector<float> query;  // the user's, when served; empty for a user without events
+  std::vector<LoggedPick> picks;
+};
+
+enum class SlateStatus : std::uint8_t {
+  found,
+  expired,  // the id is genuine, but too old or displaced by newer slates
+  unknown,  // not an id of this recommender for this user
+};
+
+// The last slates, each found again by its recommendation id: its number and a keyed hash of number
+// and owner, so that ids can be neither guessed nor used for another user. Any number of threads
+// may call; a slate is used under one of 64 locks. Memory: `capacity` slates, taken as they come.
+class SlateLog {
+ public:
+  // capacity: slates, >= 1; expiry: seconds.
+  SlateLog(std::size_t capacity, std::int64_t expiry, const detail::HashKey& key)
+      : key_(key), expiry_(expiry), slots_(capacity) {}
+
+  // Adds a slate that fill(LoggedSlate&) completes; its memory is reused. Writes the id to `id`.
+  template <class Fill>
+  void add(std::string_view owner, std::int64_t timestamp, std::string& id, Fill fill) {
+    const std::uint64_t number = next_.fetch_add(1, std::memory_order_relaxed);
+    write_id(number, tag(number, owner), id);
+    Slot& slot = slots_[number % slots_.size()];
+    const std::lock_guard lock{mutex_of(number)};
+    // A thread held up for a whole round of the ring must not displace the newer slate.
+    if (slot.number > number) return;
+    slot.number = number;
+    slot.slate.timestamp = timestamp;
+    slot.slate.reported = false;
+    slot.slate.query.clear();
+    slot.slate.picks.clear();
+    fill(slot.slate);
+  }
+
+  // Calls use(LoggedSlate&) where the id is one of this owner's slates and still remembered.
+  template <class Use>
+  SlateStatus use(std::string_view id, std::string_view owner, std::int64_t timestamp, Use use) {
+    const auto parsed = read_id(id);
+    if (!parsed || parsed->second != tag(parsed->first, owner)) return SlateStatus::unknown;
+    const std::uint64_t number = parsed->first;
+    Slot& slot = slots_[number % slots_.size()];
+    const std::lock_guard lock{mutex_of(number)};
+    if (slot.number != number || timestamp - expiry_ > slot.slate.timestamp)
+      return SlateStatus::expired;
+    use(slot.slate);
+    return SlateStatus::found;
+  }
+
+  // Visits remembered slates whose impressions were reported, newest first, at most `limit`.
+  template <class Visit>
+  void for_each_reported(std::size_t limit, Visit visit) const {
+    std::uint64_t number = next_.load(std::memory_order_relaxed) - 1;
+    for (std::size_t s = 0; s < slots_.size() && number > 0 && limit > 0; ++s, --number) {
+      const Slot& slot = slots_[number % slots_.size()];
+      const std::lock_guard lock{mutex_of(number)};
+      if (slot.number != number || !slot.slate.reported) continue;
+      visit(slot.slate);
+      --limit;
+    }
+  }
+
+ private:
+  struct Slot {
+    std::uint64_t number = 0;  // 0: never used
+    LoggedSlate slate;
+  };
+  static constexpr std::string_view digits = "0123456789abcdef";
+
+  std::mutex& mutex_of(std::uint64_t number) const noexcept {
+    return mutexes_[number % slots_.size() % mutexes_.size()];
+  }
+
+  std::uint64_t tag(std::uint64_t number, std::string_view owner) const noexcept {
+    const std::uint64_t of_owner = detail::siphash(key_, std::as_bytes(std::span(owner)));
+    const std::array<std::uint64_t, 2> both{number, of_owner};
+    return detail::siphash(key_, std::as_bytes(std::span(both)));
+  }
+
+  static void write_id(std::uint64_t number, std::uint64_t tag, std::string& id) {
+    id.resize(32);
+    for (std::size_t i = 0; i < 16; ++i) {
+      id[15 - i] = digits[number >> (4 * i) & 15];
+      id[31 - i] = digits[tag >> (4 * i) & 15];
+    }
+  }
+
+  static std::optional<std::pair<std::uint64_t, std::uint64_t>> read_id(std::string_view id) {
+    if (id.size() != 32) return std::nullopt;
+    std::array<std::uint64_t, 2> words{};
+    for (std::size_t i = 0; i < 32; ++i) {
+      const std::size_t digit = digits.find(id[i]);
+      if (digit == std::string_view::npos) return std::nullopt;
+      words[i / 16] = words[i / 16] << 4 | digit;
+    }
+    return std::pair{words[0], words[1]};
+  }
+
+  detail::HashKey key_;
+  std::int64_t expiry_;
+  std::atomic<std::uint64_t> next_{1};
+  std::vector<Slot> slots_;
+  mutable std::array<std::mutex, 64> mutexes_;
+};
 
 // ============================================================================================
-// Room 9: recommender. Owns users and sessions and answers requests. Uses rooms 1, 4, 5 and 6.
+// Room 8: exploration. Owns what impressions teach (calibration, posterior, vector correction) and
+// the random choice of a slate with its probabilities. Uses room 6.
+// ============================================================================================
+
+// Philox4x32-10 (Salmon et al. 2011): random bits as a function of key and counter.
+class CounterRandom {
+ public:
+  CounterRandom(std::uint64_t key, std::uint64_t stream) noexcept : key_(key), stream_(stream) {}
+
+  // Two uniform numbers in [0, 1); the same for the same key, stream and index.
+  std::array<double, 2> uniform(std::uint64_t index) const noexcept {
+    const auto [a, b, c, d] = block(key_, {index, stream_});
+    const auto unit = [](std::uint32_t high, std::uint32_t low) {
+      return static_cast<double>((std::uint64_t{high} << 32 | low) >> 11) * 0x1p-53;
+    };
+    return {unit(a, b), unit(c, d)};
+  }
+
+  static std::array<std::uint32_t, 4> block(std::uint64_t key,
+                                            const std::array<std::uint64_t, 2>& counter) noexcept {
+    const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
+    const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
+    std::array<std::uint32_t, 4> c{low(counter[0]), high(counter[0]), low(counter[1]),
+                                   high(counter[1])};
+    std::uint32_t k0 = low(key), k1 = high(key);
+    for (int round = 0; round < 10; ++round) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
+      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c[2];
+      c = {high(p1) ^ c[1] ^ k0, low(p1), high(p0) ^ c[3] ^ k1, low(p0)};
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    return c;
+  }
+
+ private:
+  std::uint64_t key_, stream_;
+};
+
+// From relevance S to expected positive events of an examined impression: exp(slope S + intercept).
+struct Calibration {
+  float slope = 1.0f;
+  float intercept = 0.0f;
+};
+
+struct CalibrationSample {
+  float relevance;    // S
+  float adjustment;   // log clicks that are not the model's own
+  float examination;  // > 0
+  bool positive;
+};
+
+// Poisson regression by Newton's method of positive ~ examination exp(slope S + intercept +
+// adjustment), under normal priors: slope ~ (1, 0.5^2), intercept ~ (0, 3^2). slope stays in
+// [0.1, 4]. Cost: samples x iterations.
+inline Calibration fit_calibration(std::span<const CalibrationSample> samples,
+                                   const Calibration& start = {}) {
+  constexpr double slope_precision = 4.0, intercept_precision = 1.0 / 9.0;
+  double slope = static_cast<double>(start.slope), intercept = static_cast<double>(start.intercept);
+  for (int iteration = 0; iteration < 30; ++iteration) {
+    double gradient_slope = -slope_precision * (slope - 1), curvature_slope = slope_precision;
+    double gradient_intercept = -intercept_precision * intercept;
+    double curvature_intercept = intercept_precision, cross = 0;
+    for (const CalibrationSample& sample : samples) {
+      const auto relevance = static_cast<double>(sample.relevance);
+      const double rate =
+          static_cast<double>(sample.examination) *
+          std::exp(std::min(slope * relevance + intercept + static_cast<double>(sample.adjustment),
+                            5.0));
+      const double residual = (sample.positive ? 1.0 : 0.0) - rate;
+      gradient_slope += residual * relevance;
+      gradient_intercept += residual;
+      curvature_slope += rate * relevance * relevance;
+      curvature_intercept += rate;
+      cross += rate * relevance;
+    }
+    const double determinant = curvature_slope * curvature_intercept - cross * cross;
+    const double step_slope =
+        (curvature_intercept * gradient_slope - cross * gradient_intercept) / determinant;
+    const double step_intercept =
+        (curvature_slope * gradient_intercept - cross * gradient_slope) / determinant;
+    slope = std::clamp(slope + std::clamp(step_slope, -0.5, 0.5), 0.1, 4.0);
+    intercept = std::clamp(intercept + std::clamp(step_intercept, -1.0, 1.0), -20.0, 20.0);
+    if (std::abs(step_slope) + std::abs(step_intercept) < 1e-6) break;
+  }
+  return {static_cast<float>(slope), static_cast<float>(intercept)};
+}
+
+// Positive events of an item, and how many its impressions let expect.
+struct ItemFeedback {
+  double positive = 0, expected = 0;
+};
+
+// An item's quality relative to the model: Gamma with shape `strength` and mean `mean`.
+struct GammaPrior {
+  double strength;
+  double mean;
+};
+
+// Method of moments for positive ~ negative binomial: E = mu X, Var = mu X + mu^2 X^2 / strength
+// (Agarwal, Chen, Elango 2009). Both are drawn towards `expected` as by 10 positive events and 20
+// items; strength stays in [0.5, 50], mean in [0.1, 10].
+inline GammaPrior fit_prior(std::span<const ItemFeedback> items, const GammaPrior& expected) {
+  double positive = 10 * expected.mean, total = 10;
+  for (const ItemFeedback& item : items) {
+    positive += item.positive;
+    total += item.expected;
+  }
+  const double mean = std::clamp(positive / total, 0.1, 10.0);
+  // (residual^2 - x) / x^2 estimates 1 / strength; an item with few expected events tells little.
+  double spread = 20 / expected.strength, weights = 20;
+  for (const ItemFeedback& item : items) {
+    const double x = mean * item.expected;
+    if (x <= 0) continue;
+    const double residual = item.positive - x;
+    const double weight = std::min(1.0, x * x);
+    spread += weight * (residual * residual - x) / (x * x);
+    weights += weight;
+  }
+  const double variance = std::max(spread / weights, 0.0);
+  return {std::clamp(1.0 / std::max(variance, 1e-6), 0.5, 50.0), mean};
+}
+
+// The Gamma posterior matched to a log-normal: log quality ~ (mean, deviation^2).
+struct QualityPosterior {
+  float mean, deviation;
+};
+
+inline QualityPosterior posterior(const GammaPrior& prior, const ItemFeedback& item) noexcept {
+  const double shape = prior.strength * prior.mean + item.positive;
+  return {static_cast<float>(std::log(shape / (prior.strength + item.expected))),
+          static_cast<float>(std::sqrt(std::log1p(1.0 / shape)))};
+}
+
+// Who likes an item, not only how many: a Bayesian linear layer on the queries (neural-linear:
+// Riquelme et al. 2018), one second moment of the queries shared by all items.
+class VectorCorrection {
+ public:
+  static constexpr double ridge = 16.0, damping = 0.7;
+
+  // second_moment: [d, d], mean of query query^T. Cost: some 10 d^3.
+  VectorCorrection(std::vector<double> second_moment, std::size_t dimension)
+      : dimension_(dimension), vectors_(dimension * dimension), values_(dimension) {
+    diagonalise(second_moment);
+    for (const double value : values_) trace_ += std::max(value, 0.0);
+  }
+
+  // delta = damping (ridge trace(M) I + expected M)^-1 residual, so that the prior deviation of
+  // query . delta is 1 / sqrt(ridge) for a query of average length. residual, delta: [d].
+  void solve(std::span<const float> residual, double expected,
+             std::span<float> delta) const noexcept {
+    std::fill(delta.begin(), delta.end(), 0.0f);
+    if (!(trace_ > 0)) return;
+    for (std::size_t e = 0; e < dimension_; ++e) {
+      const double* vector = vectors_.data() + e * dimension_;
+      double projection = 0;
+      for (std::size_t c = 0; c < dimension_; ++c)
+        projection += vector[c] * static_cast<double>(residual[c]);
+      const double step =
+          damping * projection / (ridge * trace_ + expected * std::max(values_[e], 0.0));
+      for (std::size_t c = 0; c < dimension_; ++c) delta[c] += static_cast<float>(step * vector[c]);
+    }
+  }
+
+ private:
+  // Cyclic Jacobi rotations (Golub and Van Loan, 8.5); rows of vectors_ are the eigenvectors.
+  void diagonalise(std::vector<double>& a) {
+    const std::size_t n = dimension_;
+    for (std::size_t i = 0; i < n; ++i) vectors_[i * n + i] = 1;
+    const auto off_diagonal = [&] {
+      double sum = 0;
+      for (std::size_t p = 0; p < n; ++p)
+        for (std::size_t q = p + 1; q < n; ++q) sum += a[p * n + q] * a[p * n + q];
+      return sum;
+    };
+    double diagonal = 0;
+    for (std::size_t i = 0; i < n; ++i) diagonal += a[i * n + i] * a[i * n + i];
+    for (int sweep = 0; sweep < 30 && off_diagonal() > 1e-14 * diagonal; ++sweep) {
+      for (std::size_t p = 0; p < n; ++p) {
+        for (std::size_t q = p + 1; q < n; ++q) {
+          if (a[p * n + q] == 0) continue;
+          const double theta = (a[q * n + q] - a[p * n + p]) / (2 * a[p * n + q]);
+          const double t =
+              (theta < 0 ? -1.0 : 1.0) / (std::abs(theta) + std::sqrt(theta * theta + 1));
+          const double cosine = 1 / std::sqrt(t * t + 1), sine = t * cosine;
+          const auto rotate = [&](double& x, double& y) {
+            const double old = x;
+            x = cosine * old - sine * y;
+            y = sine * old + cosine * y;
+          };
+          for (std::size_t k = 0; k < n; ++k) rotate(a[k * n + p], a[k * n + q]);
+          for (std::size_t k = 0; k < n; ++k) rotate(a[p * n + k], a[q * n + k]);
+          for (std::size_t k = 0; k < n; ++k) rotate(vectors_[p * n + k], vectors_[q * n + k]);
+        }
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i) values_[i] = a[i * n + i];
+  }
+
+  std::size_t dimension_;
+  std::vector<double> vectors_, values_;
+  double trace_ = 0;
+};
+
+inline constexpr float exploration_temperature = 0.15f;  // tau, in log clicks
+
+// Chooses slates slot by slot: with probability `weight` a slot may explore; then an item of the
+// pool is drawn with probability softmax(l / temperature) (Plackett-Luce) and must beat the best
+// remaining item g of the ranking, which it does with probability
+//   win = sigmoid(logsumexp(l / temperature) + (handicap - u_g) / temperature),
+//   handicap = max(0, -ln(2 (1 - weight))).
+// Otherwise the slot takes g. So, given the picks above, with everything taken above removed:
+//   propensity(j) = weight win softmax_j + [j = g] (1 - weight win).
+// Holds memory for one slate at a time; not thread-safe.
+class SlotPolicy {
+ public:
+  SlotPolicy() = default;
+  SlotPolicy(float weight, float temperature, float slope = 1) noexcept {
+    configure(weight, temperature, slope);
+  }
+
+  // weight in [0, 1]; temperature > 0, in log clicks; slope > 0: log clicks a unit of score.
+  void configure(float weight, float temperature, float slope) noexcept {
+    weight_ = weight;
+    temperature_ = temperature / slope;
+    handicap_ = handicap(weight, temperature);
+  }
+
+  // In temperatures.
+  static double handicap(float weight, float temperature) noexcept {
+    if (weight >= 1) return std::numeric_limits<double>::infinity();
+    return std::max(0.0, -std::log(2.0 * (1.0 - static_cast<double>(weight)))) /
+           static_cast<double>(temperature);
+  }
+
+  // Probability that the pool wins an exploring slot; `logit` as in SlotChoice::pool_logit.
+  double win(double logit) const noexcept { return 1.0 / (1.0 + std::exp(-(logit + handicap_))); }
+
+  // ranking: best first by u, distinct, all items that may stand on a slate of `count` without
+  // exploration; pool: l of each item, ascending by item, distinct; values: [pool] for
+  // SlotChoice::pool_value, or empty. `taken` has a bit an item, all zero, and is left so. Replaces
+  // `choices`: `count`, or as many as there are items. Cost: O(ranking + count x pool).
+  void choose(std::span<const ScoredItem> ranking, std::span<const ScoredItem> pool,
+              std::span<const float> values, std::size_t count, const CounterRandom& random,
+              ItemMask& taken, std::vector<SlotChoice>& choices) {
+    choices.clear();
+    if (weight_ == 0) pool = {};
+    values_ = pool.empty() ? std::span<const float>{} : values;
+    open_.assign(pool.size(), 1);
+    remaining_ = pool.size();
+    weights_.resize(pool.size());
+    weigh(pool);
+    std::size_t next = 0;
+    while (choices.size() < count) {
+      while (next < ranking.size() && taken.test(ranking[next].item)) ++next;
+      const bool has_best = next < ranking.size();
+      if (!has_best && remaining_ == 0) break;
+      if (remaining_ == 0) {
+        choices.push_back({ranking[next], ranking[next], false, 1.0f, 0.0f,
+                           -std::numeric_limits<float>::infinity(), 0.0f});
+        taken.set(ranking[next].item);
+        continue;
+      }
+      const double logit = has_best
+                               ? std::log(total_) + (static_cast<double>(largest_) -
+                                                     static_cast<double>(ranking[next].score)) /
+                                                        static_cast<double>(temperature_)
+                               : std::numeric_limits<double>::infinity();
+      const double explore = has_best ? static_cast<double>(weight_) * win(logit) : 1.0;
+      const auto [which, where] = random.uniform(choices.size());
+      const bool explored = which < explore;
+      const std::size_t j = explored ? draw(where) : position(pool, ranking[next].item);
+      const ScoredItem pick = explored ? pool[j] : ranking[next];
+      const bool best = has_best && pick.item == ranking[next].item;
+      const double share = j < pool.size() ? static_cast<double>(weights_[j]) / total_ : 0.0;
+      choices.push_back({pick, has_best ? ranking[next] : pick, explored,
+                         static_cast<float>(explore * share + (best ? 1.0 - explore : 0.0)),
+                         static_cast<float>(share), static_cast<float>(logit),
+                         static_cast<float>(value_ / total_)});
+      taken.set(pick.item);
+      if (j < pool.size()) remove(pool, j);
+    }
+    for (const SlotChoice& choice : choices) taken.reset(choice.pick.item);
+  }
+
+ private:
+  // Weights relative to the largest l of the items that are left.
+  void weigh(std::span<const ScoredItem> pool) {
+    largest_ = -std::numeric_limits<float>::infinity();
+    for (std::size_t j = 0; j < open_.size(); ++j)
+      if (open_[j]) largest_ = std::max(largest_, pool[j].score);
+    for (std::size_t j = 0; j < open_.size(); ++j)
+      weights_[j] = open_[j] ? std::exp((pool[j].score - largest_) / temperature_) : 0.0f;
+    add_up();
+  }
+
+  void add_up() {
+    total_ = value_ = 0;
+    blocks_.clear();
+    for (std::size_t begin = 0; begin < weights_.size(); begin += block) {
+      const std::size_t end = std::min(begin + block, weights_.size());
+      double sum = 0;
+      for (std::size_t j = begin; j < end; ++j) sum += static_cast<double>(weights_[j]);
+      blocks_.push_back(sum);
+      total_ += sum;
+    }
+    for (std::size_t j = 0; j < values_.size(); ++j)
+      value_ += static_cast<double>(weights_[j]) * static_cast<double>(values_[j]);
+  }
+
+  void remove(std::span<const ScoredItem> pool, std::size_t j) {
+    const auto weight = static_cast<double>(weights_[j]);
+    open_[j] = 0;
+    weights_[j] = 0;
+    --remaining_;
+    blocks_[j / block] -= weight;
+    total_ -= weight;
+    if (!values_.empty()) value_ -= weight * static_cast<double>(values_[j]);
+    // A sum that lost most of itself is left with rounding errors.
+    if (weight > total_) add_up();
+    if (total_ < 1e-20) weigh(pool);
+  }
+
+  std::size_t draw(double where) const noexcept {
+    double at = where * total_;
+    std::size_t b = 0;
+    while (b + 1 < blocks_.size() && at >= blocks_[b]) at -= blocks_[b++];
+    // Where rounding leaves nothing in the block that was reached, the next item with weight.
+    std::size_t last = weights_.size();
+    for (std::size_t j = b * block; j < weights_.size(); ++j) {
+      if (!(weights_[j] > 0)) continue;
+      last = j;
+      at -= static_cast<double>(weights_[j]);
+      if (at < 0) return j;
+    }
+    while (last == weights_.size() || !(weights_[last] > 0)) --last;
+    return last;
+  }
+
+  std::size_t position(std::span<const ScoredItem> pool, std::uint32_t item) const noexcept {
+    if (open_.empty()) return pool.size();
+    const auto found = std::lower_bound(
+        pool.begin(), pool.end(), item,
+        [](const ScoredItem& scored, std::uint32_t wanted) { return scored.item < wanted; });
+    if (found == pool.end() || found->item != item) return pool.size();
+    return static_cast<std::size_t>(found - pool.begin());
+  }
+
+  float weight_ = 0, temperature_ = 1;
+  double handicap_ = 0;
+  static constexpr std::size_t block = 64;
+  std::vector<float> weights_;  // softmax numerators of the pool, 0 where taken
+  std::vector<double> blocks_;  // their sums over blocks
+  std::vector<char> open_;
+  std::span<const float> values_;
+  std::size_t remaining_ = 0;
+  float largest_ = 0;
+  double total_ = 0, value_ = 0;  // sums over weights_, of weights_ x values_
+};
+
+// ============================================================================================
+// Room 9: recommender. Owns users and sessions and the catalogue as feedback has shaped it, and
+// answers requests. Uses all earlier rooms.
 // ============================================================================================
 
 // Why an item stands in a slate.
 enum class Reason : std::uint8_t {
-  relevance,  // the model's score for this user
-  popular,    // nothing is known of this user: most interactions first
-  unknown,    // rank() only: not in the catalogue, so it could not be ranked
+  relevance,    // the model's score for this user, with what feedback taught
+  exploration,  // drawn from the items with little feedback
+  popular,      // nothing is known of this user: most interactions first
+  unknown,      // rank() only: not in the catalogue, so it could not be ranked
 };
 
 constexpr std::string_view name(Reason reason) noexcept {
   switch (reason) {
     case Reason::relevance:
       return "relevance";
+    case Reason::exploration:
+      return "exploration";
     case Reason::popular:
       return "popular";
     case Reason::unknown:
@@ -1948,12 +4045,16 @@ constexpr std::string_view name(Reason reason) noexcept {
 // `item` is valid as long as the slate (which holds the model) or, from rank(), the caller's list.
 struct Pick {
   std::string_view item;
-  float score;  // relevance: logit h . v + b; popular: share of all interactions
+  float
+      score;  // u, see Recommender; popular: share of all interactions, times what feedback taught
   Reason reason;
+  float propensity = 1;  // probability of this pick at its place, given the picks above it
 };
 
 struct Slate {
   std::vector<Pick> items;
+  std::string id;         // the recommendation id; empty with feedback off, and from rank()
+  double propensity = 1;  // probability of the whole slate: the product over its picks
   std::shared_ptr<const Model> model;
 };
 
@@ -1963,85 +4064,261 @@ struct Interaction {
   std::string_view item = {};
   std::string_view event_type = {};
   std::optional<std::int64_t> timestamp = {};  // Unix seconds; the system clock where missing
+  // Slate::id of the slate that the event answers: without `impressions`, all its picks count as
+  // seen. An event without it is attributed to the user's remembered impression of the item.
+  std::string_view recommendation_id = {};
+  // The items that were shown, first place first; what they say wins over the recommendation id.
+  std::span<const std::string_view> impressions = {};
+  std::string_view event_id = {};  // the same id of the same user counts once
+};
+
+// Items that a user was shown, first place first, without an event.
+struct Impression {
+  std::string_view user = {};
+  std::string_view session = {};
+  std::string_view recommendation_id = {};       // the slate that they came from, if any
+  std::span<const std::string_view> items = {};  // empty: all picks of that slate
+  std::optional<std::int64_t> timestamp = {};
 };
 
 // What became of a recorded event.
 enum class Recorded : std::uint8_t {
-  learned,       // the user's state has advanced
-  unknown_item,  // the item is not in the catalogue; the state is as it was
+  learned,        // the user's state has advanced (an impression: it was counted)
+  unknown_item,   // the item is not in the catalogue; the state is as it was
+  duplicate,      // an event with this event_id came before; nothing was changed
+  unknown_slate,  // learned, but the recommendation id is none that this user was given
+  expired_slate,  // learned, but the slate is no longer remembered
+};
+
+// An item that enters the catalogue at the next update.
+struct NewItem {
+  std::string_view item = {};
+  std::optional<std::int64_t> creation_timestamp = {};  // the time of the call where missing
+  // Name and value of metadata fields, categories separated by '|'.
+  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
 };
 
 struct Request {
   std::string_view user = {};
   std::string_view session = {};
-  std::uint32_t count = 25;            // [1, 10000]
-  bool exclude_interacted = false;     // leave out the items of the user's remembered events
-  const ItemMask* eligible = nullptr;  // of Model::item_count() bits; null: every item
+  std::uint32_t count = 25;         // [1, 10000]
+  bool exclude_interacted = false;  // leave out the items of the user's remembered events
+  // At most Model::item_count() bits, items beyond its size are left out; null: every item.
+  const ItemMask* eligible = nullptr;
+  std::optional<std::int64_t> timestamp = {};  // Unix seconds; the system clock where missing
 };
+
+// What a pick's score is made of. In units of score: score = relevance + quality + taste -
+// discount.
+struct Explanation {
+  float score;                // u
+  float relevance;            // h . v + b of the model; without events, log share of interactions
+  float quality;              // m: more or less chosen than the model expects, over all users
+  float taste;                // h . delta: by users like this one
+  float discount;             // for impressions that this user ignored
+  float uncertainty;          // standard deviation of the log of the item's quality
+  double positive, expected;  // decayed counters: events, and what the model expected
+  std::optional<std::int64_t> age;  // seconds, to the latest interaction of all
+  bool explorable;                  // in the pool of items with little feedback
+};
+
+// One impression or, where `positive`, one positive event on it. With these, other exploration
+// weights and other policies can be evaluated (personalize evaluate --protocol off-policy).
+struct LogEntry {
+  std::int64_t timestamp;
+  std::string_view user;  // or session
+  std::string_view recommendation_id;
+  std::string_view item;
+  std::uint32_t position;  // from 1
+  bool positive;
+  SlotChoice choice;    // propensity and alternatives; pool_value: mean expected of the pool
+  float expected;       // positive events expected of the pick if seen, by all that is known
+  float best_expected;  // the same had the slot gone to choice.best
+};
+
+inline constexpr std::string_view log_csv_header =
+    "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
+    "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
+
+// The entry as a line of CSV under log_csv_header. Appends to `line`.
+inline void append_csv(const LogEntry& entry, std::string& line) {
+  const auto quoted = [&line](std::string_view text) {
+    if (text.find_first_of(",\"\r\n") == std::string_view::npos) {
+      line += text;
+    } else {
+      line += '"';
+      for (const char c : text) line.append(c == '"' ? 2 : 1, c);
+      line += '"';
+    }
+    line += ',';
+  };
+  line += std::to_string(entry.timestamp) + ',';
+  quoted(entry.user);
+  quoted(entry.recommendation_id);
+  quoted(entry.item);
+  std::array<char, 256> rest;
+  std::snprintf(
+      rest.data(), rest.size(), "%u,%d,%.9g,%d,%.9g,%.9g,%.9g,%.9g,%.9g\n", entry.position,
+      entry.positive ? 1 : 0, static_cast<double>(entry.choice.propensity),
+      entry.choice.pick.item == entry.choice.best.item ? 1 : 0,
+      static_cast<double>(entry.choice.pool_share), static_cast<double>(entry.choice.pool_logit),
+      static_cast<double>(entry.expected), static_cast<double>(entry.best_expected),
+      static_cast<double>(entry.choice.pool_value));
+  line += rest.data();
+}
 
 struct RecommenderOptions {
   std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
   std::uint64_t max_users =
       10'000'000;  // users and sessions; the least recently used go. [64, 2^40]
+  // Probability that a place of a slate may go to an item with little feedback, [0, 1].
+  float exploration_weight = 0.3f;
+  // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
+  // first interaction) to the latest interaction of all.
+  std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
+  // Learn from impressions. Off: scores are the model's own, and slates have no id.
+  bool feedback = true;
+  // Event types that count as a choice of the item; empty: all of them.
+  std::vector<std::string> positive_event_types = {};
+  // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
+  // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
+  // 2002).
+  std::vector<float> examination = {};
+  // How long update() waits for the next record or recommend to run it again; 0: never. [0, 2^32]
+  std::chrono::seconds update_interval = std::chrono::hours{2};
+  std::uint32_t remembered_slates = 65'536;                  // [1, 2^28]
+  std::chrono::seconds slate_expiry = std::chrono::days{1};  // > 0
+  std::uint64_t seed = 0;  // of exploration: the same seed, calls and timestamps, the same slates
+  // Makes recommendation ids unforgeable. Missing: taken from the system's random source.
+  std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
+  // Called for every impression and positive event, on the recording thread, which holds no lock.
+  std::function<void(const LogEntry&)> log = {};
 };
 
-// Serves one model to any number of threads: every member function may be called at any time from
+// Serves a model to any number of threads: every member function may be called at any time from
 // any thread. Users are spread over 64 locks; scoring runs outside of them.
+//
+// The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
+// with feedback on, what impressions taught (room 8) in units of the score. rho = 0.2 (impression
+// discounting: Lee et al. 2014).
 class Recommender {
  public:
+  // Errors (invalid_argument): an option outside its stated range.
   static Result<Recommender> create(std::shared_ptr<const Model> model,
                                     const RecommenderOptions& options = {}) {
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
-    if (options.history_length < 1 || options.history_length > 65535)
-      return Error{Errc::invalid_argument,
-                   "RecommenderOptions::history_length is outside [1, 65535]"};
-    if (options.max_users < 64 || options.max_users > std::uint64_t{1} << 40)
-      return Error{Errc::invalid_argument, "RecommenderOptions::max_users is outside [64, 2^40]"};
-    return Recommender(std::make_unique<State>(std::move(model), options));
+    if (auto checked = check(options); !checked) return checked.error();
+    RecommenderOptions chosen = options;
+    if (!chosen.recommendation_key) {
+      chosen.recommendation_key = random_key();
+      if (!chosen.recommendation_key)
+        return Error{
+            Errc::io,
+            "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
+    }
+    Recommender recommender(std::make_unique<State>(std::move(model), std::move(chosen)));
+    const std::int64_t latest = recommender.state_->latest;
+    if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
+      return built.error();
+    return recommender;
   }
 
-  // Advances the user's state by one event; O(1) in the length of the history.
-  // Errors (invalid_argument; nothing is changed): no user and no session, an id of over 256 bytes.
-  // Where both are given, the session's earlier events become the user's first.
+  // Advances the user's state by one event; O(1) in the length of the history. With a
+  // recommendation id or impressions, also counts what was seen and chosen: O(items shown).
+  // Errors (invalid_argument; nothing is changed): no user and no session, an id of over 256 bytes,
+  // over 10,000 impressions. Where both are given, the session's earlier events become the user's
+  // first.
   Result<Recorded> record(const Interaction& event) {
     if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
+    if (auto checked = check_impressions(event.impressions); !checked) return checked.error();
     const std::int64_t timestamp = event.timestamp.value_or(system_seconds());
-    if (!event.user.empty() && !event.session.empty()) merge(event.session, event.user);
-    const auto item = state_->model->find_item(event.item);
-    if (!item) return Recorded::unknown_item;
-    const auto type = state_->model->parts().event_types.find(event.event_type);
+    update_if_due(timestamp);
     Shard& shard = shard_of(event.user, event.session);
+    const Key key{event.user, event.session};
+    if (!event.event_id.empty()) {
+      const std::lock_guard lock{shard.mutex};
+      if (!shard.event_ids.insert(
+              xxh64(std::as_bytes(std::span(event.event_id)), key_hash(key, 0))))
+        return Recorded::duplicate;
+    }
+    if (!event.user.empty() && !event.session.empty()) merge(event.session, event.user);
+    const auto catalogue = state_->current();
+    const auto item = catalogue->model->find_item(event.item);
+    Recorded recorded = Recorded::learned;
+    if (state_->options.feedback)
+      recorded = learn_from(
+          *catalogue, {event.user, event.session, event.recommendation_id, event.impressions, {}},
+          timestamp, is_positive(event.event_type) ? item : std::nullopt);
+    if (!item) return Recorded::unknown_item;
+    raise(state_->latest, timestamp);
+    const auto type = catalogue->model->parts().event_types.find(event.event_type);
     const std::lock_guard lock{shard.mutex};
-    advance(shard, user_in(shard, event.user, event.session),
+    advance(*catalogue, shard, user_in(*catalogue, shard, key),
             {*item, type.value_or(no_event_type), timestamp});
-    return Recorded::learned;
+    return recorded;
+  }
+
+  // Counts items as seen without an event. Each pick of a slate counts once.
+  // Errors (invalid_argument; nothing is changed): no user and no session, neither a recommendation
+  // id nor items, an id of over 256 bytes, over 10,000 items.
+  Result<Recorded> record_impression(const Impression& impression) {
+    if (auto checked = check_ids(impression.user, impression.session); !checked)
+      return checked.error();
+    if (auto checked = check_impressions(impression.items); !checked) return checked.error();
+    if (impression.recommendation_id.empty() && impression.items.empty())
+      return Error{Errc::invalid_argument,
+                   "record_impression needs a recommendation id or the items shown"};
+    const std::int64_t timestamp = impression.timestamp.value_or(system_seconds());
+    update_if_due(timestamp);
+    if (!state_->options.feedback) return Recorded::learned;
+    return learn_from(*state_->current(), impression, timestamp, std::nullopt);
   }
 
   // The best `count` items for the user into `slate`, whose memory is reused; fewer where fewer are
-  // eligible. One pass over the catalogue. A user without events gets popular items.
+  // eligible. One pass over the catalogue and, with exploration, O(count x pool). A user without
+  // events gets popular items. Errors (invalid_argument): no user and no session, an id of over 256
+  // bytes, a count or a mask outside its range.
   Result<void> recommend(const Request& request, Slate& slate) {
-    if (auto checked = check(request); !checked) return checked;
+    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
     if (request.count < 1 || request.count > 10'000)
       return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
-    ScratchLease scratch{*state_};
-    const bool known = read_user(request, *scratch);
-    slate.model = state_->model;
+    const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
+    update_if_due(timestamp);
+    const auto catalogue = state_->current();
+    ScratchLease scratch{*state_, *catalogue};
+    if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+    const Key key{request.user, request.session};
+    const bool known = read_user(*catalogue, request, timestamp, true, *scratch);
+    const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
+    rank_best(*catalogue, known, std::max(request.count, normalising_items), eligibility, *scratch);
+    collect_pool(*catalogue, known, eligibility, *scratch);
+    SlotPolicy& policy = scratch->policy;
+    policy.configure(state_->options.exploration_weight, exploration_temperature,
+                     catalogue->calibration.slope);
+    const CounterRandom random{key_hash(key, state_->options.seed), scratch->request_number};
+    policy.choose(scratch->top, scratch->pool, scratch->pool_expected, request.count, random,
+                  scratch->taken, scratch->choices);
+
+    slate.model = catalogue->model;
     slate.items.clear();
-    for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
-    const Eligibility eligibility{request.eligible, &scratch->excluded};
-    if (known) {
-      state_->scorer.top_k(scratch->query, request.count, eligibility, scratch->top);
-      for (const ScoredItem& scored : scratch->top)
-        slate.items.push_back(
-            {state_->model->item_id(scored.item), scored.score, Reason::relevance});
-    } else {
-      for (const std::uint32_t item : state_->popular) {
-        if (slate.items.size() == request.count) break;
-        if (eligibility.test(item))
-          slate.items.push_back({state_->model->item_id(item), share(item), Reason::popular});
-      }
+    slate.id.clear();
+    slate.propensity = 1;
+    for (const SlotChoice& choice : scratch->choices) {
+      const Reason reason = choice.explored ? Reason::exploration
+                            : known         ? Reason::relevance
+                                            : Reason::popular;
+      slate.items.push_back({catalogue->model->item_id(choice.pick.item),
+                             shown_score(known, exploitation_score(*scratch, choice)), reason,
+                             choice.propensity});
+      slate.propensity *= static_cast<double>(choice.propensity);
     }
-    for (const std::uint32_t item : scratch->interacted) scratch->excluded.reset(item);
+    if (state_->options.feedback)
+      state_->slates.add(key.text, timestamp, slate.id, [&](LoggedSlate& logged) {
+        if (known) logged.query.assign(scratch->query.begin(), scratch->query.end());
+        for (std::size_t place = 0; place < scratch->choices.size(); ++place)
+          logged.picks.push_back(
+              assess(*catalogue, known, place, scratch->choices[place], *scratch));
+      });
     return {};
   }
 
@@ -2051,34 +4328,92 @@ class Recommender {
     return slate;
   }
 
-  // Orders the given items for the user, best first. Items that are not in the catalogue, not
-  // eligible or excluded come last, in the given order, with reason unknown and score 0.
-  // Request::count is not used.
+  // Orders the given items for the user, best first, without exploration. Items that are not in the
+  // catalogue, not eligible or excluded come last, in the given order, with reason unknown and
+  // score 0. Request::count is not used.
   Result<void> rank(const Request& request, std::span<const std::string_view> items, Slate& slate) {
-    if (auto checked = check(request); !checked) return checked;
-    ScratchLease scratch{*state_};
-    const bool known = read_user(request, *scratch);
-    slate.model = state_->model;
+    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
+    const auto catalogue = state_->current();
+    ScratchLease scratch{*state_, *catalogue};
+    if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+    const bool known = read_user(*catalogue, request, request.timestamp.value_or(system_seconds()),
+                                 false, *scratch);
+    const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
+    slate.model = catalogue->model;
     slate.items.clear();
+    slate.id.clear();
+    slate.propensity = 1;
     scratch->top.clear();
-    for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
-    const Eligibility eligibility{request.eligible, &scratch->excluded};
     for (std::uint32_t position = 0; position < items.size(); ++position) {
-      const auto item = state_->model->find_item(items[position]);
+      const auto item = catalogue->model->find_item(items[position]);
       if (item && eligibility.test(*item))
-        scratch->top.push_back(
-            {position, known ? state_->scorer.score(scratch->query, *item) : share(*item)});
+        scratch->top.push_back({position, score(*catalogue, known, *item, *scratch)});
     }
     std::sort(scratch->top.begin(), scratch->top.end(), ranks_before);
     for (const ScoredItem& scored : scratch->top)
-      slate.items.push_back(
-          {items[scored.item], scored.score, known ? Reason::relevance : Reason::popular});
+      slate.items.push_back({items[scored.item], shown_score(known, scored.score),
+                             known ? Reason::relevance : Reason::popular});
     for (const std::string_view id : items) {
-      const auto item = state_->model->find_item(id);
+      const auto item = catalogue->model->find_item(id);
       if (!item || !eligibility.test(*item)) slate.items.push_back({id, 0.0f, Reason::unknown});
     }
-    for (const std::uint32_t item : scratch->interacted) scratch->excluded.reset(item);
     return {};
+  }
+
+  // What makes up an item's score for this user now. Errors: unknown_item; as recommend.
+  Result<Explanation> explain(const Request& request, std::string_view id) {
+    if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
+    const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
+    const auto catalogue = state_->current();
+    const auto item = catalogue->model->find_item(id);
+    if (!item)
+      return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
+    ScratchLease scratch{*state_, *catalogue};
+    const bool known = read_user(*catalogue, request, timestamp, false, *scratch);
+    const ItemFeedback counted = feedback_of(*catalogue, *item, timestamp);
+    Explanation parts{};
+    parts.score = score(*catalogue, known, *item, *scratch);
+    parts.discount = scratch->discount[*item];
+    parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
+    parts.taste = known ? taste(*catalogue, *item, scratch->query) : 0.0f;
+    parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
+    parts.uncertainty = posterior(prior_of(*catalogue, *item), counted).deviation;
+    parts.positive = counted.positive;
+    parts.expected = counted.expected;
+    const std::int64_t created = creation(catalogue->model->parts().statistics[*item]);
+    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+    if (created != no_timestamp && latest != no_timestamp) parts.age = age(created, latest);
+    parts.explorable =
+        std::any_of(catalogue->pool.begin(), catalogue->pool.end(),
+                    [&](const PoolItem& p) { return p.item == *item && young(p.created, latest); });
+    return parts;
+  }
+
+  // The item enters the catalogue, or is changed in it, at the next update: its vector from its
+  // metadata and the mean difference of similar items from theirs. The vector of an item that the
+  // model was trained on stays as it is. Errors (invalid_argument): an id of 0 or over 256 bytes.
+  Result<void> put_item(const NewItem& item) {
+    if (item.item.empty() || item.item.size() > max_id_bytes)
+      return Error{Errc::invalid_argument, "an item id has 1 to 256 bytes"};
+    PendingItem pending{
+        std::string(item.item), item.creation_timestamp.value_or(system_seconds()), {}};
+    for (const auto& [name, value] : item.fields) pending.fields.emplace_back(name, value);
+    const std::lock_guard lock{state_->pending_mutex};
+    state_->pending.push_back(std::move(pending));
+    return {};
+  }
+
+  // Takes in new items and what impressions taught since the last time. Readers go on with the old
+  // catalogue until the new one is complete. record and recommend call it when
+  // RecommenderOptions::update_interval has passed by their timestamps and there is something new.
+  // Cost: a few passes over the items, and some 10 d^3.
+  // Errors: what Model::from_parts says of the new items; the old catalogue stays.
+  Result<void> update(std::optional<std::int64_t> now = {}) {
+    const std::int64_t timestamp = now.value_or(system_seconds());
+    const std::lock_guard lock{state_->update_mutex};
+    state_->next_update.store(later(timestamp, state_->options.update_interval.count()),
+                              std::memory_order_relaxed);
+    return rebuild(timestamp);
   }
 
   // Makes an anonymous session's events the user's own, after those the user already has, and
@@ -2102,6 +4437,9 @@ class Recommender {
     return true;
   }
 
+  // Of the kernels in use: "avx512+vnni", "avx2+fma", "sse2", "neon", "scalar" and so on.
+  static const char* instruction_set() noexcept { return kernels::chosen().name; }
+
   // Users and sessions remembered now.
   std::size_t user_count() const {
     std::size_t count = 0;
@@ -2112,9 +4450,17 @@ class Recommender {
     return count;
   }
 
-  const std::shared_ptr<const Model>& model() const noexcept { return state_->model; }
+  // The model with the items that updates have added.
+  std::shared_ptr<const Model> model() const { return state_->current()->model; }
 
  private:
+  static constexpr float ignored_discount = 0.2f;  // rho, in log clicks an impression
+  static constexpr double explored_enough = 5;     // expected positive events
+  static constexpr std::size_t max_pool = 4096;    // the newest
+  static constexpr std::uint32_t normalising_items = 32;
+  static constexpr std::uint64_t well_known = 10;          // interactions
+  static constexpr std::size_t calibration_slates = 2048;  // the newest
+
   struct RememberedEvent {
     std::uint32_t item;
     std::uint32_t event_type;
@@ -2126,6 +4472,8 @@ class Recommender {
     std::vector<RememberedEvent> history;  // a ring once it is full
     std::size_t oldest = 0;
     std::int64_t last_timestamp = no_timestamp;
+    RecentImpressions impressions;
+    std::uint64_t requests = 0;
     std::list<std::string_view>::iterator place;  // in Shard::order
   };
 
@@ -2137,62 +4485,154 @@ class Recommender {
     std::string text;
   };
 
+  static std::uint64_t key_hash(const Key& key, std::uint64_t seed) noexcept {
+    return xxh64(std::as_bytes(std::span(key.text)), seed);
+  }
+
+  // The last 4096 hashes.
+  class RecentIds {
+   public:
+    bool insert(std::uint64_t hash) {
+      if (!known_.insert(hash).second) return false;
+      if (ring_.size() < capacity) {
+        ring_.push_back(hash);
+      } else {
+        known_.erase(std::exchange(ring_[oldest_], hash));
+        oldest_ = (oldest_ + 1) % capacity;
+      }
+      return true;
+    }
+
+   private:
+    static constexpr std::size_t capacity = 4096;
+    std::unordered_set<std::uint64_t> known_;
+    std::vector<std::uint64_t> ring_;
+    std::size_t oldest_ = 0;
+  };
+
   struct Shard {
     std::mutex mutex;
     std::unordered_map<std::string, User> users;
     std::list<std::string_view> order;  // keys, most recently used first
+    RecentIds event_ids;
     Encoder::Workspace workspace;
   };
 
+  struct PoolItem {
+    std::uint32_t item;
+    float bonus;  // half the deviation of the log quality, in units of score
+    std::int64_t created;
+  };
+
+  // The items as one update left them; immutable once published. Quality, corrections and bonuses
+  // are in units of score. u = query . vectors + biases.
+  struct Catalogue {
+    std::shared_ptr<const Model> model;
+    std::shared_ptr<const Encoder> encoder;
+    std::shared_ptr<ItemCounters> counters;
+    Calibration calibration;
+    GammaPrior well_known_prior{10, 1}, cold_prior{2, 1};
+    Matrix vectors;                            // the model's, corrected; empty: the model's own
+    std::vector<float> biases;                 // the model's, with quality and corrections
+    std::vector<float> quality;                // [N], or empty without feedback
+    std::vector<std::uint32_t> correction_of;  // [N], row + 1 of corrections, 0: none; or empty
+    std::vector<float> corrections;            // [rows, d + 1]: delta, then a constant
+    std::optional<Scorer> scorer;
+    std::vector<float> popularity;       // [N], log share of interactions
+    std::vector<std::uint32_t> popular;  // items by popularity and quality, best first
+    std::vector<PoolItem> pool;          // ascending by item
+    std::vector<float> pool_vectors, pool_biases;
+    std::vector<double> second_moment;  // of the queries of reported slates
+  };
+
+  struct PendingItem {
+    std::string item;
+    std::int64_t created;
+    std::vector<std::pair<std::string, std::string>> fields;
+  };
+
   struct Scratch {
-    Scratch(std::size_t items, std::size_t query_size) : query(query_size), excluded(items) {}
-    std::vector<float> query;
+    std::vector<float> query;  // [padded(d)]
+    Scorer::Workspace scoring;
     std::vector<std::uint32_t> interacted;
-    ItemMask excluded;  // all zero between requests
-    std::vector<ScoredItem> top;
+    std::vector<ScoredItem> ignored;  // item and its discount
+    std::uint64_t request_number = 0;
+    ItemMask eligible{0};
+    // All zero between requests: items of the user's history, items placed, discounts.
+    ItemMask excluded{0}, taken{0};
+    std::vector<float> discount;
+    std::vector<ScoredItem> top, pool;
+    std::vector<float> pool_scores, pool_expected;
+    float normaliser = 0;
+    SlotPolicy policy;
+    std::vector<SlotChoice> choices;
+    std::vector<LoggedPick> seen;
   };
 
   struct State {
-    State(std::shared_ptr<const Model> shared, const RecommenderOptions& chosen)
-        : model(std::move(shared)), options(chosen), encoder(*model), scorer(*model) {
-      const auto& statistics = model->parts().statistics;
-      popular.resize(model->item_count());
-      std::iota(popular.begin(), popular.end(), 0u);
-      std::stable_sort(popular.begin(), popular.end(), [&](std::uint32_t a, std::uint32_t b) {
-        return statistics[a].interactions > statistics[b].interactions;
-      });
-      for (const ItemStatistics& s : statistics)
-        interactions += static_cast<double>(s.interactions);
-      for (Shard& shard : shards) shard.workspace = encoder.make_workspace();
+    State(std::shared_ptr<const Model> model, RecommenderOptions chosen)
+        : options(std::move(chosen)),
+          contexts(model->dimension()),
+          slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(),
+                 *options.recommendation_key) {
+      auto first = std::make_shared<Catalogue>();
+      first->encoder = std::make_shared<const Encoder>(*model);
+      first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
+      for (const ItemStatistics& s : model->parts().statistics)
+        if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
+      first->model = std::move(model);
+      for (Shard& shard : shards) shard.workspace = first->encoder->make_workspace();
+      catalogue = std::move(first);
     }
 
-    std::shared_ptr<const Model> model;
+    std::shared_ptr<const Catalogue> current() const {
+      const std::lock_guard lock{catalogue_mutex};
+      return catalogue;
+    }
+
     RecommenderOptions options;
-    Encoder encoder;
-    Scorer scorer;
-    std::vector<std::uint32_t> popular;  // item indices, most interactions first
-    double interactions = 0;
     std::array<Shard, 64> shards;
     std::mutex scratch_mutex;
     std::vector<std::unique_ptr<Scratch>> idle_scratch;
+    Decay decay{14 * 86'400};
+    ContextSums contexts;
+    SlateLog slates;
+    std::atomic<bool> changed{false};                // impressions came since the last update
+    std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
+    std::atomic<std::int64_t> next_update{no_timestamp};
+    std::mutex pending_mutex;
+    std::vector<PendingItem> pending;
+    std::mutex update_mutex;             // one update at a time
+    mutable std::mutex catalogue_mutex;  // held to copy or replace the pointer only
+    std::shared_ptr<const Catalogue> catalogue;
   };
 
-  // Request-sized memory, taken from the idle ones and given back.
+  // Request-sized memory, taken from the idle ones, cleaned and given back.
   class ScratchLease {
    public:
-    explicit ScratchLease(State& state) : state_(state) {
-      const std::lock_guard lock{state.scratch_mutex};
-      if (state.idle_scratch.empty()) {
-        scratch_ = std::make_unique<Scratch>(state.model->item_count(),
-                                             kernels::padded(state.model->dimension()));
-      } else {
-        scratch_ = std::move(state.idle_scratch.back());
-        state.idle_scratch.pop_back();
+    ScratchLease(State& state, const Catalogue& catalogue) : state_(state) {
+      {
+        const std::lock_guard lock{state.scratch_mutex};
+        if (!state.idle_scratch.empty()) {
+          scratch_ = std::move(state.idle_scratch.back());
+          state.idle_scratch.pop_back();
+        }
       }
+      if (!scratch_) scratch_ = std::make_unique<Scratch>();
+      const std::size_t items = catalogue.model->item_count();
+      scratch_->query.resize(kernels::padded(catalogue.model->dimension()));
+      if (scratch_->scoring.query.empty()) scratch_->scoring = catalogue.scorer->make_workspace();
+      if (scratch_->discount.size() >= items) return;
+      scratch_->excluded = scratch_->taken = ItemMask(items);
+      scratch_->discount.assign(items, 0.0f);
     }
     ScratchLease(const ScratchLease&) = delete;
     ScratchLease& operator=(const ScratchLease&) = delete;
     ~ScratchLease() {
+      for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
+      for (const ScoredItem& ignored : scratch_->ignored) scratch_->discount[ignored.item] = 0;
+      scratch_->interacted.clear();
+      scratch_->ignored.clear();
       const std::lock_guard lock{state_.scratch_mutex};
       state_.idle_scratch.push_back(std::move(scratch_));
     }
@@ -2212,6 +4652,42 @@ class Recommender {
         .count();
   }
 
+  static std::optional<detail::HashKey> random_key() {
+    detail::HashKey key{};
+#if PERSONALIZE_HAS_FSYNC
+    const std::unique_ptr<std::FILE, detail::CloseFile> file(std::fopen("/dev/urandom", "rb"));
+    if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
+#else
+    std::random_device device;
+    for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
+#endif
+    return key;
+  }
+
+  static Result<void> check(const RecommenderOptions& options) {
+    const auto error = [](const char* text) {
+      return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
+    };
+    if (options.history_length < 1 || options.history_length > 65535)
+      return error("history_length is outside [1, 65535]");
+    if (options.max_users < 64 || options.max_users > std::uint64_t{1} << 40)
+      return error("max_users is outside [64, 2^40]");
+    if (!(options.exploration_weight >= 0 && options.exploration_weight <= 1))
+      return error("exploration_weight is outside [0, 1]");
+    if (options.exploration_item_age_cut_off.count() <= 0)
+      return error("exploration_item_age_cut_off is not above 0");
+    for (const float probability : options.examination)
+      if (!(probability > 0 && probability <= 1))
+        return error("examination has a probability outside (0, 1]");
+    if (options.update_interval.count() < 0 || options.update_interval.count() > std::int64_t{1}
+                                                                                     << 32)
+      return error("update_interval is outside [0, 2^32] seconds");
+    if (options.remembered_slates < 1 || options.remembered_slates > 1u << 28)
+      return error("remembered_slates is outside [1, 2^28]");
+    if (options.slate_expiry.count() <= 0) return error("slate_expiry is not above 0");
+    return {};
+  }
+
   static Result<void> check_ids(std::string_view user, std::string_view session) {
     if (user.empty() && session.empty())
       return Error{Errc::invalid_argument, "neither a user nor a session is given"};
@@ -2220,21 +4696,574 @@ class Recommender {
     return {};
   }
 
-  Result<void> check(const Request& request) const {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
-    if (request.eligible && request.eligible->size() != state_->model->item_count())
+  static Result<void> check_impressions(std::span<const std::string_view> items) {
+    if (items.size() > 10'000)
+      return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
+    return {};
+  }
+
+  static Result<void> check_mask(const Catalogue& catalogue, const Request& request) {
+    if (request.eligible && request.eligible->size() > catalogue.model->item_count())
       return Error{Errc::invalid_argument,
                    "Request::eligible has " + std::to_string(request.eligible->size()) +
-                       " bits, the model " + std::to_string(state_->model->item_count()) +
+                       " bits, the model " + std::to_string(catalogue.model->item_count()) +
                        " items"};
     return {};
   }
 
-  float share(std::uint32_t item) const noexcept {
-    const auto count = state_->model->parts().statistics[item].interactions;
-    return state_->interactions > 0
-               ? static_cast<float>(static_cast<double>(count) / state_->interactions)
-               : 0.0f;
+  static void raise(std::atomic<std::int64_t>& highest, std::int64_t value) noexcept {
+    std::int64_t old = highest.load(std::memory_order_relaxed);
+    while (old < value && !highest.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+    }
+  }
+
+  static std::int64_t later(std::int64_t timestamp, std::int64_t seconds) noexcept {
+    return timestamp > std::numeric_limits<std::int64_t>::max() - seconds
+               ? std::numeric_limits<std::int64_t>::max()
+               : timestamp + seconds;
+  }
+
+  // Unsigned subtraction: hostile timestamps at both ends of the range must not overflow.
+  static std::int64_t age(std::int64_t created, std::int64_t latest) noexcept {
+    if (created >= latest) return 0;
+    const std::uint64_t seconds =
+        static_cast<std::uint64_t>(latest) - static_cast<std::uint64_t>(created);
+    return static_cast<std::int64_t>(
+        std::min<std::uint64_t>(seconds, std::numeric_limits<std::int64_t>::max()));
+  }
+
+  bool young(std::int64_t created, std::int64_t latest) const noexcept {
+    return created != no_timestamp && latest != no_timestamp &&
+           age(created, latest) <= state_->options.exploration_item_age_cut_off.count();
+  }
+
+  static std::int64_t creation(const ItemStatistics& s) noexcept {
+    return s.creation_timestamp != no_timestamp ? s.creation_timestamp : s.first_timestamp;
+  }
+
+  bool is_positive(std::string_view event_type) const noexcept {
+    const auto& types = state_->options.positive_event_types;
+    return types.empty() || std::find(types.begin(), types.end(), event_type) != types.end();
+  }
+
+  float examination(std::size_t place) const noexcept {
+    const auto& chosen = state_->options.examination;
+    if (chosen.empty()) return 1.0f / std::log2(static_cast<float>(place) + 2.0f);
+    return chosen[std::min(place, chosen.size() - 1)];
+  }
+
+  ItemFeedback feedback_of(const Catalogue& catalogue, std::uint32_t item,
+                           std::int64_t timestamp) const noexcept {
+    if (item >= catalogue.counters->size()) return {};
+    const DecayMoment moment = state_->decay.at(timestamp);
+    return {catalogue.counters->value(ItemCounters::Kind::positive, item, moment),
+            catalogue.counters->value(ItemCounters::Kind::expected, item, moment)};
+  }
+
+  const GammaPrior& prior_of(const Catalogue& catalogue, std::uint32_t item) const noexcept {
+    return catalogue.model->parts().statistics[item].interactions < well_known
+               ? catalogue.cold_prior
+               : catalogue.well_known_prior;
+  }
+
+  static const float* correction(const Catalogue& catalogue, std::uint32_t item) noexcept {
+    if (catalogue.correction_of.empty() || catalogue.correction_of[item] == 0) return nullptr;
+    return catalogue.corrections.data() +
+           (catalogue.correction_of[item] - std::size_t{1}) * (catalogue.model->dimension() + 1);
+  }
+
+  // What this user's likes add to the item's score.
+  static float taste(const Catalogue& catalogue, std::uint32_t item,
+                     std::span<const float> query) noexcept {
+    const float* row = correction(catalogue, item);
+    if (!row) return 0;
+    const std::size_t d = catalogue.model->dimension();
+    return std::inner_product(row, row + d, query.begin(), row[d]);
+  }
+
+  // u before the discount.
+  static float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
+                            const Scratch& scratch) noexcept {
+    if (known) return catalogue.scorer->score(scratch.query, item);
+    return catalogue.popularity[item] +
+           (catalogue.quality.empty() ? 0.0f : catalogue.quality[item]);
+  }
+
+  static float score(const Catalogue& catalogue, bool known, std::uint32_t item,
+                     const Scratch& scratch) noexcept {
+    return undiscounted(catalogue, known, item, scratch) - scratch.discount[item];
+  }
+
+  // A pick's u. In the pool, its score has the bonus as well.
+  static float exploitation_score(const Scratch& scratch, const SlotChoice& choice) noexcept {
+    if (!choice.explored) return choice.pick.score;
+    const auto found = std::lower_bound(
+        scratch.pool.begin(), scratch.pool.end(), choice.pick.item,
+        [](const ScoredItem& scored, std::uint32_t item) { return scored.item < item; });
+    return scratch.pool_scores[static_cast<std::size_t>(found - scratch.pool.begin())];
+  }
+
+  // As users see it: without events, the share of interactions and not its logarithm.
+  static float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
+
+  // Positive events expected of an examined impression with score u.
+  static float value_of(const Catalogue& catalogue, float u, const Scratch& scratch) noexcept {
+    return std::exp(std::min(
+        catalogue.calibration.slope * (u - scratch.normaliser) + catalogue.calibration.intercept,
+        3.0f));
+  }
+
+  // Fills scratch.top with the best `count` eligible items and those that may take the place of
+  // ignored ones, and sets the normaliser.
+  static void rank_best(const Catalogue& catalogue, bool known, std::size_t count,
+                        const Eligibility& eligibility, Scratch& scratch) {
+    const std::size_t wanted = count + scratch.ignored.size();
+    if (known) {
+      catalogue.scorer->top_k(scratch.query, wanted, eligibility, scratch.scoring, scratch.top);
+    } else {
+      scratch.top.clear();
+      for (const std::uint32_t item : catalogue.popular) {
+        if (scratch.top.size() == wanted) break;
+        if (eligibility.test(item))
+          scratch.top.push_back({item, undiscounted(catalogue, known, item, scratch)});
+      }
+    }
+    // logsumexp of the model's own scores of the best
+    const auto relevance = [&](const ScoredItem& scored) {
+      return scored.score - learned(catalogue, known, scored.item, scratch);
+    };
+    const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
+    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (std::size_t i = 0; i < best; ++i) largest = std::max(largest, relevance(scratch.top[i]));
+    for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance(scratch.top[i]) - largest);
+    scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
+    if (scratch.ignored.empty()) return;
+    for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount[scored.item];
+    std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
+  }
+
+  // Quality and taste: what impressions taught, in units of score.
+  static float learned(const Catalogue& catalogue, bool known, std::uint32_t item,
+                       const Scratch& scratch) noexcept {
+    if (catalogue.quality.empty()) return 0;
+    return catalogue.quality[item] + (known ? taste(catalogue, item, scratch.query) : 0.0f);
+  }
+
+  void collect_pool(const Catalogue& catalogue, bool known, const Eligibility& eligibility,
+                    Scratch& scratch) const {
+    scratch.pool.clear();
+    scratch.pool_scores.clear();
+    scratch.pool_expected.clear();
+    if (!(state_->options.exploration_weight > 0) || catalogue.pool.empty()) return;
+    const std::size_t items = catalogue.pool.size();
+    // After the scores of the whole pool come those that are kept; the front is written last.
+    scratch.pool_scores.resize(items);
+    if (known) {
+      kernels::chosen().rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
+                                    catalogue.model->dimension(), items, scratch.query.data(),
+                                    scratch.pool_scores.data());
+    } else {
+      for (std::size_t j = 0; j < items; ++j)
+        scratch.pool_scores[j] = undiscounted(catalogue, known, catalogue.pool[j].item, scratch);
+    }
+    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+    for (std::size_t j = 0; j < items; ++j) {
+      const PoolItem& candidate = catalogue.pool[j];
+      if (!eligibility.test(candidate.item) || !young(candidate.created, latest)) continue;
+      const float u = scratch.pool_scores[j] - scratch.discount[candidate.item];
+      scratch.pool_scores[scratch.pool.size()] = u;
+      scratch.pool.push_back({candidate.item, u + candidate.bonus});
+    }
+    if (!state_->options.log) return;
+    for (std::size_t j = 0; j < scratch.pool.size(); ++j)
+      scratch.pool_expected.push_back(value_of(catalogue, scratch.pool_scores[j], scratch));
+  }
+
+  // What the log keeps of a pick, to learn from it once it was seen.
+  LoggedPick assess(const Catalogue& catalogue, bool known, std::size_t place,
+                    const SlotChoice& choice, const Scratch& scratch) const noexcept {
+    const std::uint32_t item = choice.pick.item;
+    const float slope = catalogue.calibration.slope, discount = scratch.discount[item];
+    const float u = exploitation_score(scratch, choice);
+    const float relevance = u + discount - learned(catalogue, known, item, scratch);
+    LoggedPick pick;
+    pick.choice = choice;
+    pick.place = static_cast<std::uint32_t>(place);
+    pick.relevance = relevance - scratch.normaliser;
+    pick.adjustment = slope * (u - relevance);
+    pick.examination = examination(place);
+    pick.expected = pick.examination * value_of(catalogue, relevance - discount, scratch);
+    pick.value = pick.examination * value_of(catalogue, u, scratch);
+    pick.best_value = pick.examination * value_of(catalogue, choice.best.score, scratch);
+    pick.choice.pool_value *= pick.examination;
+    return pick;
+  }
+
+  // Counts what was shown: picks of a remembered slate (all of them where none are listed) or,
+  // where there is no slate, the listed items. chosen: the item of a positive event.
+  Recorded learn_from(const Catalogue& catalogue, const Impression& shown, std::int64_t timestamp,
+                      std::optional<std::uint32_t> chosen) {
+    if (shown.recommendation_id.empty() && shown.items.empty() &&
+        !(chosen && was_shown(shown, *chosen)))
+      return Recorded::learned;
+    ScratchLease scratch{*state_, catalogue};
+    scratch->seen.clear();
+    std::optional<LoggedPick> positive;
+    const auto listed = [&](std::uint32_t item) {
+      return std::find(shown.items.begin(), shown.items.end(), catalogue.model->item_id(item)) !=
+             shown.items.end();
+    };
+    bool has_query = false;
+    const auto look_through = [&](LoggedSlate& slate) {
+      has_query = !slate.query.empty();
+      std::copy(slate.query.begin(), slate.query.end(), scratch->query.begin());
+      for (LoggedPick& pick : slate.picks) {
+        const bool is_chosen = chosen == pick.choice.pick.item && !pick.positive;
+        const bool is_shown = shown.items.empty() ? !slate.reported : listed(pick.choice.pick.item);
+        if ((is_shown || is_chosen) && !pick.seen) {
+          pick.seen = true;
+          scratch->seen.push_back(pick);
+        }
+        if (is_chosen) {
+          pick.positive = true;
+          positive = pick;
+        }
+      }
+      slate.reported = true;
+    };
+
+    SlateStatus status = SlateStatus::unknown;
+    if (!shown.recommendation_id.empty()) {
+      status = state_->slates.use(shown.recommendation_id, Key{shown.user, shown.session}.text,
+                                  timestamp, look_through);
+      // A visitor's slate, answered after signing in.
+      if (status == SlateStatus::unknown && !shown.user.empty() && !shown.session.empty())
+        status = state_->slates.use(shown.recommendation_id, Key{{}, shown.session}.text, timestamp,
+                                    look_through);
+    }
+    if (status != SlateStatus::found) {
+      has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, timestamp,
+                            false, *scratch);
+      if (!shown.items.empty()) {
+        rank_best(catalogue, has_query, normalising_items, {}, *scratch);
+        for (std::size_t place = 0; place < shown.items.size(); ++place) {
+          const auto item = catalogue.model->find_item(shown.items[place]);
+          if (!item) continue;
+          SlotChoice choice;
+          choice.pick = choice.best = {*item, score(catalogue, has_query, *item, *scratch)};
+          scratch->seen.push_back(assess(catalogue, has_query, place, choice, *scratch));
+          if (chosen == item) positive = scratch->seen.back();
+        }
+      } else if (chosen && was_shown(shown, *chosen)) {
+        positive.emplace().choice.pick.item = *chosen;
+      }
+    }
+    count(catalogue, *scratch, has_query, positive, timestamp);
+    remember(catalogue, shown, *scratch, chosen, timestamp);
+    if (state_->options.log && status == SlateStatus::found) {
+      for (const LoggedPick& pick : scratch->seen)
+        write_log(catalogue, shown, pick, timestamp, false);
+      if (positive) write_log(catalogue, shown, *positive, timestamp, true);
+    }
+    return shown.recommendation_id.empty() || status == SlateStatus::found ? Recorded::learned
+           : status == SlateStatus::expired                                ? Recorded::expired_slate
+                                            : Recorded::unknown_slate;
+  }
+
+  bool was_shown(const Impression& shown, std::uint32_t item) {
+    Shard& shard = shard_of(shown.user, shown.session);
+    const std::lock_guard lock{shard.mutex};
+    const auto found = shard.users.find(Key{shown.user, shown.session}.text);
+    return found != shard.users.end() && found->second.impressions.contains(item);
+  }
+
+  void count(const Catalogue& catalogue, const Scratch& scratch, bool has_query,
+             const std::optional<LoggedPick>& positive, std::int64_t timestamp) {
+    const DecayMoment moment = state_->decay.at(timestamp);
+    for (const LoggedPick& pick : scratch.seen) catalogue.counters->prefetch(pick.choice.pick.item);
+    for (const LoggedPick& pick : scratch.seen) {
+      const std::uint32_t item = pick.choice.pick.item;
+      catalogue.counters->add(ItemCounters::Kind::expected, item,
+                              static_cast<double>(pick.expected), moment);
+      if (has_query)
+        state_->contexts.add_expected(item, scratch.query, static_cast<double>(pick.expected),
+                                      moment);
+    }
+    if (positive) {
+      const std::uint32_t item = positive->choice.pick.item;
+      catalogue.counters->add(ItemCounters::Kind::positive, item, 1.0, moment);
+      if (has_query) state_->contexts.add_positive(item, scratch.query, moment);
+    }
+    if (positive || !scratch.seen.empty()) state_->changed.store(true, std::memory_order_relaxed);
+  }
+
+  // What was shown and not chosen is held against the item for this user.
+  void remember(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
+                std::optional<std::uint32_t> chosen, std::int64_t timestamp) {
+    if (scratch.seen.empty() && !chosen) return;
+    Shard& shard = shard_of(shown.user, shown.session);
+    const std::lock_guard lock{shard.mutex};
+    User& user = user_in(catalogue, shard, Key{shown.user, shown.session});
+    for (const LoggedPick& pick : scratch.seen)
+      if (chosen != pick.choice.pick.item) user.impressions.add(pick.choice.pick.item, timestamp);
+    if (chosen) user.impressions.remove(*chosen);
+  }
+
+  void write_log(const Catalogue& catalogue, const Impression& shown, const LoggedPick& pick,
+                 std::int64_t timestamp, bool positive) const {
+    state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
+                         shown.recommendation_id, catalogue.model->item_id(pick.choice.pick.item),
+                         pick.place + 1, positive, pick.choice, pick.value, pick.best_value});
+  }
+
+  // Runs an update where one is due by this timestamp and there is something new. Another thread
+  // that is at it is not waited for.
+  void update_if_due(std::int64_t timestamp) {
+    const std::int64_t interval = state_->options.update_interval.count();
+    if (interval == 0) return;
+    std::int64_t due = state_->next_update.load(std::memory_order_relaxed);
+    if (due == no_timestamp) {
+      state_->next_update.compare_exchange_strong(due, later(timestamp, interval),
+                                                  std::memory_order_relaxed);
+      return;
+    }
+    if (timestamp < due) return;
+    const std::unique_lock lock{state_->update_mutex, std::try_to_lock};
+    if (!lock || state_->next_update.load(std::memory_order_relaxed) != due) return;
+    state_->next_update.store(later(timestamp, interval), std::memory_order_relaxed);
+    bool has_pending = false;
+    {
+      const std::lock_guard pending_lock{state_->pending_mutex};
+      has_pending = !state_->pending.empty();
+    }
+    // What is wrong with a new item is for a caller of update() to hear, not of record().
+    if (has_pending || state_->changed.load(std::memory_order_relaxed)) (void)rebuild(timestamp);
+  }
+
+  // The caller holds update_mutex.
+  Result<void> rebuild(std::int64_t now) {
+    std::vector<PendingItem> pending;
+    {
+      const std::lock_guard lock{state_->pending_mutex};
+      pending.swap(state_->pending);
+    }
+    state_->changed.store(false, std::memory_order_relaxed);
+    const auto previous = state_->current();
+    auto next = std::make_shared<Catalogue>();
+    next->model = previous->model;
+    next->encoder = previous->encoder;
+    next->counters = previous->counters;
+    next->calibration = previous->calibration;
+    next->second_moment = previous->second_moment;
+    if (!pending.empty()) {
+      auto model = with_items(*previous->model, pending);
+      if (!model) return model.error();
+      next->model = *model;
+      next->encoder = std::make_shared<const Encoder>(**model);
+      if (state_->options.feedback)
+        next->counters =
+            std::make_shared<ItemCounters>(previous->counters->grown((*model)->item_count()));
+    }
+    const ModelParts& parts = next->model->parts();
+    next->biases = parts.biases;
+    if (state_->options.feedback) learn(*next, now);
+    next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
+                         Scorer::usual_query_length(*next->model));
+    order_by_popularity(*next);
+    choose_pool(*next, now);
+    const std::lock_guard lock{state_->catalogue_mutex};
+    state_->catalogue = std::move(next);
+    return {};
+  }
+
+  // The model with the pending items added; of items that were not trained, what is new replaces
+  // what was.
+  static Result<std::shared_ptr<const Model>> with_items(const Model& model,
+                                                         const std::vector<PendingItem>& pending) {
+    ModelParts parts = model.parts();
+    std::vector<float> vector(model.dimension());
+    for (const PendingItem& item : pending) {
+      auto index = parts.item_ids.find(item.item);
+      if (!index) {
+        const auto added = parts.item_ids.add(item.item);
+        if (!added) return added.error();
+        index = *added;
+        parts.item_vectors.resize_rows(*index + std::size_t{1});
+        if (!parts.input_vectors.empty()) parts.input_vectors.resize_rows(*index + std::size_t{1});
+        parts.biases.push_back(0);
+        parts.statistics.emplace_back();
+      }
+      parts.statistics[*index].creation_timestamp = item.created;
+      if (parts.statistics[*index].interactions > 0) continue;
+      const std::vector<std::pair<std::string_view, std::string_view>> fields(item.fields.begin(),
+                                                                              item.fields.end());
+      model.metadata_vector(fields, vector);
+      parts.biases[*index] = add_mean_residual(model.parts(), vector);
+      parts.item_vectors.set_row(*index, vector);
+    }
+    return Model::from_parts(std::move(parts));
+  }
+
+  // Adds to `vector` the mean difference of the 16 trained items nearest to it (by cosine) from it,
+  // and returns their mean bias. Looks at no more than 20,000 items, evenly chosen.
+  static float add_mean_residual(const ModelParts& parts, std::span<float> vector) {
+    constexpr std::size_t neighbours = 16, looked_at = 20'000;
+    const std::size_t items = parts.item_ids.size(), stride = items / looked_at + 1;
+    std::vector<ScoredItem> nearest;
+    std::vector<float> row(vector.size());
+    for (std::size_t i = 0; i < items; i += stride) {
+      if (i >= parts.biases.size() || parts.statistics[i].interactions == 0) continue;
+      parts.item_vectors.row(i, row);
+      const float dot = std::inner_product(row.begin(), row.end(), vector.begin(), 0.0f);
+      const float square = std::inner_product(row.begin(), row.end(), row.begin(), 0.0f);
+      nearest.push_back({static_cast<std::uint32_t>(i), square > 0 ? dot / std::sqrt(square) : 0});
+    }
+    if (nearest.empty()) return 0;
+    const std::size_t count = std::min(neighbours, nearest.size());
+    std::partial_sort(nearest.begin(), nearest.begin() + static_cast<std::ptrdiff_t>(count),
+                      nearest.end(), ranks_before);
+    std::fill(vector.begin(), vector.end(), 0.0f);
+    float bias = 0;
+    for (std::size_t n = 0; n < count; ++n) {
+      bias += parts.biases[nearest[n].item] / static_cast<float>(count);
+      parts.item_vectors.row(nearest[n].item, row);
+      for (std::size_t c = 0; c < vector.size(); ++c)
+        vector[c] += row[c] / static_cast<float>(count);
+    }
+    return bias;
+  }
+
+  // Folds the counters into calibration, quality and corrections.
+  void learn(Catalogue& next, std::int64_t now) const {
+    const ModelParts& parts = next.model->parts();
+    const std::size_t items = next.model->item_count(), d = next.model->dimension();
+    std::vector<CalibrationSample> samples;
+    std::vector<double> second_moment(d * d);
+    double queries = 0;
+    state_->slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
+      for (const LoggedPick& pick : slate.picks)
+        if (pick.seen && !pick.choice.explored)
+          samples.push_back({pick.relevance, pick.adjustment, pick.examination, pick.positive});
+      if (slate.query.empty()) return;
+      for (std::size_t i = 0; i < d; ++i)
+        for (std::size_t j = 0; j < d; ++j)
+          second_moment[i * d + j] +=
+              static_cast<double>(slate.query[i]) * static_cast<double>(slate.query[j]);
+      ++queries;
+    });
+    if (!samples.empty()) next.calibration = fit_calibration(samples, next.calibration);
+    if (queries > 0) {
+      for (double& value : second_moment) value /= queries;
+      next.second_moment = std::move(second_moment);
+    }
+
+    std::vector<ItemFeedback> counted(items), well_known_items, cold_items;
+    for (std::uint32_t i = 0; i < items; ++i) {
+      counted[i] = feedback_of(next, i, now);
+      if (counted[i].expected > 0)
+        (parts.statistics[i].interactions < well_known ? cold_items : well_known_items)
+            .push_back(counted[i]);
+    }
+    next.well_known_prior = fit_prior(well_known_items, next.well_known_prior);
+    next.cold_prior = fit_prior(cold_items, next.cold_prior);
+
+    // Quality counts from the mean of well-known items, whose level the calibration has in it.
+    const float slope = next.calibration.slope;
+    const auto level = static_cast<float>(std::log(next.well_known_prior.mean));
+    next.quality.resize(items);
+    for (std::uint32_t i = 0; i < items; ++i) {
+      next.quality[i] = (posterior(prior_of(next, i), counted[i]).mean - level) / slope;
+      next.biases[i] += next.quality[i];
+    }
+    if (!next.second_moment.empty()) correct_vectors(next, counted, now);
+  }
+
+  // Who likes an item: at fixed quality, its residuals are the queries where it was chosen less
+  // those where its impressions let expect so. The correction is centred on the contexts in which
+  // the item was shown, so that it moves the item between users and not for all of them.
+  void correct_vectors(Catalogue& next, std::span<const ItemFeedback> counted,
+                       std::int64_t now) const {
+    const std::size_t d = next.model->dimension();
+    const float slope = next.calibration.slope;
+    const VectorCorrection layer(next.second_moment, d);
+    next.correction_of.resize(counted.size());
+    std::vector<float> residual(d), row(d);
+    next.vectors = next.model->parts().item_vectors;
+    state_->contexts.for_each(
+        state_->decay.at(now),
+        [&](std::uint32_t item, std::span<const float> positive, std::span<const float> expected) {
+          if (item >= counted.size() || counted[item].expected < 0.1) return;
+          const ItemFeedback& feedback = counted[item];
+          const auto quality =
+              std::exp(static_cast<double>(posterior(prior_of(next, item), feedback).mean));
+          for (std::size_t c = 0; c < d; ++c)
+            residual[c] = positive[c] - static_cast<float>(quality) * expected[c];
+          const std::size_t begin = next.corrections.size();
+          next.corrections.resize(begin + d + 1);
+          const std::span<float> delta(next.corrections.data() + begin, d);
+          layer.solve(residual, quality * feedback.expected, delta);
+          float centre = 0;
+          for (std::size_t c = 0; c < d; ++c) {
+            delta[c] /= slope;
+            centre -= delta[c] * expected[c] / static_cast<float>(feedback.expected);
+          }
+          next.corrections.back() = centre;
+          next.correction_of[item] = static_cast<std::uint32_t>(next.corrections.size() / (d + 1));
+          next.vectors.row(item, row);
+          for (std::size_t c = 0; c < d; ++c) row[c] += delta[c];
+          next.vectors.set_row(item, row);
+          next.biases[item] += centre;
+        });
+  }
+
+  static void order_by_popularity(Catalogue& next) {
+    const auto& statistics = next.model->parts().statistics;
+    double total = 0;
+    for (const ItemStatistics& s : statistics) total += static_cast<double>(s.interactions);
+    total = std::max(total, 1.0);
+    next.popularity.resize(statistics.size());
+    std::vector<float> u(statistics.size());
+    for (std::size_t i = 0; i < statistics.size(); ++i) {
+      // An item without interactions counts as half of one.
+      const double share = std::max(static_cast<double>(statistics[i].interactions), 0.5) / total;
+      next.popularity[i] = static_cast<float>(std::log(share));
+      u[i] = next.popularity[i] + (next.quality.empty() ? 0.0f : next.quality[i]);
+    }
+    next.popular.resize(statistics.size());
+    std::iota(next.popular.begin(), next.popular.end(), 0u);
+    std::sort(next.popular.begin(), next.popular.end(), [&](std::uint32_t a, std::uint32_t b) {
+      return ranks_before({a, u[a]}, {b, u[b]});
+    });
+  }
+
+  void choose_pool(Catalogue& next, std::int64_t now) const {
+    if (!(state_->options.exploration_weight > 0)) return;
+    const auto& statistics = next.model->parts().statistics;
+    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+    for (std::uint32_t i = 0; i < statistics.size(); ++i) {
+      const std::int64_t created = creation(statistics[i]);
+      const ItemFeedback counted = feedback_of(next, i, now);
+      if (!young(created, latest) || counted.expected >= explored_enough) continue;
+      const float spread = posterior(prior_of(next, i), counted).deviation;
+      next.pool.push_back({i, spread / (2 * next.calibration.slope), created});
+    }
+    if (next.pool.size() > max_pool) {
+      std::nth_element(next.pool.begin(), next.pool.begin() + max_pool, next.pool.end(),
+                       [](const PoolItem& a, const PoolItem& b) {
+                         return a.created > b.created ||
+                                (a.created == b.created && a.item < b.item);
+                       });
+      next.pool.resize(max_pool);
+      std::sort(next.pool.begin(), next.pool.end(),
+                [](const PoolItem& a, const PoolItem& b) { return a.item < b.item; });
+    }
+    const Matrix& vectors = next.vectors.empty() ? next.model->parts().item_vectors : next.vectors;
+    const std::size_t d = vectors.columns();
+    next.pool_vectors.resize(next.pool.size() * d + kernels::lanes);
+    for (std::size_t j = 0; j < next.pool.size(); ++j) {
+      vectors.row(next.pool[j].item, std::span(next.pool_vectors).subspan(j * d, d));
+      next.pool_biases.push_back(next.biases[next.pool[j].item]);
+    }
   }
 
   Shard& shard_of(std::string_view user, std::string_view session) const noexcept {
@@ -2244,15 +5273,19 @@ class Recommender {
   }
 
   // Finds or adds; the caller holds the shard's lock.
-  User& user_in(Shard& shard, std::string_view user, std::string_view session) {
-    auto [found, added] = shard.users.try_emplace(Key{user, session}.text);
+  User& user_in(const Catalogue& catalogue, Shard& shard, const Key& key) {
+    auto [found, added] = shard.users.try_emplace(key.text);
     if (!added) {
       shard.order.splice(shard.order.begin(), shard.order, found->second.place);
       return found->second;
     }
     shard.order.push_front(found->first);
     found->second.place = shard.order.begin();
-    found->second.state.resize(state_->encoder.state_size());
+    found->second.state.resize(catalogue.encoder->state_size());
+    if (key.text[0] == 'u')
+      if (const auto row =
+              catalogue.model->parts().user_ids.find(std::string_view(key.text).substr(1)))
+        catalogue.encoder->load(*row, found->second.state);
     if (shard.users.size() > state_->options.max_users / state_->shards.size()) {
       shard.users.erase(std::string(shard.order.back()));
       shard.order.pop_back();
@@ -2260,14 +5293,14 @@ class Recommender {
     return found->second;
   }
 
-  void advance(Shard& shard, User& user, const RememberedEvent& event) {
+  void advance(const Catalogue& catalogue, Shard& shard, User& user, const RememberedEvent& event) {
     const auto buckets =
-        static_cast<std::uint32_t>(state_->model->parts().time_gap_embedding.rows());
+        static_cast<std::uint32_t>(catalogue.model->parts().time_gap_embedding.rows());
     const std::optional<std::int64_t> previous =
         user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
     const std::uint32_t gap =
         buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
-    state_->encoder.step({event.item, event.event_type, gap}, user.state, shard.workspace);
+    catalogue.encoder->step({event.item, event.event_type, gap}, user.state, shard.workspace);
     user.last_timestamp = event.timestamp;
     if (user.history.size() < state_->options.history_length) {
       user.history.push_back(event);
@@ -2279,6 +5312,7 @@ class Recommender {
 
   bool merge(std::string_view session, std::string_view user) {
     std::vector<RememberedEvent> events;
+    RecentImpressions impressions;
     {
       Shard& shard = shard_of({}, session);
       const std::lock_guard lock{shard.mutex};
@@ -2289,37 +5323,76 @@ class Recommender {
                   visitor.history.begin() + static_cast<std::ptrdiff_t>(visitor.oldest),
                   visitor.history.end());
       events = std::move(visitor.history);
+      impressions = std::move(visitor.impressions);
       shard.order.erase(visitor.place);
       shard.users.erase(found);
     }
+    const auto catalogue = state_->current();
     Shard& shard = shard_of(user, {});
     const std::lock_guard lock{shard.mutex};
-    User& known = user_in(shard, user, {});
-    for (const RememberedEvent& event : events) advance(shard, known, event);
+    User& known = user_in(*catalogue, shard, Key{user, {}});
+    for (const RememberedEvent& event : events) advance(*catalogue, shard, known, event);
+    if (known.impressions.size() == 0) known.impressions = std::move(impressions);
     return true;
   }
 
-  // Copies what a request needs of the user; false where nothing is known of them. A request with a
-  // user and a session is answered from the user where there is one, else from the session.
-  bool read_user(const Request& request, Scratch& scratch) {
-    scratch.interacted.clear();
-    return (!request.user.empty() && read_state(request, request.user, {}, scratch)) ||
-           (!request.session.empty() && read_state(request, {}, request.session, scratch));
+  // Copies what a request needs of the user; false where no event is known of them. A request with
+  // a user and a session is answered from the user where there are events, else from the session.
+  // new_slate: the next slate draws other random numbers.
+  bool read_user(const Catalogue& catalogue, const Request& request, std::int64_t timestamp,
+                 bool new_slate, Scratch& scratch) {
+    scratch.request_number = static_cast<std::uint64_t>(timestamp);
+    const auto read = [&](std::string_view user, std::string_view session) {
+      Shard& shard = shard_of(user, session);
+      const std::lock_guard lock{shard.mutex};
+      const auto found = shard.users.find(Key{user, session}.text);
+      if (found == shard.users.end()) return read_stored_query(catalogue, user, scratch.query);
+      shard.order.splice(shard.order.begin(), shard.order, found->second.place);
+      User& known = found->second;
+      scratch.request_number = known.requests;
+      if (new_slate) ++known.requests;
+      const std::size_t items = catalogue.model->item_count();
+      if (scratch.ignored.empty())
+        known.impressions.for_each(timestamp, [&](std::uint32_t item, float count) {
+          if (item >= items) return;  // of an update that came after this request's catalogue
+          scratch.ignored.push_back({item, ignored_discount * count / catalogue.calibration.slope});
+          scratch.discount[item] = scratch.ignored.back().score;
+        });
+      if (known.last_timestamp == no_timestamp)
+        return read_stored_query(catalogue, user, scratch.query);
+      const auto query = catalogue.encoder->query(known.state);
+      std::copy(query.begin(), query.end(), scratch.query.begin());
+      if (request.exclude_interacted)
+        for (const RememberedEvent& event : known.history)
+          if (event.item < items) scratch.interacted.push_back(event.item);
+      return true;
+    };
+    return (!request.user.empty() && read(request.user, {})) ||
+           (!request.session.empty() && read({}, request.session));
   }
 
-  bool read_state(const Request& request, std::string_view user, std::string_view session,
-                  Scratch& scratch) {
-    Shard& shard = shard_of(user, session);
-    const std::lock_guard lock{shard.mutex};
-    const auto found = shard.users.find(Key{user, session}.text);
-    if (found == shard.users.end()) return false;
-    shard.order.splice(shard.order.begin(), shard.order, found->second.place);
-    const auto query = state_->encoder.query(found->second.state);
-    std::copy(query.begin(), query.end(), scratch.query.begin());
-    if (request.exclude_interacted)
-      for (const RememberedEvent& event : found->second.history)
-        scratch.interacted.push_back(event.item);
+  // The query of a user who comes with the model and has had no event since; false for others.
+  static bool read_stored_query(const Catalogue& catalogue, std::string_view user,
+                                std::span<float> query) noexcept {
+    const ModelParts& parts = catalogue.model->parts();
+    const auto row = parts.user_ids.find(user);
+    if (!row) return false;
+    const std::size_t d = catalogue.model->dimension(), begin = parts.user_states.columns() - d;
+    for (std::size_t c = 0; c < d; ++c) query[c] = parts.user_states.at(*row, begin + c);
     return true;
+  }
+
+  // Excludes what the user has interacted with, and what the caller's mask leaves out.
+  static Eligibility restrict_to(const Catalogue& catalogue, const Request& request,
+                                 Scratch& scratch) {
+    for (const std::uint32_t item : scratch.interacted) scratch.excluded.set(item);
+    const ItemMask* eligible = request.eligible;
+    if (eligible && eligible->size() < catalogue.model->item_count()) {
+      scratch.eligible = *eligible;
+      scratch.eligible.resize(catalogue.model->item_count());
+      eligible = &scratch.eligible;
+    }
+    return {eligible, &scratch.excluded};
   }
 
   std::unique_ptr<State> state_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "small_model.hpp"
@@ -31,29 +32,130 @@ void close(const std::vector<float>& a, const std::vector<float>& b, std::size_t
 
 }  // namespace
 
-TEST_CASE("row scores") {
-  Random random{1};
-  for (const std::size_t d : {1u, 3u, 4u, 15u, 16u, 17u, 64u, 100u, 149u}) {
-    for (const std::size_t rows : {1u, 2u, 5u, 64u}) {
-      CAPTURE(d);
-      CAPTURE(rows);
-      std::vector<float> query(pz::kernels::padded(d));
-      for (std::size_t c = 0; c < d; ++c) query[c] = random.normal();
-      std::vector<std::int8_t> i8(rows * d + pz::kernels::lanes);
-      for (auto& v : i8) v = static_cast<std::int8_t>(random.below(255) - 127);
-      const auto f32 = values(random, rows * d);
-      auto scales = values(random, rows, 0.01f);
-      const auto biases = values(random, rows);
-      std::vector<float> fast(rows), reference(rows);
-      Fast::score_rows(i8.data(), d, rows, query.data(), scales.data(), biases.data(), fast.data());
-      Reference::score_rows(i8.data(), d, rows, query.data(), scales.data(), biases.data(),
-                            reference.data());
-      close(fast, reference, rows, 1e-4f);
-      Fast::score_rows(f32.data(), d, rows, query.data(), nullptr, biases.data(), fast.data());
-      Reference::score_rows(f32.data(), d, rows, query.data(), nullptr, biases.data(),
-                            reference.data());
-      close(fast, reference, rows, 1e-5f);
+template <int Bits>
+struct Panels {
+  static constexpr int most = Bits == 8 ? 127 : 7;
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::int8_t> rows;
+  std::vector<float> scales, biases;
+  std::size_t columns, count;
+
+  Panels(Random& random, std::size_t d, std::size_t n) : columns(d), count(n) {
+    const std::size_t all = n * pz::kernels::panel_rows;
+    bytes.assign(n * pz::kernels::panel_bytes<Bits>(d), 0);
+    rows.resize(all * d + pz::kernels::lanes);
+    for (std::size_t r = 0; r < all; ++r) {
+      for (std::size_t c = 0; c < d; ++c)
+        rows[r * d + c] =
+            static_cast<std::int8_t>(static_cast<int>(random.below(2 * most + 1)) - most);
+      pz::kernels::put_in_panel<Bits>(
+          bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
+          r % pz::kernels::panel_rows, rows.data() + r * d, d);
     }
+    scales = values(random, all, 0.01f);
+    biases = values(random, all);
+  }
+  pz::kernels::PanelScan scan(const std::vector<std::int8_t>& query, std::int32_t sum) const {
+    return {bytes.data(), scales.data(), biases.data(),
+            columns,      query.data(),  (Bits == 8 ? -128 : -8) * sum,
+            0.02f};
+  }
+};
+
+template <int Bits>
+void scan_is_exact() {
+  const auto fast_scan = Bits == 8 ? &Fast::scan_8bit : &Fast::scan_4bit;
+  const int limit = Bits == 8 ? Fast::query_limit : 127;
+  Random random{1};
+  for (const std::size_t d : {1u, 3u, 4u, 5u, 15u, 16u, 17u, 64u, 100u, 149u, 1024u}) {
+    for (const std::size_t count : {1u, 3u, 4u, 9u}) {
+      CAPTURE(d);
+      CAPTURE(count);
+      const Panels<Bits> panels{random, d, count};
+      std::vector<std::int8_t> query(pz::kernels::padded(d));
+      std::int32_t sum = 0;
+      for (std::size_t c = 0; c < d; ++c) {
+        const int any =
+            static_cast<int>(random.below(static_cast<std::uint32_t>(2 * limit + 1))) - limit;
+        // The extremes of every product, for one of the widths.
+        query[c] = static_cast<std::int8_t>(d != 64 ? any : c % 3 == 0 ? -limit : limit);
+        sum += query[c];
+      }
+      const std::size_t all = count * pz::kernels::panel_rows;
+      std::vector<float> fast(all), want(all);
+      for (std::size_t r = 0; r < all; ++r) {
+        std::int64_t dot = 0;
+        for (std::size_t c = 0; c < d; ++c) dot += panels.rows[r * d + c] * query[c];
+        want[r] = static_cast<float>(static_cast<double>(dot) * 0.02f * panels.scales[r] +
+                                     panels.biases[r]);
+      }
+      if (Bits == 8) {
+        Fast::matrix_vector_i8(panels.scan(query, sum), count, fast.data());
+        close(fast, want, all, 2e-6f);
+      }
+      std::vector<std::uint16_t> masks(count);
+      for (const float at : {-1e30f, -0.5f, 0.0f, 0.7f, 1e30f}) {
+        fast_scan(panels.scan(query, sum), count, at, masks.data());
+        for (std::size_t r = 0; r < all; ++r) {
+          const bool reached = (masks[r / 16] >> (r % 16) & 1) != 0;
+          // Rounding may decide where a score lies on the limit.
+          if (std::abs(want[r] - at) > 1e-5f * std::max(1.0f, std::abs(want[r])))
+            REQUIRE(reached == (want[r] >= at));
+        }
+      }
+      auto nothing = panels;
+      for (float& b : nothing.biases) b = std::numeric_limits<float>::quiet_NaN();
+      fast_scan(nothing.scan(query, sum), count, -std::numeric_limits<float>::infinity(),
+                masks.data());
+      for (const std::uint16_t mask : masks) REQUIRE(mask == 0);
+    }
+  }
+}
+
+TEST_CASE("products with rows of 8 bits are exact") { scan_is_exact<8>(); }
+TEST_CASE("products with rows of 4 bits are exact") { scan_is_exact<4>(); }
+
+TEST_CASE("the products that define scores have the same bits everywhere") {
+  Random random{7};
+  const std::vector<std::uint32_t> items{3, 0, 6, 6, 1, 2, 5};
+  for (const std::size_t d : {1u, 7u, 8u, 45u, 64u, 149u, 1000u}) {
+    std::vector<double> query(pz::kernels::padded(d));
+    for (std::size_t c = 0; c < d; ++c) query[c] = static_cast<double>(random.normal() * 3);
+    std::vector<std::int8_t> i8(7 * d + pz::kernels::lanes);
+    for (auto& v : i8) v = static_cast<std::int8_t>(static_cast<int>(random.below(255)) - 127);
+    const auto f32 = values(random, 7 * d, 1e3f);
+    std::vector<double> fast(items.size()), reference(items.size());
+    Fast::dots_f32(f32.data(), d, query.data(), items.data(), items.size(), fast.data());
+    Reference::dots_f32(f32.data(), d, query.data(), items.data(), items.size(), reference.data());
+    REQUIRE(fast == reference);
+    Fast::dots_i8(i8.data(), d, query.data(), items.data(), items.size(), fast.data());
+    Reference::dots_i8(i8.data(), d, query.data(), items.data(), items.size(), reference.data());
+    REQUIRE(fast == reference);
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      double direct = 0;
+      for (std::size_t c = 0; c < d; ++c) direct += i8[items[i] * d + c] * query[c];
+      CHECK(fast[i] == doctest::Approx(direct).epsilon(1e-9));
+    }
+  }
+}
+
+TEST_CASE("quantisation is within half a step and remembers its sum") {
+  Random random{8};
+  for (const std::size_t n : {1u, 5u, 16u, 100u, 149u}) {
+    auto x = values(random, n, 2.0f);
+    x.resize(pz::kernels::padded(n) + pz::kernels::lanes);
+    std::vector<std::int8_t> q(pz::kernels::padded(n));
+    std::int32_t sum = 0, direct = 0;
+    const float step = Fast::quantise(n, x.data(), 100, q.data(), sum);
+    for (std::size_t j = 0; j < n; ++j) {
+      REQUIRE(std::abs(static_cast<float>(q[j]) * step - x[j]) <= 0.5001f * step);
+      REQUIRE(std::abs(q[j]) <= 100);
+      direct += q[j];
+    }
+    CHECK(sum == direct);
+    std::fill(x.begin(), x.end(), 0.0f);
+    CHECK(Fast::quantise(n, x.data(), 100, q.data(), sum) == 0.0f);
+    CHECK(sum == 0);
   }
 }
 

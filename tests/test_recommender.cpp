@@ -15,7 +15,7 @@ namespace pz = personalize;
 
 namespace {
 
-pz::Recommender make(const pz::RecommenderOptions& options = {},
+pz::Recommender make(const pz::RecommenderOptions& options = {.exploration_weight = 0},
                      const small_model::Shape& shape = {}) {
   auto shop = pz::Recommender::create(small_model::model(shape), options);
   REQUIRE(shop);
@@ -73,8 +73,9 @@ TEST_CASE("a known user gets the top k of the encoder's state") {
                  workspace);
     previous = timestamp;
   }
+  auto scoring = scorer.make_workspace();
   std::vector<pz::ScoredItem> top;
-  scorer.top_k(encoder.query(state), 10, {}, top);
+  scorer.top_k(encoder.query(state), 10, {}, scoring, top);
   const auto slate = shop.recommend({.user = "u", .count = 10});
   REQUIRE(slate);
   REQUIRE(slate->items.size() == 10);
@@ -112,8 +113,12 @@ TEST_CASE("an eligibility mask holds for known and unknown users") {
     CHECK(slate->items.size() == 25);
     for (const auto& pick : slate->items) CHECK(*shop.model()->find_item(pick.item) % 2 == 0);
   }
-  const pz::ItemMask wrong(49);
-  CHECK_FALSE(shop.recommend({.user = "u", .eligible = &wrong}));
+  pz::ItemMask shorter(30, true);  // items beyond it are left out
+  const auto slate = shop.recommend({.user = "u", .count = 50, .eligible = &shorter});
+  REQUIRE(slate);
+  CHECK(slate->items.size() == 30);
+  const pz::ItemMask longer(51);
+  CHECK_FALSE(shop.recommend({.user = "u", .eligible = &longer}));
 }
 
 TEST_CASE("a session's events become the user's") {
@@ -192,7 +197,7 @@ TEST_CASE("wrong arguments are errors and change nothing") {
 }
 
 TEST_CASE("only the last events of a user are remembered, the state keeps them all") {
-  auto shop = make({.history_length = 3});
+  auto shop = make({.history_length = 3, .exploration_weight = 0});
   for (int i = 0; i < 10; ++i) learn(shop, "u", "i" + std::to_string(i), i);
   const auto fresh = slate_of(shop, {.user = "u", .count = 50, .exclude_interacted = true});
   CHECK(fresh.size() == 47);
@@ -203,7 +208,7 @@ TEST_CASE("only the last events of a user are remembered, the state keeps them a
 }
 
 TEST_CASE("the least recently used users go first when there are too many") {
-  auto shop = make({.max_users = 64 * 8});
+  auto shop = make({.max_users = 64 * 8, .exploration_weight = 0});
   for (int i = 0; i < 5000; ++i) {
     learn(shop, "u" + std::to_string(i), "i1");
     // Kept by being used again and again.
@@ -247,7 +252,7 @@ TEST_CASE("a slate outlives its recommender") {
 }
 
 TEST_CASE("threads record, recommend, rank, merge and forget at once") {
-  auto shop = make({.max_users = 640});
+  auto shop = make({.max_users = 640, .exploration_weight = 0});
   std::atomic<int> failures = 0;
   std::vector<std::thread> threads;
   for (std::uint64_t t = 0; t < 6; ++t)

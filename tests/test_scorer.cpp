@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "small_model.hpp"
@@ -12,6 +14,14 @@
 namespace pz = personalize;
 
 namespace {
+
+std::vector<pz::ScoredItem> top_k(const pz::Scorer& scorer, const std::vector<float>& query,
+                                  std::size_t k, const pz::Eligibility& eligibility = {}) {
+  auto workspace = scorer.make_workspace();
+  std::vector<pz::ScoredItem> top;
+  scorer.top_k(query, k, eligibility, workspace, top);
+  return top;
+}
 
 std::vector<pz::ScoredItem> full_sort(const pz::Scorer& scorer, const pz::Model& model,
                                       const std::vector<float>& query, std::size_t k,
@@ -46,6 +56,12 @@ TEST_CASE("a score is the dot product with the dequantised row, plus the bias") 
     const pz::Scorer scorer{*model};
     small_model::Random random{3};
     const auto query = random_query(random, 45);
+    auto workspace = scorer.make_workspace();
+    std::vector<std::uint32_t> items(67);
+    std::iota(items.rbegin(), items.rend(), 0u);
+    std::vector<float> together(67);
+    scorer.score(query, items, workspace, together);
+    for (std::uint32_t i = 0; i < 67; ++i) REQUIRE(together[i] == scorer.score(query, items[i]));
     for (std::uint32_t i = 0; i < 67; ++i) {
       double want = model->parts().biases[i];
       for (std::size_t c = 0; c < 45; ++c)
@@ -66,7 +82,7 @@ TEST_CASE("top k is the head of a full sort") {
         CAPTURE(items);
         CAPTURE(k);
         const auto query = random_query(random, 20);
-        scorer.top_k(query, k, {}, top);
+        top = top_k(scorer, query, k, {});
         same(top, full_sort(scorer, *model, query, k, {}));
         pz::ItemMask eligible(items), excluded(items);
         for (std::uint32_t i = 0; i < items; ++i) {
@@ -74,10 +90,10 @@ TEST_CASE("top k is the head of a full sort") {
           if (random.below(5) == 0) excluded.set(i);
         }
         const pz::Eligibility eligibility{&eligible, &excluded};
-        scorer.top_k(query, k, eligibility, top);
+        top = top_k(scorer, query, k, eligibility);
         same(top, full_sort(scorer, *model, query, k, eligibility));
       }
-      scorer.top_k(random_query(random, 20), 0, {}, top);
+      top = top_k(scorer, random_query(random, 20), 0, {});
       CHECK(top.empty());
     }
   }
@@ -92,7 +108,7 @@ TEST_CASE("equal scores are ordered by item index") {
   const pz::Scorer scorer{**model};
   std::vector<pz::ScoredItem> top;
   small_model::Random random{2};
-  scorer.top_k(random_query(random, 20), 300, {}, top);
+  top = top_k(scorer, random_query(random, 20), 300, {});
   REQUIRE(top.size() == 300);
   for (std::uint32_t r = 0; r < 300; ++r) CHECK(top[r].item == r);
 }
@@ -107,9 +123,70 @@ TEST_CASE("rising scores, the worst case of a threshold, are exact as well") {
   const pz::Scorer scorer{**model};
   std::vector<pz::ScoredItem> top;
   small_model::Random random{2};
-  scorer.top_k(random_query(random, 20), 10, {}, top);
+  top = top_k(scorer, random_query(random, 20), 10, {});
   REQUIRE(top.size() == 10);
   for (std::uint32_t r = 0; r < 10; ++r) CHECK(top[r].item == 2999 - r);
+}
+
+TEST_CASE("every element type, many bits of difference, both widths of the scan") {
+  // 300,000 x 64 is scanned in 4 bits, the others in 8.
+  for (const std::size_t items : {20'000u, 300'000u}) {
+    small_model::Random random{items};
+    for (const float spread : {0.0f, 1.5f}) {
+      pz::Matrix vectors = pz::Matrix::zeros(items, 64);
+      std::vector<float> biases(items);
+      for (std::size_t i = 0; i < items; ++i) {
+        // A few rows of zeros, a few huge ones, many alike.
+        const float length = i % 1000 == 7   ? 0.0f
+                             : i % 5000 == 3 ? 1e4f
+                                             : std::exp(spread * random.symmetric());
+        for (std::size_t c = 0; c < 64; ++c)
+          vectors.f32()[i * 64 + c] = (i % 3 == 0 ? 0.5f : random.symmetric()) * length;
+        biases[i] = random.symmetric();
+      }
+      for (const bool int8 : {true, false}) {
+        const pz::Matrix stored = int8 ? vectors.quantised() : vectors;
+        const pz::Scorer scorer{stored, biases, 8.0f};
+        auto workspace = scorer.make_workspace();
+        for (const float scale : {1e-6f, 1.0f, 1e6f}) {
+          CAPTURE(items);
+          CAPTURE(spread);
+          CAPTURE(scale);
+          auto query = random_query(random, 64);
+          for (float& v : query) v *= scale;
+          std::vector<std::uint32_t> all(items);
+          std::iota(all.begin(), all.end(), 0u);
+          std::vector<float> scores(items);
+          scorer.score(query, all, workspace, scores);
+          std::vector<pz::ScoredItem> sorted;
+          for (std::uint32_t i = 0; i < items; ++i) sorted.push_back({i, scores[i]});
+          std::sort(sorted.begin(), sorted.end(), pz::ranks_before);
+          sorted.resize(100);
+          same(top_k(scorer, query, 100), sorted);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a query that is zero, and one that is not finite") {
+  const auto model = small_model::model({.items = 500, .dimension = 20}, true);
+  const pz::Scorer scorer{*model};
+  std::vector<float> query(pz::kernels::padded(20));
+  same(top_k(scorer, query, 30), full_sort(scorer, *model, query, 30, {}));
+  query[3] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(top_k(scorer, query, 30).empty());
+}
+
+TEST_CASE("a filter that leaves little is exact as well") {
+  const auto model = small_model::model({.items = 5000, .dimension = 20}, true);
+  const pz::Scorer scorer{*model};
+  small_model::Random random{6};
+  pz::ItemMask few(5000);
+  for (const std::uint32_t item : {3u, 64u, 4999u, 2500u}) few.set(item);
+  const auto query = random_query(random, 20);
+  same(top_k(scorer, query, 3, {&few, nullptr}),
+       full_sort(scorer, *model, query, 3, {&few, nullptr}));
 }
 
 TEST_CASE("masks") {
@@ -124,9 +201,9 @@ TEST_CASE("masks") {
   const pz::ItemMask none(130);
   std::vector<pz::ScoredItem> top;
   small_model::Random random{9};
-  scorer.top_k(random_query(random, 20), 10, {&none, nullptr}, top);
+  top = top_k(scorer, random_query(random, 20), 10, {&none, nullptr});
   CHECK(top.empty());
   // The bits behind the last item must not let anything in.
-  scorer.top_k(random_query(random, 20), 200, {&mask, nullptr}, top);
+  top = top_k(scorer, random_query(random, 20), 200, {&mask, nullptr});
   CHECK(top.size() == 130);
 }

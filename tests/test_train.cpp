@@ -7,13 +7,12 @@
 // clang-format on
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -21,11 +20,15 @@
 #include <vector>
 
 #include "../tools/command/command.hpp"
+#include "../tools/train/checkpoint.hpp"
 #include "../tools/train/gru.hpp"
 #include "../tools/train/kernels.hpp"
 #include "../tools/train/loss.hpp"
+#include "../tools/train/network.hpp"
 #include "../tools/train/streams.hpp"
 #include "../tools/train/trainer.hpp"
+#include "parity/agreement.hpp"
+#include "temporary_folder.hpp"
 
 namespace {
 
@@ -52,28 +55,6 @@ struct GruWeights {
     return other;
   }
 };
-
-struct TemporaryFolder {
-  fs::path path;
-  TemporaryFolder() {
-    path = fs::temp_directory_path() /
-           ("personalize_train_" +
-            std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()));
-    fs::create_directories(path);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  std::string file(const char* name) const { return (path / name).string(); }
-};
-
-std::string bytes_of(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // Item i is always followed by item i + 1; 60 seconds between events.
 Dataset cycle(std::uint32_t items, std::size_t users, std::uint32_t length) {
@@ -113,6 +94,68 @@ TrainOptions small_options(const std::string& output) {
   options.threads = 2;
   options.element_type = personalize::ElementType::f32;
   return options;
+}
+
+// What training fails with; empty where it does not.
+std::string failure_of(const Dataset& data, const TrainOptions& options) {
+  try {
+    train(data, options);
+  } catch (const Failure& failure) {
+    return failure.what();
+  }
+  return {};
+}
+
+// Two event types, gaps of all magnitudes, a numeric column beside the categorical one, and five
+// items that only the metadata knows.
+Dataset varied(std::uint32_t items, std::size_t users) {
+  Dataset data = cycle(items, users, 20);
+  data.event_types = {"view", "buy"};
+  for (std::size_t u = 0; u < users; ++u) {
+    std::int64_t timestamp = 1'600'000'000;
+    for (std::size_t i = 0; i < data.histories[u].size(); ++i) {
+      const std::uint64_t random = mix(u, i);
+      timestamp += std::int64_t{1} << random % 24;
+      data.histories[u][i].event_type = random >> 32U & 1U;
+      data.histories[u][i].timestamp = timestamp;
+    }
+  }
+  MetadataColumn price{
+      .name = "PRICE", .numeric = true, .vocabulary = {}, .boundaries = {1, 5}, .values = {}};
+  for (std::uint32_t i = 0; i < items + 5; ++i) {
+    if (i >= items) {
+      data.item_ids.push_back("cold" + std::to_string(i));
+      data.items.push_back({.creation_timestamp = 5, .interactions = 0, .first = {}, .last = {}});
+      data.metadata[0].values.push_back({i % 2});
+    }
+    price.values.push_back({i % 3});
+  }
+  data.metadata.push_back(price);
+  return data;
+}
+
+// A chunk with one history a row, ending in the last step.
+Chunk chunk_of(const std::vector<std::vector<Event>>& histories, std::size_t steps) {
+  Chunk chunk;
+  chunk.batch = histories.size();
+  chunk.steps = steps;
+  for (auto* values : {&chunk.item, &chunk.event_type, &chunk.time_gap})
+    values->assign(steps * chunk.batch, 0);
+  chunk.reset.assign(steps * chunk.batch, 0);
+  for (std::size_t h = 0; h < histories.size(); ++h) {
+    std::size_t cell = (steps - histories[h].size()) * chunk.batch + h;
+    chunk.reset[cell] = 1;
+    std::optional<std::int64_t> previous;
+    for (const Event& event : histories[h]) {
+      chunk.item[cell] = event.item;
+      chunk.event_type[cell] = event.event_type;
+      chunk.time_gap[cell] =
+          personalize::time_gap_bucket(previous, event.timestamp, time_gap_buckets);
+      previous = event.timestamp;
+      cell += chunk.batch;
+    }
+  }
+  return chunk;
 }
 
 }  // namespace
@@ -282,6 +325,8 @@ TEST_CASE("training learns that item i is followed by item i + 1") {
   CHECK(summary.best_epoch > 0);
   CHECK(fs::exists(options.output));
   CHECK_FALSE(fs::exists(summary.checkpoint));
+  options.resume = true;
+  CHECK(failure_of(data, options).find("nothing to resume") != std::string::npos);
 }
 
 TEST_CASE(
@@ -329,15 +374,30 @@ TEST_CASE(
   options.resume = true;
   TrainOptions other = options;
   other.dropout = 0.2;
-  try {
-    train(data, other);
-    FAIL("resumed with another dropout");
-  } catch (const Failure& failure) {
-    CHECK(std::string(failure.what()).find("dropout (0.1, now 0.2)") != std::string::npos);
-  }
+  CHECK(failure_of(data, other).find("dropout (0.1, now 0.2)") != std::string::npos);
   CHECK_THROWS_AS(train(cycle(40, 121, 10), options), Failure);
+  Checkpoint truncated = load_checkpoint(folder.file("model.pzm.checkpoint"));
+  truncated.second_moments.pop_back();
+  save_checkpoint(truncated, folder.file("model.pzm.checkpoint"));
+  CHECK(failure_of(data, options).find("does not fit the network") != std::string::npos);
   std::ofstream(folder.file("model.pzm.checkpoint"), std::ios::binary) << "not a checkpoint";
   CHECK_THROWS_AS(train(data, options), Failure);
+}
+
+TEST_CASE("a run that had run out of patience when it was cut off only exports on resuming") {
+  const TemporaryFolder folder;
+  const Dataset data = cycle(40, 120, 10);
+  TrainOptions options = small_options(folder.file("model.pzm"));
+  options.patience = 3;
+  options.interrupted = [] { return true; };
+  const std::string path = train(data, options).checkpoint;
+  Checkpoint checkpoint = load_checkpoint(path);
+  checkpoint.stale_epochs = 3;
+  save_checkpoint(checkpoint, path);
+  options.resume = true;
+  options.interrupted = {};
+  CHECK(train(data, options).steps == static_cast<std::uint64_t>(checkpoint.step));
+  CHECK_FALSE(fs::exists(path));
 }
 
 TEST_CASE("a loss that is no longer finite fails with advice") {
@@ -367,4 +427,94 @@ TEST_CASE("items that have only metadata and histories of unequal length train w
   const TrainSummary summary = train(data, options);
   CHECK(summary.items == 45);
   CHECK(fs::exists(options.output));
+}
+
+TEST_CASE("the header computes from the exported model what the trainer's own network computes") {
+  const TemporaryFolder folder;
+  constexpr std::uint32_t items = 120;
+  const Dataset data = varied(items, 200);
+  TrainOptions options = small_options(folder.file("model.pzm"));
+  options.hidden_dimension = 50;
+  options.layers = 2;
+  int steps = 0;
+  options.interrupted = [&] { return ++steps == 30; };  // before a validation chooses parameters
+  const TrainSummary summary = train(data, options);
+  REQUIRE(summary.interrupted);
+  REQUIRE(summary.epochs == 0);
+
+  // The file that was exported, and a network with the parameters of the checkpoint.
+  const auto loaded = personalize::Model::load(options.output);
+  REQUIRE(loaded.has_value());
+  const personalize::Model& model = **loaded;
+  const Network network({.trained_items = items,
+                         .items = data.item_ids.size(),
+                         .dimension = options.hidden_dimension,
+                         .layers = options.layers,
+                         .feed_forward = options.feed_forward,
+                         .event_types = data.event_types.size(),
+                         .time_gap_buckets = time_gap_buckets},
+                        data.metadata, 99);
+  const Checkpoint checkpoint = load_checkpoint(summary.checkpoint);
+  REQUIRE(checkpoint.parameters.size() == network.parameters().size());
+  for (std::size_t i = 0; i < checkpoint.parameters.size(); ++i)
+    at::Tensor(network.parameters()[i].value).detach().copy_(checkpoint.parameters[i]);
+
+  std::vector<std::vector<Event>> histories(1000);
+  for (std::size_t h = 0; h < histories.size(); ++h) {
+    std::int64_t timestamp = 0;
+    for (std::uint64_t i = 0; i < 1 + mix(h) % 60; ++i) {
+      const std::uint64_t random = mix(h + 1, i);
+      timestamp += std::int64_t{1} << (random >> 8U) % 24;
+      histories[h].push_back(
+          {.item = static_cast<std::uint32_t>((random >> 16U) % model.item_count()),
+           .event_type = static_cast<std::uint32_t>(random & 1U),
+           .timestamp = timestamp});
+    }
+  }
+  const at::Tensor vectors = network.all_item_vectors();
+  std::vector<at::Tensor> state = network.initial_state(histories.size());
+  const at::Tensor hidden = network
+                                .encode(vectors, chunk_of(histories, 60), state, 0, std::nullopt,
+                                        true /* the last step */)
+                                .detach();
+  // Items without interactions have no bias of their own: the export chooses it.
+  at::Tensor biases = at::zeros({vectors.size(0)});
+  std::copy(model.parts().biases.begin() + items, model.parts().biases.end(),
+            biases.data_ptr<float>() + items);
+  biases.narrow(0, 0, items).copy_(network.biases().detach());
+  const at::Tensor expected = at::addmm(biases, hidden, vectors.t());
+  const at::Tensor ranked = at::argsort(expected, -1, true).contiguous();
+
+  const personalize::Encoder encoder(model);
+  const personalize::Scorer scorer(model);
+  auto scoring = scorer.make_workspace();
+  auto workspace = encoder.make_workspace();
+  parity::Agreement agreement;
+  std::vector<float> scores(model.item_count());
+  std::vector<personalize::ScoredItem> top;
+  for (std::size_t h = 0; h < histories.size(); ++h) {
+    std::vector<float> user(encoder.state_size());
+    std::optional<std::int64_t> previous;
+    for (const Event& event : histories[h]) {
+      encoder.step(
+          {.item = event.item,
+           .event_type = event.event_type,
+           .time_gap = personalize::time_gap_bucket(previous, event.timestamp, time_gap_buckets)},
+          user, workspace);
+      previous = event.timestamp;
+    }
+    const auto query = encoder.query(user);
+    for (std::uint32_t i = 0; i < scores.size(); ++i) scores[i] = scorer.score(query, i);
+    scorer.top_k(query, parity::top_count, {}, scoring, top);
+    const auto row = [&](const at::Tensor& matrix, auto* values) {
+      const auto width = static_cast<std::size_t>(matrix.size(1));
+      return std::span(values + h * width, width);
+    };
+    agreement.add(query.first(model.dimension()), row(hidden, hidden.data_ptr<float>()), scores,
+                  row(expected, expected.data_ptr<float>()), top,
+                  row(ranked, ranked.data_ptr<std::int64_t>()));
+  }
+  MESSAGE("hidden ", agreement.hidden_norm, " (norm) ", agreement.hidden_element,
+          " (element), score ", agreement.score, ", swapped within ties ", agreement.swapped);
+  CHECK(agreement.good());
 }

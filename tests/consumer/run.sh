@@ -9,13 +9,15 @@ rm -rf "$work"
 mkdir -p "$work"
 
 cmake -S "$here/../.." -B "$work/package" -DCMAKE_CXX_COMPILER="$2" \
-  -DCMAKE_INSTALL_PREFIX="$work/prefix" -DPERSONALIZE_TOOLS=OFF -DPERSONALIZE_TRAINER=OFF \
+  -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$work/prefix" -DPERSONALIZE_TOOLS=OFF -DPERSONALIZE_TRAINER=OFF \
   -DPERSONALIZE_TESTS=OFF -DPERSONALIZE_BENCH=OFF -DPERSONALIZE_EXAMPLES=OFF
+cmake --build "$work/package"
 cmake --install "$work/package"
 
 cmake -S "$here" -B "$work/cmake" -DCMAKE_CXX_COMPILER="$2" -DCMAKE_PREFIX_PATH="$work/prefix"
 cmake --build "$work/cmake"
 "$work/cmake/consumer"
+"$work/cmake/consumer_dispatch"
 
 export PKG_CONFIG_PATH=$work/prefix/share/pkgconfig
 read -ra flags < <(pkg-config --cflags --libs personalize_runtime)

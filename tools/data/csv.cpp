@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
 #include "command/command.hpp"
 
@@ -46,8 +47,11 @@ class CsvReader::Source {
   Source(std::string name, std::FILE* file, std::span<const char> memory)
       : name_(std::move(name)), file_(file, &close), memory_(memory), raw_(file ? piece : 0) {
     refill();
-    constexpr unsigned char magic[4] = {0x28, 0xB5, 0x2F, 0xFD};
-    if (input_.size() >= 4 && std::memcmp(input_.data(), magic, 4) == 0) {
+    std::uint32_t magic = 0;
+    if (input_.size() >= sizeof magic) std::memcpy(&magic, input_.data(), sizeof magic);
+    // pzstd begins its files with a skippable frame.
+    if (magic == ZSTD_MAGICNUMBER ||
+        (magic & ZSTD_MAGIC_SKIPPABLE_MASK) == ZSTD_MAGIC_SKIPPABLE_START) {
       zstd_.reset(ZSTD_createDStream());
       if (!zstd_) throw std::bad_alloc();
       // A frame may ask for a window of up to 2 GiB; 128 MiB is what `zstd -d` grants unasked.
@@ -143,10 +147,19 @@ int CsvReader::get() {
   return c;
 }
 
-void CsvReader::skip_rest_of_row(bool quoted) {
+void CsvReader::skip_rest_of_row(bool quoted, bool at_field_begin) {
   for (int c; (c = get()) != EOF;) {
-    if (c == '"') quoted = !quoted;
-    if (c == '\n' && !quoted) return;
+    if (c == '"' && quoted) {
+      if (peek() == '"')
+        get();
+      else
+        quoted = false;
+    } else if (c == '"' && at_field_begin) {
+      quoted = true;
+    } else if (c == '\n' && !quoted) {
+      return;
+    }
+    at_field_begin = c == ',' && !quoted;
   }
 }
 
@@ -156,20 +169,18 @@ bool CsvReader::read_row() {
   while (peek() == '\n' || peek() == '\r') get();
   row_line_ = line_;
   if (peek() == EOF) return false;
-  const auto malformed = [&](bool quoted, const std::string& reason) {
-    skip_rest_of_row(quoted);
-    throw BadRow(row_line_, "", reason);
-  };
   bool quoted = false;      // inside quotes
   bool was_quoted = false;  // this field began with a quote, which has been closed
-  std::size_t begin = 0;
+  std::size_t begin = 0;    // of this field in row_
+  const auto malformed = [&](const std::string& reason, bool at_field_begin = false) {
+    skip_rest_of_row(quoted, at_field_begin);
+    throw BadRow(row_line_, "", reason);
+  };
   for (;;) {
+    if (row_.size() + ends_.size() > max_row_bytes)
+      malformed("the row is longer than 1 MiB", row_.size() == begin);
     const int c = get();
-    if (row_.size() > max_row_bytes) {
-      if (c != '\n' || quoted) skip_rest_of_row(quoted);
-      throw BadRow(row_line_, "", "the row is longer than 1 MiB");
-    }
-    if (c == 0) malformed(quoted, "a NUL byte; is this a text file?");
+    if (c == 0) malformed("a NUL byte; is this a text file?");
     if (quoted) {
       if (c == EOF) throw BadRow(row_line_, "", "a quoted field is not closed before the end");
       if (c != '"') {
@@ -185,7 +196,7 @@ bool CsvReader::read_row() {
     }
     if (c == '"') {
       if (row_.size() != begin || was_quoted)
-        malformed(false, "a quote inside an unquoted field; quote the field and double the quote");
+        malformed("a quote inside an unquoted field; quote the field and double the quote");
       quoted = true;
       continue;
     }
@@ -198,7 +209,7 @@ bool CsvReader::read_row() {
       continue;
     }
     if (was_quoted && c == '\r' && (peek() == '\n' || peek() == EOF)) continue;
-    if (was_quoted) malformed(false, "text behind a closing quote");
+    if (was_quoted) malformed("text behind a closing quote");
     row_.push_back(static_cast<char>(c));
   }
   for (std::size_t c = 0; c < ends_.size(); ++c)
@@ -219,10 +230,11 @@ void CsvReader::read_header() {
     throw Failure(name_ + ":" + std::to_string(row.line) + ": " + row.what());
   }
   for (std::size_t c = 0; c < ends_.size(); ++c) columns_.emplace_back(field(c));
-  for (std::size_t c = 0; c < columns_.size(); ++c)
-    if (std::find(columns_.begin(), columns_.begin() + static_cast<std::ptrdiff_t>(c),
-                  columns_[c]) != columns_.begin() + static_cast<std::ptrdiff_t>(c))
-      throw Failure(name_ + ":1: two columns are named '" + columns_[c] + "'; rename one");
+  std::set<std::string_view> names;
+  for (const std::string& column : columns_)
+    if (!names.insert(column).second)
+      throw Failure(name_ + ":" + std::to_string(row_line_) + ": two columns are named '" + column +
+                    "'; rename one");
 }
 
 std::optional<std::size_t> CsvReader::column(std::string_view name) const {
@@ -236,8 +248,8 @@ std::size_t CsvReader::require(std::string_view name) const {
   std::string have;
   for (const std::string& column : columns_) have += (have.empty() ? "" : ", ") + column;
   if (have.size() > 200) have = have.substr(0, 200) + "...";
-  throw Failure(name_ + ":1: no column " + std::string(name) + " (found: " + have +
-                "); name it so in the header row");
+  throw Failure(name_ + ":" + std::to_string(row_line_) + ": no column " + std::string(name) +
+                " (found: " + have + "); name it so in the header row");
 }
 
 bool CsvReader::next() {

@@ -22,8 +22,8 @@ struct BadRow : std::runtime_error {
 };
 
 // RFC 4180 with LF or CRLF, quoted fields (doubled quotes, embedded newlines), an optional UTF-8
-// byte-order mark; blank lines are skipped. Refused: NUL bytes, invalid UTF-8, rows over 1 MiB,
-// another number of fields than the header has.
+// byte-order mark; blank lines are skipped. Refused: NUL bytes, invalid UTF-8, rows over 1 MiB
+// (fields and commas), another number of fields than the header has.
 class CsvReader {
  public:
   static constexpr std::size_t max_row_bytes = std::size_t{1} << 20;
@@ -46,7 +46,7 @@ class CsvReader {
   bool next();
   // Valid until next().
   std::string_view field(std::size_t column) const;
-  // 1-based line on which the row begins.
+  // 1-based line on which the row begins; before the first next(), the header.
   std::uint64_t line() const { return row_line_; }
   // Throws BadRow for this row: "column X: reason".
   [[noreturn]] void refuse(std::size_t column, const std::string& reason) const;
@@ -57,7 +57,7 @@ class CsvReader {
   bool read_row();
   int get();
   int peek();
-  void skip_rest_of_row(bool quoted);
+  void skip_rest_of_row(bool quoted, bool at_field_begin);
 
   std::string name_;
   std::unique_ptr<Source> source_;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <string_view>
@@ -15,7 +17,8 @@
 namespace personalize::tools {
 namespace {
 
-constexpr std::int64_t latest_timestamp = 4'102'444'800;  // 2100-01-01
+constexpr std::int64_t latest_timestamp = 4'102'444'800;     // 2100-01-01
+constexpr std::int64_t earliest_creation = -62'135'596'800;  // 0001-01-01
 constexpr std::size_t numeric_buckets = 16;
 
 struct Row {
@@ -51,25 +54,28 @@ std::string_view id_field(const CsvReader& reader, std::size_t column) {
   return id;
 }
 
-std::int64_t timestamp_field(const CsvReader& reader, std::size_t column) {
+std::int64_t timestamp_field(const CsvReader& reader, std::size_t column, std::int64_t earliest) {
   const std::string_view text = reader.field(column);
   std::int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size() || text.empty())
     reader.refuse(
         column, "'" + std::string(text.substr(0, 40)) + "' is not a whole number of Unix seconds");
-  if (value < 0 || value > latest_timestamp)
-    reader.refuse(column, "'" + std::string(text) + "' is outside [0, 4102444800]" +
+  if (value < earliest || value > latest_timestamp)
+    reader.refuse(column, "'" + std::string(text) + "' is outside [" + std::to_string(earliest) +
+                              ", " + std::to_string(latest_timestamp) + "]" +
                               (text.size() == 13 ? "; it looks like milliseconds" : ""));
   return value;
 }
 
-std::optional<double> number_in(std::string_view text) {
+std::optional<float> number_in(std::string_view text) {
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || !std::isfinite(value))
+  // A NaN fails the comparison.
+  if (error != std::errc{} || end != text.data() + text.size() ||
+      !(std::abs(value) <= std::numeric_limits<float>::max()))
     return std::nullopt;
-  return value;
+  return static_cast<float>(value);
 }
 
 // Runs `row` for every row; bad rows stop, or are counted and reported.
@@ -94,12 +100,12 @@ std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data,
                     time = reader.require("TIMESTAMP");
   const auto type = reader.column("EVENT_TYPE");
   if (!type && !options.event_type_filter.empty())
-    throw Failure(options.interactions + ":1: no column EVENT_TYPE to choose '" +
-                  options.event_type_filter + "' from");
+    throw Failure(options.interactions + ":" + std::to_string(reader.line()) +
+                  ": no column EVENT_TYPE to choose '" + options.event_type_filter + "' from");
   std::vector<Row> rows;
   for_each_row(reader, options.skip_bad_rows, data, [&] {
     const std::string_view user_id = id_field(reader, user), item_id = id_field(reader, item);
-    const std::int64_t timestamp = timestamp_field(reader, time);
+    const std::int64_t timestamp = timestamp_field(reader, time, 0);
     const std::string_view type_name = type ? id_field(reader, *type) : std::string_view{};
     if (!options.event_type_filter.empty() && type_name != options.event_type_filter) return;
     rows.push_back(
@@ -133,8 +139,7 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
   if (all_numbers && distinct.size() > numeric_buckets) {
     column.numeric = true;
     std::vector<float> sorted;
-    for (const auto& [item, value] : raw.values)
-      sorted.push_back(static_cast<float>(*number_in(value)));
+    for (const auto& [item, value] : raw.values) sorted.push_back(*number_in(value));
     std::sort(sorted.begin(), sorted.end());
     for (std::size_t b = 1; b < numeric_buckets; ++b) {
       const float boundary = sorted[b * sorted.size() / numeric_buckets];
@@ -142,8 +147,8 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
         column.boundaries.push_back(boundary);
     }
     for (const auto& [item, value] : raw.values) {
-      const auto number = static_cast<float>(*number_in(value));
-      const auto at = std::upper_bound(column.boundaries.begin(), column.boundaries.end(), number);
+      const auto at =
+          std::upper_bound(column.boundaries.begin(), column.boundaries.end(), *number_in(value));
       column.values[item] = {static_cast<std::uint32_t>(at - column.boundaries.begin())};
     }
     data.metadata.push_back(std::move(column));
@@ -165,7 +170,10 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
     }
   }
   column.vocabulary = vocabulary.names();
-  if (!column.vocabulary.empty()) data.metadata.push_back(std::move(column));
+  if (column.vocabulary.empty())
+    data.ignored_columns.push_back(raw.name + " (no values)");
+  else
+    data.metadata.push_back(std::move(column));
 }
 
 void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
@@ -176,13 +184,16 @@ void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
   for (std::size_t c = 0; c < columns.size(); ++c) {
     columns[c].name = reader.columns()[c];
     if (columns[c].name.empty() || columns[c].name.size() > max_id_bytes)
-      throw Failure(options.items + ":1: a column name has 1 to 256 bytes");
+      throw Failure(options.items + ":" + std::to_string(reader.line()) +
+                    ": a column name has 1 to 256 bytes, that of column " + std::to_string(c + 1) +
+                    " has " + std::to_string(columns[c].name.size()));
   }
   std::vector<char> seen;
   for_each_row(reader, options.skip_bad_rows, data, [&] {
     const std::string_view item_id = id_field(reader, id);
     std::optional<std::int64_t> created;
-    if (creation && !reader.field(*creation).empty()) created = timestamp_field(reader, *creation);
+    if (creation && !reader.field(*creation).empty())
+      created = timestamp_field(reader, *creation, earliest_creation);
     const std::uint32_t item = items.of(item_id);
     if (item >= seen.size()) seen.resize(std::max<std::size_t>(item + 1, 2 * seen.size()));
     if (seen[item]) reader.refuse(id, "'" + std::string(item_id) + "' stands twice");
@@ -204,7 +215,11 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   Dataset data;
   Index users, items_as_read, types;
   std::vector<Row> rows = read_interactions(options, data, users, items_as_read, types, progress);
-  if (rows.empty()) throw Failure(options.interactions + ": holds no interactions");
+  if (rows.empty())
+    throw Failure(options.interactions + ": holds no interactions" +
+                  (options.event_type_filter.empty()
+                       ? ""
+                       : " whose EVENT_TYPE is '" + options.event_type_filter + "'"));
   std::stable_sort(rows.begin(), rows.end(),
                    [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
   Index items, ordered_users;
@@ -236,6 +251,14 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   if (!options.items.empty()) read_items(options, data, items);
   data.item_ids = items.names();
   return data;
+}
+
+void report_skipped_rows(const Dataset& data, std::string_view command) {
+  if (data.bad_rows > 0)
+    std::fprintf(stderr, "personalize %.*s: skipped %llu bad rows; the first: %s\n",
+                 static_cast<int>(command.size()), command.data(),
+                 static_cast<unsigned long long>(data.bad_rows),
+                 data.bad_row_reports.front().c_str());
 }
 
 }  // namespace personalize::tools

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace personalize::tools {
@@ -55,5 +56,8 @@ struct DatasetOptions {
 // Throws Failure: unreadable files, a bad row (unless skipped), fewer than two users, or no user
 // with two interactions.
 Dataset read_dataset(const DatasetOptions& options, Progress* progress = nullptr);
+
+// One line on standard error, where rows were skipped.
+void report_skipped_rows(const Dataset& data, std::string_view command);
 
 }  // namespace personalize::tools

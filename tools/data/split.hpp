@@ -27,8 +27,9 @@ struct UserSplit {
   std::size_t test_begin;
 };
 
-// Under holdout a user is held out iff xxh64(user_id, seed) is divisible by ten. Histories too
-// short to spare an event (fewer than 3 under leave-one-out, 2 else) train as they are.
+// Under holdout a user is held out iff xxh64(user_id, seed) is divisible by ten; one with a single
+// event neither trains nor tests. Other histories of fewer than 3 events train as they are: less
+// an event, there would be no next one to learn.
 UserSplit split_user(Protocol protocol, std::uint64_t seed, std::string_view user_id,
                      std::size_t events);
 

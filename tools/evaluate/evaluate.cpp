@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "command/command.hpp"
+#include "evaluate/off_policy.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -115,8 +116,11 @@ void print_text(const Evaluation& e, const EvaluationOptions& options) {
 Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& data,
                     const EvaluationOptions& options, Progress* progress) {
   const auto start = std::chrono::steady_clock::now();
+  // The bare model's ranking.
   auto recommender =
-      Recommender::create(model, {.history_length = std::max(1u, options.exclusion_window)});
+      Recommender::create(model, {.history_length = std::max(1u, options.exclusion_window),
+                                  .exploration_weight = 0,
+                                  .feedback = false});
   if (!recommender) throw Failure(recommender.error().message);
   const std::vector<Task> tasks = tasks_of(data, options);
   if (tasks.empty())
@@ -172,6 +176,7 @@ Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& da
 void add_evaluate(CLI::App& app) {
   struct Options {
     std::string model, interactions, protocol, event_type;
+    OffPolicyOptions off_policy;
     std::uint32_t exclusion_window = 200;
     std::optional<std::uint64_t> seed;
     unsigned threads = std::max(1u, std::thread::hardware_concurrency());
@@ -179,12 +184,23 @@ void add_evaluate(CLI::App& app) {
   };
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
-      "evaluate", "Measure a model file on held-out interactions, served through the runtime");
-  command->add_option("--model,-m", options->model, "Model file (.pzm)")->required();
-  command->add_option("--interactions,-i", options->interactions, "Interactions CSV (or .csv.zst)")
-      ->required();
+      "evaluate",
+      "Measure a model file on held-out interactions, served through the runtime, or another "
+      "policy on the log of the one that ran");
+  command->add_option("--model,-m", options->model, "Model file (.pzm)");
+  command->add_option("--interactions,-i", options->interactions, "Interactions CSV (or .csv.zst)");
   command->add_option("--protocol", options->protocol,
-                      "leave-one-out or holdout (default: the one that the model was trained for)");
+                      "leave-one-out, holdout (default: the one that the model was trained for) or "
+                      "off-policy, which takes --log");
+  command->add_option("--log", options->off_policy.log,
+                      "Off-policy: the runtime's interaction log, or Open Bandit Data");
+  command
+      ->add_option("--target-weight", options->off_policy.target_weight,
+                   "Off-policy, interaction log: the exploration weight to evaluate, 0 to 1")
+      ->capture_default_str();
+  command->add_option("--target-log", options->off_policy.target_log,
+                      "Off-policy, Open Bandit Data: evaluate the policy that wrote this log "
+                      "(default: every item alike)");
   command->add_option("--seed", options->seed,
                       "Of the holdout users (default: the one that the model was trained with)");
   command
@@ -197,6 +213,14 @@ void add_evaluate(CLI::App& app) {
   command->add_flag("--skip-bad-rows", options->skip_bad_rows, "Leave out malformed rows");
   command->add_flag("--json", options->json, "Print JSON");
   command->callback([options] {
+    if (options->protocol == "off-policy") {
+      if (options->off_policy.log.empty()) throw Usage("--protocol off-policy needs --log");
+      require_range("--target-weight", options->off_policy.target_weight, 0, 1);
+      options->off_policy.json = options->json;
+      return run_off_policy(options->off_policy);
+    }
+    if (options->model.empty() || options->interactions.empty())
+      throw Usage("--model and --interactions are required");
     auto model = Model::load(options->model);
     if (!model) throw Failure(model.error().message);
     const auto metadata =
@@ -225,6 +249,7 @@ void add_evaluate(CLI::App& app) {
     files.skip_bad_rows = options->skip_bad_rows;
     files.event_type_filter = options->event_type;
     const Dataset data = read_dataset(files);
+    report_skipped_rows(data, "evaluate");
     Progress progress("evaluating");
     const Evaluation result = evaluate(*model, data, settings, &progress);
     progress.finish("");

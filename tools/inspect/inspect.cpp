@@ -28,6 +28,10 @@ const char* name(EncoderOp::Kind kind) {
       return "save";
     case EncoderOp::Kind::add:
       return "add";
+    case EncoderOp::Kind::lru:
+      return "lru";
+    case EncoderOp::Kind::decay:
+      return "decay";
   }
   return "unknown";
 }
@@ -50,6 +54,7 @@ nlohmann::json describe(const std::string& path) {
   for (std::size_t e = 0; e < parts->event_types.size(); ++e)
     out["event_types"].push_back(std::string(parts->event_types[e]));
   out["time_gap_buckets"] = parts->time_gap_embedding.rows();
+  out["users_with_state"] = parts->user_ids.size();
   out["metadata_fields"] = nlohmann::json::array();
   for (const MetadataField& field : parts->fields)
     out["metadata_fields"].push_back({{"name", field.name},
@@ -95,6 +100,7 @@ void print_text(const nlohmann::json& d) {
   for (const auto& op : d["encoder"]) std::cout << ' ' << op.get<std::string>();
   std::cout << "\ntime-gap buckets: " << d["time_gap_buckets"]
             << "\nevent types: " << d["event_types"].dump()
+            << "\nusers with a state: " << d["users_with_state"]
             << "\nmetadata fields: " << d["metadata_fields"].dump() << "\nmetadata:\n"
             << d["metadata"].dump(2) << '\n';
 }

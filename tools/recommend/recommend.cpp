@@ -154,12 +154,13 @@ void run(const Options& options) {
     throw Usage("give either --user ID or --all-users");
   auto model = Model::load(options.model);
   if (!model) throw Failure(model.error().message);
-  auto recommender = Recommender::create(*model);
+  auto recommender = Recommender::create(*model, {.exploration_weight = 0, .feedback = false});
   if (!recommender) throw Failure(recommender.error().message);
   DatasetOptions files;
   files.interactions = options.interactions;
   files.skip_bad_rows = options.skip_bad_rows;
   const Dataset data = read_dataset(files);
+  report_skipped_rows(data, "recommend");
   if (options.all_users)
     write_all(*recommender, data, options);
   else

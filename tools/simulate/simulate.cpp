@@ -7,41 +7,21 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "command/command.hpp"
+#include "simulate/random.hpp"
+#include "simulate/simulation.hpp"
 
 namespace personalize::tools {
 namespace {
 
 constexpr std::int64_t start = 1'700'000'000;  // Unix seconds; 2023-11-14
 constexpr std::int64_t day = 86'400;
-
-// SplitMix64 (Steele, Lea, Flood 2014) with distributions of its own: those of the standard library
-// differ between implementations.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::uint64_t bits() {
-    std::uint64_t z = (state_ += 0x9E3779B97F4A7C15u);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
-  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
-  std::size_t below(std::size_t n) { return static_cast<std::size_t>(bits() % n); }
-  // Index drawn in proportion to cumulative weights (ascending, last one the total).
-  std::size_t draw(const std::vector<double>& cumulative) {
-    const double at = uniform() * cumulative.back();
-    const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), at);
-    return std::min(static_cast<std::size_t>(found - cumulative.begin()), cumulative.size() - 1);
-  }
-
- private:
-  std::uint64_t state_;
-};
 
 constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",  "Cooking",
                                                   "Farming",   "Mystery",  "Puzzle", "Racing",
@@ -61,9 +41,10 @@ struct Item {
   int price;  // cents
 };
 
-class World {
+class GeneratedCatalogue {
  public:
-  explicit World(const SimulationOptions& options) : options_(options), random_(options.seed) {
+  explicit GeneratedCatalogue(const SimulationOptions& options)
+      : options_(options), random_(options.seed) {
     for (std::size_t series = 0; items_.size() < options.items; ++series) {
       const std::size_t genre = random_.below(genres.size()), second = random_.below(genres.size());
       const std::size_t parts = 1 + random_.below(5);
@@ -97,6 +78,7 @@ class World {
 
   std::vector<Event> events() {
     std::vector<Event> events;
+    const std::int64_t end = start + static_cast<std::int64_t>(options_.days) * day;
     for (std::uint32_t user = 0; user < options_.users; ++user) {
       std::array<std::size_t, 3> likes{};
       for (std::size_t& like : likes) like = random_.below(genres.size());
@@ -109,7 +91,8 @@ class World {
         if (random_.uniform() < 0.05)
           likes[random_.below(likes.size())] = random_.below(genres.size());
         std::size_t item = pick(mood, now, seen);
-        for (std::size_t step = 2 + random_.below(9); step > 0 && item < items_.size(); --step) {
+        for (std::size_t step = 2 + random_.below(9); step > 0 && item < items_.size() && now < end;
+             --step) {
           seen[item] = 1;
           events.push_back({now, user, item});
           now += 60 + static_cast<std::int64_t>(random_.below(1800));
@@ -167,7 +150,7 @@ void write_dataset(const SimulationOptions& options, const std::string& director
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw Failure(directory + ": cannot create: " + error.message());
-  World world(options);
+  GeneratedCatalogue world(options);
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE\n";
   for (std::size_t i = 0; i < world.items().size(); ++i) {
     const Item& item = world.items()[i];
@@ -178,7 +161,7 @@ void write_dataset(const SimulationOptions& options, const std::string& director
     items += "," + std::to_string(item.price / 100) + "." + cents + "," + title(item) + "\n";
   }
   std::string interactions = "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE\n";
-  for (const World::Event& event : world.events())
+  for (const GeneratedCatalogue::Event& event : world.events())
     interactions += "u" + std::to_string(event.user + 1) + ",i" + std::to_string(event.item + 1) +
                     "," + std::to_string(event.timestamp) + ",play\n";
   std::string users = "USER_ID,PLATFORM\n";
@@ -194,26 +177,100 @@ void write_dataset(const SimulationOptions& options, const std::string& director
   write_file(directory + "/users.csv", users);
 }
 
+namespace {
+
+struct Options {
+  std::string directory, scenario = "default", svg, log;
+  std::vector<std::string> policies;
+  std::optional<std::uint32_t> users, items, days;
+  std::uint32_t slates = 2000, seeds = 1;
+  std::uint64_t seed = 1;
+  double weight = 0.3;
+  bool json = false;
+};
+
+void compare_policies(const Options& options) {
+  WorldOptions world;
+  world.scenario = scenario_of(options.scenario);
+  world.users = options.users.value_or(world.users);
+  world.items = options.items.value_or(world.items);
+  world.days = options.days.value_or(world.days);
+  world.slates = options.slates;
+  world.seed = options.seed;
+  require_range("--items", world.items, 100, 1'000'000);
+  require_range("--seeds", options.seeds, 1, 10'000);
+  require_range("--slates", world.slates, 1, 100'000'000);
+  require_range("--weight", options.weight, 0, 1);
+  if (!options.log.empty()) {
+    std::ofstream file(options.log, std::ios::binary);
+    file << log_csv_header;
+    std::string line;
+    (void)run_policy(
+        "runtime", world,
+        {.weight = options.weight, .seed = options.seed, .log = [&](const LogEntry& e) {
+           line.clear();
+           append_csv(e, line);
+           file << line;
+         }});
+    file.flush();
+    if (!file) throw Failure(options.log + ": cannot write: " + std::strerror(errno));
+    return;
+  }
+  Progress progress("simulating");
+  const Comparison result = compare(options.policies.empty() ? policy_names() : options.policies,
+                                    world, options.weight, options.seeds, &progress);
+  progress.finish("");
+  if (!options.svg.empty()) write_file(options.svg, to_svg(result));
+  if (options.json)
+    std::cout << to_json(result).dump(2) << '\n';
+  else
+    print_text(result);
+}
+
+}  // namespace
+
 void add_simulate(CLI::App& app) {
-  struct Options : SimulationOptions {
-    std::string directory;
-  };
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("simulate", "Generate a data set");
+  CLI::App* command = app.add_subcommand(
+      "simulate", "Compare recommendation policies in a simulated world, or generate a data set");
+  command->add_option("--policy", options->policies,
+                      "Policies to compare, the first with all others (default: every one)");
+  command
+      ->add_option("--scenario", options->scenario,
+                   "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue")
+      ->capture_default_str();
+  command->add_option("--weight", options->weight, "Exploration weight, 0 to 1")
+      ->capture_default_str();
+  command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
+      ->capture_default_str();
+  command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
+  command->add_option("--svg", options->svg, "Plot reward and discovery into this file");
+  command->add_flag("--json", options->json, "Print JSON");
+  auto* log = command->add_option("--write-log", options->log,
+                                  "Run the runtime's policy once and write its interaction log "
+                                  "(for evaluate --protocol off-policy)");
   command
       ->add_option("--write-dataset", options->directory,
-                   "Directory for interactions.csv, items.csv, users.csv")
-      ->required();
-  command->add_option("--users", options->users, "2 to 10000000")->capture_default_str();
-  command->add_option("--items", options->items, "10 to 1000000")->capture_default_str();
-  command->add_option("--days", options->days, "Simulated days, 1 to 3650")->capture_default_str();
-  command->add_option("--seed", options->seed, "The same seed gives the same files")
+                   "Instead generate interactions.csv, items.csv, users.csv in this directory")
+      ->excludes(log);
+  command->add_option("--users", options->users, "2 to 10000000 (default: 1000)");
+  command->add_option("--items", options->items,
+                      "Items at the start, 10 to 1000000 (default: 2000; of a data set: 500)");
+  command->add_option("--days", options->days,
+                      "Simulated days, 1 to 3650 (default: 30; of a data set: 60)");
+  command->add_option("--seed", options->seed, "The same seed gives the same result")
       ->capture_default_str();
   command->callback([options] {
-    require_range("--users", options->users, 2, 10'000'000);
-    require_range("--items", options->items, 10, 1'000'000);
-    require_range("--days", options->days, 1, 3650);
-    write_dataset(*options, options->directory);
+    if (options->users) require_range("--users", *options->users, 2, 10'000'000);
+    if (options->items) require_range("--items", *options->items, 10, 1'000'000);
+    if (options->days) require_range("--days", *options->days, 1, 3650);
+    if (options->directory.empty()) return compare_policies(*options);
+    SimulationOptions dataset;
+    dataset.users = options->users.value_or(dataset.users);
+    dataset.items = options->items.value_or(dataset.items);
+    dataset.days = options->days.value_or(dataset.days);
+    dataset.seed = options->seed;
+    write_dataset(dataset, options->directory);
   });
 }
 

@@ -1,4 +1,4 @@
-// `personalize simulate`: a generated world, written as a data set.
+// `personalize simulate`: policies compared in a simulated world, or a generated data set.
 #pragma once
 
 #include <CLI/CLI.hpp>

@@ -90,7 +90,9 @@ void save_checkpoint(const Checkpoint& checkpoint, const std::string& path) {
 
 Checkpoint load_checkpoint(const std::string& path) {
   if (!std::filesystem::exists(path))
-    throw Failure(path + ": no such checkpoint; start without --resume");
+    throw Failure(path +
+                  ": no such checkpoint, nothing to resume (a run that ends by itself removes its "
+                  "checkpoint); start without --resume");
   Checkpoint checkpoint;
   bool known = false;
   try {

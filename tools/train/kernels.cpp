@@ -24,8 +24,8 @@ namespace {
 PERSONALIZE_INLINE float exponential(float x) noexcept {
   x = x < -87.0F ? -87.0F : x;
   x = x > 88.0F ? 88.0F : x;
-  constexpr float magic =
-      12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  // 1.5 * 2^23: adding it rounds to an integer held in the low bits.
+  constexpr float magic = 12582912.0F;
   const float t = x * 1.44269504088896341F + magic;
   const float n = t - magic;
   const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;

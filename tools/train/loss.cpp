@@ -13,8 +13,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t scores_per_block = std::int64_t{1}
-                                          << 21;  // 8 MiB: stays within the last-level cache
+// 8 MiB: stays within the last-level cache.
+constexpr std::int64_t scores_per_block = std::int64_t{1} << 21;
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden_any,

@@ -1,5 +1,5 @@
-// The network that `personalize train` fits: HRNN's encoder with tied item vectors (shared with the
-// model file).
+// The network that `personalize train` fits: a GRU encoder whose output is compared with the item
+// vectors that it also reads.
 #pragma once
 
 #include <ATen/core/Tensor.h>

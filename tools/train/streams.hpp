@@ -16,9 +16,9 @@ inline constexpr std::uint32_t time_gap_buckets = 32;
 // + stream].
 struct Chunk {
   std::size_t batch = 0, steps = 0, events = 0;  // events: cells with a target
-  std::vector<std::int64_t> item, event_type, time_gap,
-      target;                       // target: the next item; -1 in an empty cell
-  std::vector<std::uint8_t> reset;  // 1 where a history (or its cut end) begins
+  std::vector<std::int64_t> item, event_type, time_gap;
+  std::vector<std::int64_t> target;  // the next item; -1 in an empty cell
+  std::vector<std::uint8_t> reset;   // 1 where a history (or its cut end) begins
 };
 
 // The streams [first, last) of a chunk, as a chunk.
@@ -40,8 +40,7 @@ class Streams {
 
  private:
   std::vector<std::span<const Event>> order_;
-  std::vector<std::uint64_t>
-      starts_;  // position of each history's first prediction in the laid-out epoch
+  std::vector<std::uint64_t> starts_;  // of each history's predictions in the laid-out epoch
   std::size_t batch_, chunks_;
   std::uint64_t length_;  // steps of the longest stream
 };

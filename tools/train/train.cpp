@@ -1,13 +1,18 @@
 #include "train.hpp"
 
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../command/command.hpp"
 #include "../data/dataset.hpp"
@@ -41,6 +46,7 @@ void check(const TrainOptions& o) {
   require_range("--batch-size", static_cast<double>(o.batch_size), 1, 4096);
   require_range("--epochs", static_cast<double>(o.epochs), 1, 10000);
   require_range("--patience", static_cast<double>(o.patience), 0, 10000);
+  require_range("--validation-users", static_cast<double>(o.validation_users), 0, 1e7);
   require_range("--max-minutes", o.max_minutes, 0.0, 1e6);
   require_range("--clip-norm", o.clip_norm, 0.0, 1e6);
   require_range("--threads", o.threads, 0, 1024);
@@ -51,6 +57,16 @@ void check(const TrainOptions& o) {
   if (o.min_user_history_length_percentile > o.max_user_history_length_percentile)
     throw Usage(
         "--min-user-history-length-percentile is above --max-user-history-length-percentile");
+}
+
+// Throws Failure before the training rather than after it.
+void require_writable(const std::string& path) {
+  namespace fs = std::filesystem;
+  const fs::path folder = fs::absolute(path).parent_path();
+  if (fs::is_directory(path)) throw Failure(path + ": is a folder; name a file");
+  if (!fs::is_directory(folder)) throw Failure(path + ": there is no folder " + folder.string());
+  if (::access(folder.c_str(), W_OK) != 0)
+    throw Failure(path + ": no permission to write into " + folder.string());
 }
 
 void print_json(const TrainSummary& s, const TrainOptions& options) {
@@ -77,12 +93,11 @@ void print_json(const TrainSummary& s, const TrainOptions& options) {
 
 void run(Arguments& arguments) {
   check(arguments.train);
+  for (const std::string& path : {arguments.train.output, checkpoint_path(arguments.train)})
+    require_writable(path);
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
-  if (dataset.bad_rows > 0)
-    std::fprintf(stderr, "personalize train: skipped %llu bad rows; the first: %s\n",
-                 static_cast<unsigned long long>(dataset.bad_rows),
-                 dataset.bad_row_reports.front().c_str());
+  report_skipped_rows(dataset, "train");
   arguments.train.interrupted = [] { return stop_requested != 0; };
   std::signal(SIGINT, request_stop);
   std::signal(SIGTERM, request_stop);
@@ -97,6 +112,29 @@ void run(Arguments& arguments) {
   }
 }
 
+// An option that takes one of a few words.
+template <class T>
+void add_choice(CLI::App& command, const std::string& name, T& value,
+                const std::vector<std::pair<std::string, T>>& choices, const std::string& text) {
+  std::vector<std::string> words;
+  std::string initial;
+  for (const auto& [word, meaning] : choices) {
+    words.push_back(word);
+    if (meaning == value) initial = word;
+  }
+  command
+      .add_option_function<std::string>(
+          name,
+          [&value, choices](const std::string& chosen) {
+            value = std::find_if(choices.begin(), choices.end(), [&](const auto& choice) {
+                      return choice.first == chosen;
+                    })->second;
+          },
+          text)
+      ->check(CLI::IsMember(words))
+      ->default_str(initial);
+}
+
 }  // namespace
 
 void add_train(CLI::App& app) {
@@ -105,8 +143,10 @@ void add_train(CLI::App& app) {
   DatasetOptions& data = arguments->data;
   TrainOptions& o = arguments->train;
   command
-      ->add_option("interactions,--interactions", data.interactions,
-                   "CSV (plain or zstd) with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE")
+      ->add_option(
+          "interactions,--interactions", data.interactions,
+          "CSV (plain or zstd) with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE; "
+          "as an argument or as an option")
       ->required();
   command->add_option("--items", data.items, "CSV with ITEM_ID and metadata columns");
   command->add_option("-o,--output", o.output, "The model file to write")->default_val("model.pzm");
@@ -114,12 +154,11 @@ void add_train(CLI::App& app) {
                       "Keep only events of this EVENT_TYPE");
   command->add_flag("--skip-bad-rows", data.skip_bad_rows,
                     "Leave out malformed rows and report them");
-  command->add_option("--protocol", o.protocol, "What is hidden from training for later evaluation")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, Protocol>{{"leave-one-out", Protocol::leave_one_out},
-                                          {"holdout", Protocol::holdout},
-                                          {"all", Protocol::all}}))
-      ->default_str("leave-one-out");
+  add_choice(*command, "--protocol", o.protocol,
+             {{"leave-one-out", Protocol::leave_one_out},
+              {"holdout", Protocol::holdout},
+              {"all", Protocol::all}},
+             "What is hidden from training for later evaluation");
   const auto number = [&](const char* name, auto& value, const char* text) {
     command->add_option(name, value, text)->capture_default_str();
   };
@@ -138,21 +177,21 @@ void add_train(CLI::App& app) {
   number("--patience", o.patience, "Epochs without better validation before stopping; 0: never");
   number("--max-minutes", o.max_minutes, "Time limit that the schedule also ends by; 0: none");
   number("--clip-norm", o.clip_norm, "Largest norm of the gradient; 0: any");
-  number("--seed", o.seed, "Seed of everything random");
-  number("--threads", o.threads, "0: all cores");
-  number("--validation-users", o.validation_users, "Users sampled for validation");
+  number("--seed", o.seed,
+         "Of everything random: the same seed, data and --threads give the same model");
+  number("--threads", o.threads, "0: all cores; [0, 1024]");
+  number("--validation-users", o.validation_users,
+         "Users sampled for validation, [0, 1e7]; 0: none, the last epoch is kept");
   number("--min-user-history-length-percentile", o.min_user_history_length_percentile,
          "Users with shorter histories leave the training data, [0, 1]");
   number("--max-user-history-length-percentile", o.max_user_history_length_percentile,
          "Users with longer histories leave the training data, [0, 1]");
-  command->add_option("--time-gap", o.time_gap, "Embedding of the time since the previous event")
-      ->transform(CLI::CheckedTransformer(std::map<std::string, TimeGap>{
-          {"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}}))
-      ->default_str("auto");
-  command->add_option("--element-type", o.element_type, "Of the matrices in the model file")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, ElementType>{{"int8", ElementType::i8}, {"f32", ElementType::f32}}))
-      ->default_str("int8");
+  add_choice(*command, "--time-gap", o.time_gap,
+             {{"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}},
+             "Embedding of the time since the previous event; auto: where gaps differ");
+  add_choice(*command, "--element-type", o.element_type,
+             {{"int8", ElementType::i8}, {"f32", ElementType::f32}},
+             "Of the matrices in the model file");
   command->add_option("--checkpoint", o.checkpoint, "Default: OUTPUT.checkpoint");
   command->add_flag("--resume", o.resume, "Go on from the checkpoint of an interrupted run");
   command->add_flag("--json", arguments->json, "Print a summary as JSON on stdout");

@@ -278,13 +278,14 @@ class Training {
         batch_size_(make_batch_size()),
         threads_(make_threads()),
         network_(shape_, dataset.metadata, options.seed) {
-    if (options_.checkpoint.empty()) options_.checkpoint = options_.output + ".checkpoint";
+    options_.checkpoint = checkpoint_path(options);
     recipe_ = recipe_json(options_, shape_, batch_size_);
     Json saved = recipe_;
     saved["data"] = fingerprint(dataset_);
     if (options_.resume) {
       position_ = load_checkpoint(options_.checkpoint);
       require_same_recipe(options_.checkpoint, position_.recipe, saved);
+      require_fitting(position_);
       restore(position_.parameters);
     } else {
       if (std::filesystem::exists(options_.checkpoint))
@@ -307,16 +308,9 @@ class Training {
     start_ = Clock::now();
     elapsed_before_ = position_.elapsed_seconds;
     Progress progress("train");
-    const auto epochs = static_cast<std::int64_t>(options_.epochs);
-    const auto patience = static_cast<std::int64_t>(options_.patience);
-    while (position_.epoch < epochs && position_.fraction < 1 && !summary.interrupted) {
+    while (!finished() && !summary.interrupted) {
       summary.interrupted = !train_epoch(progress);
-      if (summary.interrupted) break;
-      finish_epoch(progress);
-      if (options_.patience > 0 && position_.stale_epochs >= patience) {
-        summary.stopped_early = position_.epoch < epochs;
-        break;
-      }
+      if (!summary.interrupted) finish_epoch(progress);
     }
     position_.elapsed_seconds = elapsed();
     if (summary.interrupted) save_checkpoint(position_, options_.checkpoint);
@@ -379,21 +373,48 @@ class Training {
 
   std::size_t make_threads() const {
     const std::size_t cores = std::max(1U, std::thread::hardware_concurrency());
-    return options_.threads > 0 ? static_cast<std::size_t>(options_.threads) : cores;
+    const std::size_t wanted =
+        options_.threads > 0 ? static_cast<std::size_t>(options_.threads) : cores;
+    // Each thread holds up to three gradients of all item vectors; together at most 4 GiB.
+    constexpr std::size_t memory = std::size_t{4} << 30U;
+    const std::size_t of_a_thread = 3 * sizeof(float) * shape_.trained_items * shape_.dimension;
+    return std::clamp<std::size_t>(memory / of_a_thread, 1, wanted);
+  }
+
+  bool finished() const {
+    const bool stale = options_.patience > 0 &&
+                       position_.stale_epochs >= static_cast<std::int64_t>(options_.patience);
+    return stale || position_.fraction >= 1 ||
+           position_.epoch >= static_cast<std::int64_t>(options_.epochs);
   }
 
   double elapsed() const { return elapsed_before_ + seconds_since(start_); }
 
+  // What the training step then relies on.
+  void require_fitting(const Checkpoint& checkpoint) const {
+    std::vector<at::Tensor> parameters;
+    for (const Parameter& p : network_.parameters()) parameters.push_back(p.value);
+    const std::vector<at::Tensor> state = network_.initial_state(batch_size_);
+    const auto alike = [](const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+      return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
+        return x.sizes() == y.sizes() && x.scalar_type() == y.scalar_type() && x.is_contiguous();
+      });
+    };
+    const bool fits =
+        alike(checkpoint.parameters, parameters) && alike(checkpoint.first_moments, parameters) &&
+        alike(checkpoint.second_moments, parameters) && alike(checkpoint.state, state) &&
+        (checkpoint.best_parameters.empty() || alike(checkpoint.best_parameters, parameters)) &&
+        std::min({checkpoint.epoch, checkpoint.chunk, checkpoint.step}) >= 0;
+    if (!fits)
+      throw Failure(options_.checkpoint +
+                    ": does not fit the network; remove it and start without --resume");
+  }
+
   void restore(const std::vector<at::Tensor>& values) {
     const at::NoGradGuard no_gradient;
     const auto& parameters = network_.parameters();
-    if (values.size() != parameters.size())
-      throw Failure(options_.checkpoint + ": belongs to another network");
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-      if (values[i].sizes() != parameters[i].value.sizes())
-        throw Failure(options_.checkpoint + ": belongs to another network");
+    for (std::size_t i = 0; i < parameters.size(); ++i)
       at::Tensor(parameters[i].value).copy_(values[i]);
-    }
   }
 
   double learning_rate(std::size_t chunks) const {
@@ -419,8 +440,8 @@ class Training {
   double compute_gradients(const Chunk& chunk, std::uint64_t step_seed) {
     const std::size_t parts = std::min(threads_, batch_size_);
     const at::Tensor vectors = network_.item_vectors();
-    std::vector<at::Tensor>
-        shared;  // parameters that the parts use other than through the item vectors
+    // The parameters that the parts use other than through the item vectors.
+    std::vector<at::Tensor> shared;
     for (const Parameter& p : network_.parameters())
       if (p.name != "item_embedding" && !p.name.starts_with("metadata.")) shared.push_back(p.value);
     std::vector<double> losses(parts, 0.0);
@@ -562,9 +583,9 @@ class Training {
     std::snprintf(
         text, sizeof text,
         "epoch %lld/%zu  loss %.4f  NDCG@10 %.4f (best %.4f)  %.0f events/s  %d:%02d left",
-        static_cast<long long>(position_.epoch), options_.epochs, loss, last_ndcg10_,
-        std::max(0.0, position_.best_ndcg10), events_per_second, static_cast<int>(left) / 60,
-        static_cast<int>(left) % 60);
+        static_cast<long long>(position_.epoch + (position_.chunk > 0 ? 1 : 0)), options_.epochs,
+        loss, last_ndcg10_, std::max(0.0, position_.best_ndcg10), events_per_second,
+        static_cast<int>(left) / 60, static_cast<int>(left) % 60);
     progress.update(done, text);
   }
 
@@ -595,7 +616,9 @@ class Training {
     const ModelParts parts = export_network(network_, dataset_, metadata.dump());
     const WriteOptions write{.element_type = options_.element_type};
     if (const auto saved = save_model(parts, options_.output, write); !saved)
-      throw Failure(options_.output + ": " + saved.error().message);
+      throw Failure(saved.error().code == Errc::io
+                        ? saved.error().message  // begins with the path
+                        : options_.output + ": " + saved.error().message);
   }
 
   const Dataset& dataset_;
@@ -612,6 +635,10 @@ class Training {
 };
 
 }  // namespace
+
+std::string checkpoint_path(const TrainOptions& options) {
+  return options.checkpoint.empty() ? options.output + ".checkpoint" : options.checkpoint;
+}
 
 TrainSummary train(const Dataset& dataset, const TrainOptions& options) {
   make_operations_sequential();

@@ -18,7 +18,7 @@ struct TrainOptions {
   std::string output, checkpoint;  // checkpoint empty: OUTPUT.checkpoint
   Protocol protocol = Protocol::leave_one_out;
   std::size_t hidden_dimension = 128, bptt = 32, layers = 1, feed_forward = 4, batch_size = 128;
-  std::size_t epochs = 30, patience = 10, validation_users = 2000;
+  std::size_t epochs = 24, patience = 10, validation_users = 2000;
   double dropout = 0.3, learning_rate = 1e-3, weight_decay = 0.01, clip_norm = 5, max_minutes = 0;
   double min_user_history_length_percentile = 0, max_user_history_length_percentile = 0.99;
   TimeGap time_gap = TimeGap::automatic;
@@ -35,9 +35,9 @@ struct RankingMetrics {
 };
 
 struct TrainSummary {
-  bool interrupted = false, stopped_early = false;
-  std::size_t epochs = 0,
-              best_epoch = 0;  // epochs finished; the one exported (1-based, 0: none validated)
+  bool interrupted = false;
+  std::size_t epochs = 0;      // finished ones
+  std::size_t best_epoch = 0;  // the one exported, from 1; 0: none was validated
   std::uint64_t steps = 0, events_per_epoch = 0, parameters = 0;
   std::size_t training_users = 0, items = 0;
   double loss = 0;            // mean of the last epoch, in nats
@@ -46,6 +46,11 @@ struct TrainSummary {
   std::string checkpoint;
 };
 
+// Where a run with these options keeps its checkpoint.
+std::string checkpoint_path(const TrainOptions& options);
+
+// Trains, exports to options.output, and removes the checkpoint; interrupted, it exports the best
+// so far and keeps the checkpoint. Throws Failure.
 TrainSummary train(const Dataset& dataset, const TrainOptions& options);
 
 }  // namespace personalize::tools

@@ -1,0 +1,290 @@
+#include "simulate/simulation.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <optional>
+#include <sstream>
+
+#include "command/command.hpp"
+
+namespace personalize::tools {
+namespace {
+
+constexpr std::uint32_t discovered_at = 100;  // impressions
+
+double total(const PolicyRun& run) {
+  return std::accumulate(run.reward.begin(), run.reward.end(), 0.0);
+}
+
+// Days until half of the good items were found; nullopt where fewer ever were.
+std::optional<double> median_days(const std::vector<PolicyRun>& runs) {
+  std::vector<double> days;
+  std::size_t good = 0;
+  for (const PolicyRun& run : runs) {
+    days.insert(days.end(), run.days_to_discover.begin(), run.days_to_discover.end());
+    good += run.good_items;
+  }
+  std::sort(days.begin(), days.end());
+  if (good == 0 || days.size() * 2 < good) return std::nullopt;
+  return days[(good - 1) / 2];
+}
+
+double found_share(const std::vector<PolicyRun>& runs) {
+  double found = 0, good = 0;
+  for (const PolicyRun& run : runs) {
+    found += static_cast<double>(run.days_to_discover.size());
+    good += static_cast<double>(run.good_items);
+  }
+  return good > 0 ? found / good : 0;
+}
+
+std::vector<double> rewards(const std::vector<PolicyRun>& runs) {
+  std::vector<double> values;
+  for (const PolicyRun& run : runs) values.push_back(total(run));
+  return values;
+}
+
+std::vector<double> first_days(const std::vector<PolicyRun>& runs) {
+  std::vector<double> values;
+  for (const PolicyRun& run : runs) values.push_back(run.reward.front());
+  return values;
+}
+
+// Seed by seed: the first policy's reward over the other's.
+std::vector<double> paired(const Comparison& c, std::size_t other) {
+  std::vector<double> ratios;
+  for (std::size_t s = 0; s < c.seeds.size(); ++s)
+    ratios.push_back(total(c.runs[0][s]) / total(c.runs[other][s]));
+  return ratios;
+}
+
+std::string fixed(double value, int digits) {
+  std::array<char, 64> text;
+  std::snprintf(text.data(), text.size(), "%.*f", digits, value);
+  return text.data();
+}
+
+// One panel of the plot. Series share the axes; x and y begin at 0.
+struct Panel {
+  std::string title, x_label, y_label;
+  double x_max, y_max;
+  std::vector<std::vector<std::pair<double, double>>> series;
+};
+
+constexpr std::array<const char*, 8> colours{"#d62728", "#ff9896", "#7f7f7f", "#1f77b4",
+                                             "#17becf", "#bcbd22", "#2ca02c", "#9467bd"};
+
+void draw(std::ostringstream& out, const Panel& panel, double left) {
+  constexpr double top = 40, width = 380, height = 300;
+  const auto x = [&](double v) { return left + width * std::min(v / panel.x_max, 1.0); };
+  const auto y = [&](double v) { return top + height * (1 - v / panel.y_max); };
+  out << "<text x='" << left + width / 2 << "' y='24' text-anchor='middle' font-size='15'>"
+      << panel.title << "</text>\n";
+  for (int tick = 0; tick <= 5; ++tick) {
+    const double at_x = panel.x_max * tick / 5, at_y = panel.y_max * tick / 5;
+    out << "<line x1='" << left << "' x2='" << left + width << "' y1='" << y(at_y) << "' y2='"
+        << y(at_y) << "' stroke='#dddddd'/>\n<text x='" << left - 6 << "' y='" << y(at_y) + 4
+        << "' text-anchor='end'>" << fixed(at_y, panel.y_max < 5 ? 1 : 0) << "</text>\n<text x='"
+        << x(at_x) << "' y='" << top + height + 16 << "' text-anchor='middle'>" << fixed(at_x, 0)
+        << "</text>\n";
+  }
+  out << "<text x='" << left + width / 2 << "' y='" << top + height + 34
+      << "' text-anchor='middle'>" << panel.x_label << "</text>\n<text x='" << left - 48 << "' y='"
+      << top + height / 2 << "' text-anchor='middle' transform='rotate(-90 " << left - 48 << ' '
+      << top + height / 2 << ")'>" << panel.y_label << "</text>\n";
+  for (std::size_t s = 0; s < panel.series.size(); ++s) {
+    out << "<polyline fill='none' stroke-width='2' stroke='" << colours[s % colours.size()]
+        << "' points='";
+    for (const auto& [px, py] : panel.series[s]) out << x(px) << ',' << y(py) << ' ';
+    out << "'/>\n";
+  }
+}
+
+}  // namespace
+
+PolicyRun run_policy(const std::string& name, const WorldOptions& options,
+                     const PolicyOptions& policy_options) {
+  World world(options);
+  const auto policy = make_policy(name, world, policy_options);
+  std::vector<std::uint32_t> impressions, slate;
+  std::vector<double> found;
+  PolicyRun run;
+  for (std::uint32_t day = 0; day < options.days; ++day) {
+    run.reward.push_back(0);
+    for (std::size_t tick = 0; tick < World::ticks; ++tick) {
+      for (std::size_t item = world.advance(); item < world.items().size(); ++item)
+        policy->add_item(world, static_cast<std::uint32_t>(item));
+      policy->update(world.now());
+      impressions.resize(world.items().size());
+      found.resize(world.items().size(), -1);
+      for (const World::Visit& visit : world.visits()) {
+        policy->choose(visit, slate);
+        const std::vector<bool> clicked = world.show(visit, slate);
+        policy->learn(visit, slate, clicked);
+        run.reward.back() += static_cast<double>(std::count(clicked.begin(), clicked.end(), true));
+        for (const std::uint32_t item : slate)
+          if (++impressions[item] == discovered_at)
+            found[item] = static_cast<double>(visit.timestamp - world.items()[item].created) /
+                          static_cast<double>(World::day);
+      }
+    }
+  }
+  std::vector<std::pair<double, std::size_t>> appeal;
+  const std::int64_t last = World::start + World::day * (options.days - options.days / 3);
+  for (std::size_t i = options.items; i < world.items().size(); ++i)
+    if (world.items()[i].created < last) appeal.emplace_back(world.appeal(i), i);
+  std::sort(appeal.rbegin(), appeal.rend());
+  run.good_items = (appeal.size() + 9) / 10;
+  for (std::size_t rank = 0; rank < run.good_items; ++rank)
+    if (const double days = found[appeal[rank].second]; days >= 0)
+      run.days_to_discover.push_back(days);
+  std::sort(run.days_to_discover.begin(), run.days_to_discover.end());
+  return run;
+}
+
+Comparison compare(const std::vector<std::string>& policies, const WorldOptions& options,
+                   double weight, std::uint32_t seeds, Progress* progress) {
+  Comparison result{options, weight, {}, policies, {}};
+  for (std::uint32_t s = 0; s < seeds; ++s) result.seeds.push_back(options.seed + s);
+  result.runs.resize(policies.size());
+  const auto all = static_cast<double>(policies.size()) * seeds;
+  double done = 0;
+  for (const std::uint64_t seed : result.seeds) {
+    WorldOptions world = options;
+    world.seed = seed;
+    for (std::size_t p = 0; p < policies.size(); ++p) {
+      if (progress)
+        progress->update(done++ / all, "seed " + std::to_string(seed) + ", " + policies[p]);
+      result.runs[p].push_back(run_policy(policies[p], world, {.weight = weight, .seed = seed}));
+    }
+  }
+  return result;
+}
+
+Estimate estimate(const std::vector<double>& values) {
+  const auto n = static_cast<double>(values.size());
+  Estimate e;
+  e.mean = std::accumulate(values.begin(), values.end(), 0.0) / n;
+  if (values.size() < 2) return e;
+  double square = 0;
+  for (const double v : values) square += (v - e.mean) * (v - e.mean);
+  // Student's 97.5 % quantile by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5).
+  const double z = 1.959964, degrees = n - 1;
+  const double z3 = z * z * z, z5 = z3 * z * z;
+  const double t =
+      z + (z3 + z) / (4 * degrees) + (5 * z5 + 16 * z3 + 3 * z) / (96 * degrees * degrees);
+  e.half_width = t * std::sqrt(square / (n - 1) / n);
+  return e;
+}
+
+nlohmann::json to_json(const Comparison& c) {
+  nlohmann::json out;
+  out["scenario"] = c.world.scenario.name;
+  out["users"] = c.world.users;
+  out["items"] = c.world.items;
+  out["new_items_per_day"] = c.world.scenario.new_items;
+  out["days"] = c.world.days;
+  out["slates_per_day"] = c.world.slates;
+  out["exploration_weight"] = c.weight;
+  out["seeds"] = c.seeds;
+  for (std::size_t p = 0; p < c.policies.size(); ++p) {
+    const auto& runs = c.runs[p];
+    const Estimate reward = estimate(rewards(runs)), first = estimate(first_days(runs));
+    nlohmann::json policy{{"policy", c.policies[p]},
+                          {"reward", reward.mean},
+                          {"reward_half_width", reward.half_width},
+                          {"first_day_reward", first.mean},
+                          {"first_day_reward_half_width", first.half_width},
+                          {"good_items_found", found_share(runs)},
+                          {"reward_by_seed", rewards(runs)},
+                          {"first_day_reward_by_seed", first_days(runs)}};
+    const auto median = median_days(runs);
+    policy["median_days_to_discover"] = median ? nlohmann::json(*median) : nlohmann::json();
+    if (p > 0) {
+      const std::vector<double> ratios = paired(c, p);
+      const Estimate ratio = estimate(ratios);
+      policy["first_policy_over_this"] = ratio.mean;
+      policy["first_policy_over_this_half_width"] = ratio.half_width;
+      policy["first_policy_over_this_lowest"] = *std::min_element(ratios.begin(), ratios.end());
+    }
+    out["policies"].push_back(std::move(policy));
+  }
+  return out;
+}
+
+void print_text(const Comparison& c) {
+  std::printf(
+      "%s: %u users, %u items and %u new ones a day, %u days of %u slates of %zu, %zu seeds, "
+      "weight %g\n",
+      c.world.scenario.name.c_str(), c.world.users, c.world.items, c.world.scenario.new_items,
+      c.world.days, c.world.slates, World::slate_length, c.seeds.size(), c.weight);
+  std::printf("%-24s %18s %16s %22s %8s %7s\n", "", "reward", "first day",
+              (c.policies[0] + " / this").c_str(), "found", "days");
+  for (std::size_t p = 0; p < c.policies.size(); ++p) {
+    const auto& runs = c.runs[p];
+    const Estimate reward = estimate(rewards(runs)), first = estimate(first_days(runs));
+    std::printf("%-24s %10.0f +- %4.0f %9.0f +- %3.0f", c.policies[p].c_str(), reward.mean,
+                reward.half_width, first.mean, first.half_width);
+    if (p > 0) {
+      const std::vector<double> ratios = paired(c, p);
+      std::printf(" %8.3f (least %5.3f)", estimate(ratios).mean,
+                  *std::min_element(ratios.begin(), ratios.end()));
+    } else {
+      std::printf(" %22s", "");
+    }
+    const auto median = median_days(runs);
+    std::printf(" %6.1f %% %7s\n", 100 * found_share(runs),
+                median ? fixed(*median, 2).c_str() : "-");
+  }
+  std::printf(
+      "found: good new items (highest tenth by appeal) with 100 impressions; days: until half of "
+      "them were\n");
+  std::fflush(stdout);
+}
+
+std::string to_svg(const Comparison& c) {
+  Panel reward{"Cumulative clicks", "day", "clicks", static_cast<double>(c.world.days), 1, {}};
+  Panel discovery{"Good new items discovered", "days since arrival", "share", 10, 1, {}};
+  for (const auto& runs : c.runs) {
+    std::vector<std::pair<double, double>> by_day{{0, 0}}, by_age{{0, 0}};
+    for (std::uint32_t day = 0; day < c.world.days; ++day) {
+      double sum = 0;
+      for (const PolicyRun& run : runs) sum += run.reward[day] / static_cast<double>(runs.size());
+      by_day.emplace_back(day + 1.0, by_day.back().second + sum);
+    }
+    double good = 0;
+    for (const PolicyRun& run : runs) good += static_cast<double>(run.good_items);
+    for (double age = 0.1; age <= discovery.x_max + 1e-9; age += 0.1) {
+      double found = 0;
+      for (const PolicyRun& run : runs)
+        found += static_cast<double>(
+            std::upper_bound(run.days_to_discover.begin(), run.days_to_discover.end(), age) -
+            run.days_to_discover.begin());
+      by_age.emplace_back(age, good > 0 ? found / good : 0);
+    }
+    reward.y_max = std::max(reward.y_max, by_day.back().second);
+    reward.series.push_back(std::move(by_day));
+    discovery.series.push_back(std::move(by_age));
+  }
+  const double step = std::pow(10, std::floor(std::log10(reward.y_max)));
+  reward.y_max = std::ceil(reward.y_max / step) * step;
+  std::ostringstream out;
+  out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1120 400' "
+         "font-family='sans-serif' font-size='12'>\n<rect width='1120' height='400' "
+         "fill='white'/>\n";
+  draw(out, reward, 80);
+  draw(out, discovery, 540);
+  for (std::size_t p = 0; p < c.policies.size(); ++p) {
+    const double at = 60 + 20 * static_cast<double>(p);
+    out << "<line x1='945' x2='965' y1='" << at - 4 << "' y2='" << at - 4
+        << "' stroke-width='3' stroke='" << colours[p % colours.size()] << "'/>\n<text x='970' y='"
+        << at << "'>" << c.policies[p] << "</text>\n";
+  }
+  out << "</svg>\n";
+  return out.str();
+}
+
+}  // namespace personalize::tools
