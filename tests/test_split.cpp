@@ -60,8 +60,9 @@ TEST_CASE("holdout tests on the newest tenth of a held-out user's events, at lea
   const std::string out = user_held_out(true, 7), in = user_held_out(false, 7);
   check(split_user(Protocol::holdout, 7, out, 0), 0, false, 0);
   check(split_user(Protocol::holdout, 7, out, 1), 0, false, 1);
-  for (const auto& [n, newest] :
+  for (const auto& events :
        {std::pair{2u, 1u}, {3u, 1u}, {10u, 1u}, {11u, 2u}, {20u, 2u}, {21u, 3u}, {1000u, 100u}}) {
+    const auto n = events.first, newest = events.second;
     CAPTURE(n);
     check(split_user(Protocol::holdout, 7, out, n), 0, false, n - newest);
     if (n < 3)

@@ -4,7 +4,9 @@
 #include <string_view>
 
 #include "tables.hpp"
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -28,7 +30,10 @@ struct Available {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
       add(avx512_vnni_table);
 #if defined(PERSONALIZE_HAS_AVX_VNNI)
-    if (avx2 && __builtin_cpu_supports("avxvnni")) add(avx_vnni_table);
+    // clang 14 knows no name for it: leaf 7, subleaf 1, EAX bit 4.
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1U))
+      add(avx_vnni_table);
 #endif
     if (avx2) add(avx2_table);
     add(sse2_table);

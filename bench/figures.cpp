@@ -1,0 +1,270 @@
+// The figures of the README: one JSON line each, with a peer measured in the same run where there
+// is one. Rounds of ours and the peer's alternate; value and peer_value are medians of all calls,
+// ratio the median of the rounds' ratios. usage: figures [NAME...]
+#include <zstd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "personalize_runtime.hpp"
+#if defined(PERSONALIZE_BENCH_FAISS)
+#include <faiss/IndexFlat.h>
+#endif
+
+namespace pz = personalize;
+
+namespace {
+
+using Work = std::function<void()>;
+
+double microseconds(const Work& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
+      .count();
+}
+
+double quantile(std::vector<double> values, double part) {
+  const auto at = static_cast<std::ptrdiff_t>(part * static_cast<double>(values.size() - 1));
+  std::nth_element(values.begin(), values.begin() + at, values.end());
+  return values[static_cast<std::size_t>(at)];
+}
+
+struct Figure {
+  std::string name, data, unit = "us", peer = {};
+  // Calls of one round; a call's time is divided by `per_call`.
+  int calls = 50;
+  double per_call = 1;
+};
+
+void line(const Figure& f, double value, double p99, double peer_value, double ratio) {
+  std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "p99": %.4g, "unit": "%s")",
+              f.name.c_str(), f.data.c_str(), value, p99, f.unit.c_str());
+  if (!f.peer.empty())
+    std::printf(R"(, "peer": "%s", "peer_value": %.4g, "ratio": %.3g)", f.peer.c_str(), peer_value,
+                ratio);
+  std::printf("}\n");
+  std::fflush(stdout);
+}
+
+void measure(const Figure& f, const Work& ours, const Work& peer = {}) {
+  std::vector<double> all, peer_all, ratios;
+  for (int round = 0; round < 9; ++round) {
+    std::vector<double> a, b;
+    for (int call = 0; call < f.calls; ++call) a.push_back(microseconds(ours) / f.per_call);
+    if (peer)
+      for (int call = 0; call < f.calls; ++call) b.push_back(microseconds(peer) / f.per_call);
+    if (round == 0) continue;  // warms caches and pages
+    all.insert(all.end(), a.begin(), a.end());
+    if (!peer) continue;
+    peer_all.insert(peer_all.end(), b.begin(), b.end());
+    ratios.push_back(quantile(a, 0.5) / quantile(b, 0.5));
+  }
+  line(f, quantile(all, 0.5), quantile(all, 0.99), peer ? quantile(peer_all, 0.5) : 0,
+       peer ? quantile(ratios, 0.5) : 0);
+}
+
+pz::Matrix random_matrix(std::size_t rows, std::size_t columns, std::mt19937& random,
+                         float spread = 0) {
+  pz::Matrix m = pz::Matrix::zeros(rows, columns);
+  std::normal_distribution<float> normal;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float length = std::exp(spread * normal(random)) / std::sqrt(static_cast<float>(columns));
+    for (std::size_t c = 0; c < columns; ++c) m.f32()[r * columns + c] = normal(random) * length;
+  }
+  return m;
+}
+
+pz::ModelParts parts_of(std::size_t items, std::size_t d, pz::ElementType type, float spread = 0) {
+  using Kind = pz::EncoderOp::Kind;
+  std::mt19937 random(1);
+  pz::ModelParts parts;
+  parts.metadata = "{}";
+  for (std::size_t i = 0; i < items; ++i)
+    if (!parts.item_ids.add("i" + std::to_string(i))) std::abort();
+  const auto stored = [type](pz::Matrix m) {
+    return type == pz::ElementType::i8 && m.rows() > 1 ? m.quantised() : m;
+  };
+  parts.item_vectors = stored(random_matrix(items, d, random, spread));
+  parts.biases.resize(items);
+  parts.statistics.resize(items);
+  parts.operations = {{Kind::embed_sum}, {Kind::gru}};
+  for (const auto& [rows, columns] :
+       {std::pair{3 * d, d}, {3 * d, d}, {std::size_t{1}, 3 * d}, {1, 3 * d}})
+    parts.weights.push_back(stored(random_matrix(rows, columns, random)));
+  return parts;
+}
+
+std::shared_ptr<const pz::Model> model_of(std::size_t items, std::size_t d, pz::ElementType type,
+                                          float spread = 0) {
+  auto model = pz::Model::from_parts(parts_of(items, d, type, spread));
+  if (!model) std::abort();
+  return *model;
+}
+
+std::vector<std::vector<float>> random_queries(std::size_t d) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> queries(100, std::vector<float>(pz::kernels::padded(d)));
+  for (auto& query : queries)
+    for (std::size_t c = 0; c < d; ++c) query[c] = normal(random);
+  return queries;
+}
+
+void top_100(std::size_t items, float spread, bool against_read) {
+  const auto model = model_of(items, 64, pz::ElementType::i8, spread);
+  const pz::Scorer scorer(*model);
+  const auto queries = random_queries(64);
+  auto workspace = scorer.make_workspace();
+  std::vector<pz::ScoredItem> top;
+  std::size_t next = 0, next_peer = 0;
+  Figure figure{.name = "top_100",
+                .data = "N=" + std::to_string(items) + " d=64 int8" +
+                        (spread > 0 ? ", norms log-normal, sigma 0.35" : ", norms alike"),
+                .calls = items >= 1'000'000 ? 10 : 50};
+  const Work ours = [&] {
+    scorer.top_k(queries[next++ % queries.size()], 100, {}, workspace, top);
+  };
+  if (against_read) {
+    figure.peer = "one read of the int8 matrix";
+    const auto rows = std::as_bytes(model->parts().item_vectors.i8());
+    std::uint64_t sum = 0;
+    measure(figure, ours, [&] {
+      for (std::size_t at = 0; at + 64 <= rows.size(); at += 64) {
+        std::uint64_t eight[8];
+        std::memcpy(eight, rows.data() + at, 64);
+        for (const std::uint64_t v : eight) sum += v;
+      }
+    });
+    if (sum == 1) std::puts("");
+    return;
+  }
+#if defined(PERSONALIZE_BENCH_FAISS)
+  figure.peer = "FAISS IndexFlatIP, Debian's build, f32";
+  faiss::IndexFlatIP index(64);
+  std::vector<float> rows(items * 64);
+  for (std::size_t i = 0; i < items; ++i)
+    model->parts().item_vectors.row(i, {rows.data() + i * 64, 64});
+  index.add(static_cast<faiss::Index::idx_t>(items), rows.data());
+  std::vector<float> distances(100);
+  std::vector<faiss::Index::idx_t> labels(100);
+  measure(figure, ours, [&] {
+    index.search(1, queries[next_peer++ % queries.size()].data(), 100, distances.data(),
+                 labels.data());
+  });
+#else
+  (void)next_peer;
+  measure(figure, ours);
+#endif
+}
+
+void step_128() {
+  for (const auto type : {pz::ElementType::i8, pz::ElementType::f32}) {
+    const auto model = model_of(10'000, 128, type);
+    const pz::Encoder encoder(*model);
+    std::vector<float> user(encoder.state_size());
+    auto workspace = encoder.make_workspace();
+    std::uint32_t item = 0;
+    measure({.name = "gru_step",
+             .data = "hidden 128, " + std::string(pz::name(type)) + " weights",
+             .per_call = 100},
+            [&] {
+              for (int i = 0; i < 100; ++i) {
+                encoder.step({.item = item}, user, workspace);
+                item = (item + 7919) % 10'000;
+              }
+            });
+  }
+}
+
+void event_and_slate() {
+  const auto model = model_of(10'000, 128, pz::ElementType::i8);
+  for (const float weight : {0.0f, 0.3f}) {
+    pz::RecommenderOptions options;
+    options.exploration_weight = weight;
+    auto shop = pz::Recommender::create(model, options);
+    if (!shop) std::abort();
+    pz::Slate slate;
+    std::int64_t now = 1'700'000'000;
+    std::uint32_t item = 0;
+    measure(
+        {.name = "event_and_slate_of_25",
+         .data = "10,000 items, d=128, seen items excluded, exploration weight " +
+                 std::to_string(weight).substr(0, 3),
+         .calls = 200},
+        [&] {
+          item = (item + 7919) % 10'000;
+          if (!shop->record({.user = "u", .item = model->item_id(item), .timestamp = ++now}) ||
+              !shop->recommend(
+                  {.user = "u", .count = 25, .exclude_interacted = true, .timestamp = now}, slate))
+            std::abort();
+        });
+  }
+}
+
+void load() {
+  const auto file =
+      pz::write_model(parts_of(1'000'000, 64, pz::ElementType::i8), {.zstd_level = 3});
+  if (!file) std::abort();
+  const auto sections = pz::list_sections(*file);
+  if (!sections) std::abort();
+  measure(
+      {.name = "load",
+       .data = "1,000,000 x 64 int8, from memory",
+       .unit = "us",
+       .peer = "zstd alone on the same sections",
+       .calls = 1},
+      [&] {
+        if (!pz::Model::from_bytes(*file)) std::abort();
+      },
+      [&] {
+        for (const auto& section : *sections) {
+          std::vector<char> raw(section.raw_size);
+          const auto* stored = file->data() + section.offset;
+          if (section.codec == pz::Codec::zstd)
+            ZSTD_decompress(raw.data(), raw.size(), stored, section.stored_size);
+          else
+            std::memcpy(raw.data(), stored, section.stored_size);
+        }
+      });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::vector<std::string_view> wanted(arguments + 1, arguments + count);
+  const std::vector<std::pair<std::string_view, Work>> figures{
+      {"top_100_10k", [] { top_100(10'000, 0, false); }},
+      {"top_100_100k", [] { top_100(100'000, 0, false); }},
+      {"top_100_1m", [] { top_100(1'000'000, 0, true); }},
+      {"top_100_1m_varied", [] { top_100(1'000'000, 0.35f, true); }},
+      {"gru_step", step_128},
+      {"event_and_slate", event_and_slate},
+      {"load", load},
+  };
+  std::fprintf(stderr, "kernels: %s\n", pz::kernels::chosen().name);
+  for (const std::string_view name : wanted)
+    if (std::none_of(figures.begin(), figures.end(),
+                     [&](const auto& f) { return f.first == name; })) {
+      std::fprintf(stderr, "figures: no figure '%.*s'; there are:", static_cast<int>(name.size()),
+                   name.data());
+      for (const auto& f : figures) std::fprintf(stderr, " %s", f.first.data());
+      std::fputs("\n", stderr);
+      return 2;
+    }
+  for (const auto& [name, run] : figures)
+    if (wanted.empty() || std::find(wanted.begin(), wanted.end(), name) != wanted.end()) run();
+  return 0;
+}
