@@ -1,6 +1,10 @@
 // The kernels of one instruction set; only what bears its tag may be compiled here.
 #include "tables.hpp"
 
-namespace personalize::inline v1::kernels {
+namespace personalize {
+inline namespace v1 {
+namespace kernels {
 const Table* const avx2_table = &table_of<Avx2>;
-}  // namespace personalize::inline v1::kernels
+}  // namespace kernels
+}  // namespace v1
+}  // namespace personalize

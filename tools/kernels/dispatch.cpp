@@ -11,7 +11,9 @@
 #include <sys/auxv.h>
 #endif
 
-namespace personalize::inline v1::kernels {
+namespace personalize {
+inline namespace v1 {
+namespace kernels {
 
 namespace {
 
@@ -69,4 +71,6 @@ const Table& chosen() noexcept {
   return table;
 }
 
-}  // namespace personalize::inline v1::kernels
+}  // namespace kernels
+}  // namespace v1
+}  // namespace personalize

@@ -3,7 +3,9 @@
 
 #include "personalize_runtime.hpp"
 
-namespace personalize::inline v1::kernels {
+namespace personalize {
+inline namespace v1 {
+namespace kernels {
 #if defined(__x86_64__)
 extern const Table *const sse2_table, *const avx2_table, *const avx512_vnni_table;
 #if defined(PERSONALIZE_HAS_AVX_VNNI)
@@ -12,4 +14,6 @@ extern const Table* const avx_vnni_table;
 #elif defined(__aarch64__)
 extern const Table *const neon_table, *const neon_dot_table;
 #endif
-}  // namespace personalize::inline v1::kernels
+}  // namespace kernels
+}  // namespace v1
+}  // namespace personalize
