@@ -281,16 +281,27 @@ using Default = Neon;
 using Default = Scalar;
 #endif
 
-// Sixteen scores of one panel are scale * scales[r] * dot + biases[r]; bit r of a mask tells
-// whether row r's reaches the limit. Padding rows have a NaN for a bias and never do.
+// The scores of a panel's sixteen rows are scale * scales[r] * dot + biases[r], and bit r of a mask
+// tells whether row r's reaches the limit. Padding rows have a NaN for a bias and never do.
 struct PanelScan {
   const std::uint8_t* panels;  // first panel to scan
   const float* scales;         // [16] a panel
   const float* biases;         // [16] a panel
   std::size_t columns;
-  const std::int8_t* query;  // [padded(columns)], zero behind the last column
-  std::int32_t
-      query_offset;  // -128 (4 bits: -8) * sum of query: takes back what rows were raised by
+  const std::int8_t* query;   // [padded(columns)], zero behind the last column
+  std::int32_t query_offset;  // -128 * sum of query: takes back what rows were raised by
+  float scale;
+};
+
+// The same for rows of 4 bits, of which so many are read that each byte counts: scales and biases
+// are bfloat16, and query_offset is -8 * sum of query.
+struct NibbleScan {
+  const std::uint8_t* panels;
+  const std::uint16_t* scales;
+  const std::uint16_t* biases;
+  std::size_t columns;
+  const std::int8_t* query;
+  std::int32_t query_offset;
   float scale;
 };
 
@@ -316,19 +327,34 @@ struct Ops<Scalar> {
       for (std::size_t c = 0; c < 4; ++c)
         s.v[r] += (rows[r * 4 + c] & 15) * query[c] + (rows[r * 4 + c] >> 4) * query[4 + c];
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
+  // Sixteen scores to y; returns the mask of those that reach the limit.
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
     std::uint32_t mask = 0;
     for (std::size_t r = 0; r < panel_rows; ++r) {
-      const float score = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
+      y[r] = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
+      mask |= static_cast<std::uint32_t>(y[r] >= limit) << r;
+    }
+    return mask;
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
+    const auto wide = [](std::uint16_t v) {
+      return __builtin_bit_cast(float, std::uint32_t{v} << 16);
+    };
+    std::uint32_t mask = 0;
+    for (std::size_t r = 0; r < panel_rows; ++r) {
+      const float score = static_cast<float>(s.v[r]) * scale * wide(scales[r]) + wide(biases[r]);
       mask |= static_cast<std::uint32_t>(score >= limit) << r;
     }
     return mask;
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
-    for (std::size_t r = 0; r < panel_rows; ++r)
-      y[r] = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
+  // Of a row with a query, both signed; offset: -128 * sum of query.
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    std::int32_t sum = 0;
+    for (std::size_t c = 0; c < columns; ++c) sum += row[c] * query[c];
+    return sum;
   }
   // q[0, 16) = x / step, rounded to nearest.
   static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
@@ -395,32 +421,57 @@ struct Ops<Sse2> {
       add_products(s, p, _mm_and_si128(_mm_srli_epi16(both, 4), nibble), r);
     }
   }
-  static __m128 four_scores(const Sums& s, std::size_t p, float scale, const float* scales,
-                            const float* biases) noexcept {
+  static __m128 four_dots(const Sums& s, std::size_t p, float scale) noexcept {
     const __m128 a = _mm_castsi128_ps(s.v[2 * p]), b = _mm_castsi128_ps(s.v[2 * p + 1]);
     const __m128i even = _mm_castps_si128(_mm_shuffle_ps(a, b, 0x88));
     const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(a, b, 0xdd));
-    const __m128i dots = _mm_add_epi32(_mm_add_epi32(even, odd), s.offset);
-    const __m128 scaled = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_set1_ps(scale)),
-                                     _mm_loadu_ps(scales + 4 * p));
-    return _mm_add_ps(scaled, _mm_loadu_ps(biases + 4 * p));
+    return _mm_mul_ps(_mm_cvtepi32_ps(_mm_add_epi32(_mm_add_epi32(even, odd), s.offset)),
+                      _mm_set1_ps(scale));
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
+  static std::uint32_t reached(__m128 four, std::size_t p, float limit) noexcept {
+    return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(four, _mm_set1_ps(limit))))
+           << (4 * p);
+  }
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
     std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p) {
-      const __m128 scores = four_scores(s, p, scale, scales, biases);
-      mask |= static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(scores, _mm_set1_ps(limit))))
-              << (4 * p);
+      const __m128 four =
+          _mm_add_ps(_mm_mul_ps(four_dots(s, p, scale), _mm_loadu_ps(scales + 4 * p)),
+                     _mm_loadu_ps(biases + 4 * p));
+      _mm_storeu_ps(y + 4 * p, four);
+      mask |= reached(four, p, limit);
     }
     return mask;
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
+  static __m128 wide(const std::uint16_t* four) noexcept {
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(
+        _mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four))));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      _mm_storeu_ps(y + 4 * p, four_scores(s, p, scale, scales, biases));
+      mask |= reached(_mm_add_ps(_mm_mul_ps(four_dots(s, p, scale), wide(scales + 4 * p)),
+                                 wide(biases + 4 * p)),
+                      p, limit);
+    return mask;
+  }
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    __m128i sum = _mm_setzero_si128();
+    for (std::size_t c = 0; c < columns; c += 16) {
+      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
+      const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(query + c));
+      sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8),
+                                              _mm_srai_epi16(_mm_unpacklo_epi8(q, q), 8)));
+      sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_srai_epi16(_mm_unpackhi_epi8(v, v), 8),
+                                              _mm_srai_epi16(_mm_unpackhi_epi8(q, q), 8)));
+    }
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
   }
   static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
     const auto four = [&](std::size_t p) {
@@ -502,26 +553,52 @@ struct Ops<Avx2> {
           s.v[p], _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1)));
     }
   }
-  static __m256 eight_scores(const Sums& s, std::size_t p, float scale, const float* scales,
-                             const float* biases) noexcept {
-    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s.v[p]), _mm256_set1_ps(scale)),
-                           _mm256_loadu_ps(scales + 8 * p), _mm256_loadu_ps(biases + 8 * p));
+  static __m256 eight_dots(const Sums& s, std::size_t p, float scale) noexcept {
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(s.v[p]), _mm256_set1_ps(scale));
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
+  static std::uint32_t reached(__m256 eight, std::size_t p, float limit) noexcept {
+    return static_cast<std::uint32_t>(
+               _mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_set1_ps(limit), _CMP_GE_OQ)))
+           << (8 * p);
+  }
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 2; ++p) {
+      const __m256 eight = _mm256_fmadd_ps(eight_dots(s, p, scale), _mm256_loadu_ps(scales + 8 * p),
+                                           _mm256_loadu_ps(biases + 8 * p));
+      _mm256_storeu_ps(y + 8 * p, eight);
+      mask |= reached(eight, p, limit);
+    }
+    return mask;
+  }
+  static __m256 wide(const std::uint16_t* eight) noexcept {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
     std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 2; ++p)
-      mask |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(
-                  eight_scores(s, p, scale, scales, biases), _mm256_set1_ps(limit), _CMP_GE_OQ)))
-              << (8 * p);
+      mask |= reached(
+          _mm256_fmadd_ps(eight_dots(s, p, scale), wide(scales + 8 * p), wide(biases + 8 * p)), p,
+          limit);
     return mask;
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
-    PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 2; ++p)
-      _mm256_storeu_ps(y + 8 * p, eight_scores(s, p, scale, scales, biases));
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    __m256i sums = _mm256_setzero_si256();
+    for (std::size_t c = 0; c < columns; c += 16) {
+      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
+      const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(query + c));
+      sums = _mm256_add_epi32(sums,
+                              _mm256_madd_epi16(_mm256_cvtepi8_epi16(v), _mm256_cvtepi8_epi16(q)));
+    }
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
   }
   static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
     const __m256i low =
@@ -607,19 +684,36 @@ struct Ops<Avx512Vnni> {
     s.v = _mm512_dpbusd_epi32(s.v, _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble),
                               _mm512_set1_epi32(four[1]));
   }
-  static __m512 sixteen_scores(const Sums& s, float scale, const float* scales,
-                               const float* biases) noexcept {
-    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s.v), _mm512_set1_ps(scale)),
-                           _mm512_loadu_ps(scales), _mm512_loadu_ps(biases));
+  static __m512 sixteen_dots(const Sums& s, float scale) noexcept {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(s.v), _mm512_set1_ps(scale));
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
-    return _mm512_cmp_ps_mask(sixteen_scores(s, scale, scales, biases), _mm512_set1_ps(limit),
-                              _CMP_GE_OQ);
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
+    const __m512 sixteen =
+        _mm512_fmadd_ps(sixteen_dots(s, scale), _mm512_loadu_ps(scales), _mm512_loadu_ps(biases));
+    _mm512_storeu_ps(y, sixteen);
+    return _mm512_cmp_ps_mask(sixteen, _mm512_set1_ps(limit), _CMP_GE_OQ);
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
-    _mm512_storeu_ps(y, sixteen_scores(s, scale, scales, biases));
+  static __m512 wide(const std::uint16_t* sixteen) noexcept {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sixteen));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
+    return _mm512_cmp_ps_mask(_mm512_fmadd_ps(sixteen_dots(s, scale), wide(scales), wide(biases)),
+                              _mm512_set1_ps(limit), _CMP_GE_OQ);
+  }
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t offset) noexcept {
+    __m512i sums = _mm512_setzero_si512();
+    for (std::size_t c = 0; c < columns; c += 64) {
+      const __mmask64 inside =
+          columns - c >= 64 ? ~__mmask64{0} : (__mmask64{1} << (columns - c)) - 1;
+      const __m512i v =
+          _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, row + c), _mm512_set1_epi8(-128));
+      sums = _mm512_dpbusd_epi32(sums, v, _mm512_maskz_loadu_epi8(inside, query + c));
+    }
+    return _mm512_reduce_add_epi32(sums) + offset;
   }
   static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
     const __m512i wide =
@@ -685,28 +779,53 @@ struct Ops<Neon> {
   static int32x4_t dots(const Sums& s, std::size_t p) noexcept {
     return vaddq_s32(vpaddq_s32(s.v[2 * p], s.v[2 * p + 1]), vdupq_n_s32(s.offset));
   }
-  static float32x4_t scores(int32x4_t dots_of_four, std::size_t p, float scale, const float* scales,
-                            const float* biases) noexcept {
-    return vfmaq_f32(vld1q_f32(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(dots_of_four), scale),
-                     vld1q_f32(scales + 4 * p));
-  }
-  static std::uint32_t bits(float32x4_t values, float limit) noexcept {
+  static std::uint32_t reached(float32x4_t four, std::size_t p, float limit) noexcept {
     const uint32x4_t weights{1, 2, 4, 8};
-    return vaddvq_u32(vandq_u32(vcgeq_f32(values, vdupq_n_f32(limit)), weights));
+    return vaddvq_u32(vandq_u32(vcgeq_f32(four, vdupq_n_f32(limit)), weights)) << (4 * p);
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
+  static std::uint32_t four_scores(int32x4_t four, std::size_t p, float scale, const float* scales,
+                                   const float* biases, float limit, float* y) noexcept {
+    const float32x4_t v =
+        vfmaq_f32(vld1q_f32(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(four), scale),
+                  vld1q_f32(scales + 4 * p));
+    vst1q_f32(y + 4 * p, v);
+    return reached(v, p, limit);
+  }
+  static float32x4_t wide(const std::uint16_t* four) noexcept {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(four), 16));
+  }
+  static std::uint32_t four_at_least(int32x4_t four, std::size_t p, float scale,
+                                     const std::uint16_t* scales, const std::uint16_t* biases,
+                                     float limit) noexcept {
+    return reached(vfmaq_f32(wide(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(four), scale),
+                             wide(scales + 4 * p)),
+                   p, limit);
+  }
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
     std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      mask |= bits(scores(dots(s, p), p, scale, scales, biases), limit) << (4 * p);
+      mask |= four_scores(dots(s, p), p, scale, scales, biases, limit, y);
     return mask;
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      vst1q_f32(y + 4 * p, scores(dots(s, p), p, scale, scales, biases));
+      mask |= four_at_least(dots(s, p), p, scale, scales, biases, limit);
+    return mask;
+  }
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    int32x4_t sum = vdupq_n_s32(0);
+    for (std::size_t c = 0; c < columns; c += 16) {
+      const int8x16_t v = vld1q_s8(row + c), q = vld1q_s8(query + c);
+      sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(v), vget_low_s8(q)));
+      sum = vpadalq_s16(sum, vmull_high_s8(v, q));
+    }
+    return vaddvq_s32(sum);
   }
   static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
     const auto four = [&](std::size_t p) {
@@ -777,26 +896,28 @@ struct Ops<NeonDot> : Ops<Neon> {
                          vreinterpretq_s8_s32(vdupq_n_s32(four[1])));
     }
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const float* scales,
-                                const float* biases, float limit) noexcept {
+  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
+                              float limit, float* y) noexcept {
     std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      mask |= bits(scores(s.v[p], p, scale, scales, biases), limit) << (4 * p);
+      mask |= four_scores(s.v[p], p, scale, scales, biases, limit, y);
     return mask;
   }
-  static void scaled(const Sums& s, float scale, const float* scales, const float* biases,
-                     float* y) noexcept {
+  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
+                                const std::uint16_t* biases, float limit) noexcept {
+    std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      vst1q_f32(y + 4 * p, scores(s.v[p], p, scale, scales, biases));
+      mask |= four_at_least(s.v[p], p, scale, scales, biases, limit);
+    return mask;
   }
 };
 #endif
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
 
-// The f32 vector work of the encoder, in batches where there is xsimd.
+// The f32 vector work of the encoder and the scorer, in batches where there is xsimd.
 template <class Tag>
 struct Vectors;
 
@@ -864,6 +985,21 @@ struct Vectors<Scalar> {
     for (std::size_t j = 0; j < size; ++j)
       x[j] = 0.5f * x[j] * (1.0f + __builtin_erff(x[j] * 0.70710678f));
   }
+  // A value that at least k of x[0, size) reach, and few more: below the k-th largest by some
+  // places at most, unless many are alike. Halves the range between the largest and `low`, which k
+  // must reach; -inf stands for the smallest that is not -inf. size: a multiple of `lanes`.
+  static float kth_largest(std::size_t size, const float* x, std::size_t k, float low) noexcept {
+    float high = x[0], least = x[0];
+    for (std::size_t j = 0; j < size; ++j) {
+      high = x[j] > high ? x[j] : high;
+      least = x[j] < least && x[j] > -__builtin_inff() ? x[j] : least;
+    }
+    return halve(k, low > least ? low : least, high, [&](float limit) {
+      std::size_t count = 0;
+      for (std::size_t j = 0; j < size; ++j) count += x[j] >= limit;
+      return count;
+    });
+  }
   // The largest |x|.
   static float largest(std::size_t size, const float* x) noexcept {
     float most = 0;
@@ -876,6 +1012,18 @@ struct Vectors<Scalar> {
 
  private:
   static float logistic(float x) noexcept { return 1.0f / (1.0f + __builtin_expf(-x)); }
+
+  template <class Count>
+  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
+    for (int step = 0; step < 20; ++step) {
+      const float middle = low + 0.5f * (high - low);
+      if (!(middle > low && middle < high)) break;
+      const std::size_t count = count_at_least(middle);
+      (count >= k ? low : high) = middle;
+      if (count >= k && count <= k + k / 16) break;
+    }
+    return low;
+  }
 };
 
 #ifndef PERSONALIZE_NO_XSIMD
@@ -955,6 +1103,29 @@ struct Vectors {
       return Batch(0.5f) * v * (Batch(1.0f) + xsimd::erf(v * Batch(0.70710678f)));
     });
   }
+  static float kth_largest(std::size_t size, const float* x, std::size_t k, float low) noexcept {
+    Batch most(x[0]), smallest(x[0]);
+    for (std::size_t j = 0; j < size; j += width) {
+      const Batch v = Batch::load_unaligned(x + j);
+      most = xsimd::max(most, v);
+      smallest = xsimd::min(smallest, xsimd::select(v > Batch(-__builtin_inff()), v, smallest));
+    }
+    float highs[width], lows[width];
+    most.store_unaligned(highs);
+    smallest.store_unaligned(lows);
+    float high = highs[0], least = lows[0];
+    for (std::size_t l = 1; l < width; ++l) {
+      high = highs[l] > high ? highs[l] : high;
+      least = lows[l] < least ? lows[l] : least;
+    }
+    return halve(k, low > least ? low : least, high, [&](float limit) {
+      Batch counts(0.0f);
+      for (std::size_t j = 0; j < size; j += width)
+        counts +=
+            xsimd::select(Batch::load_unaligned(x + j) >= Batch(limit), Batch(1.0f), Batch(0.0f));
+      return static_cast<std::size_t>(add_lanes(counts));
+    });
+  }
   static float largest(std::size_t size, const float* x) noexcept {
     const std::size_t whole = size / width * width;
     Batch most(0.0f);
@@ -982,6 +1153,18 @@ struct Vectors {
 
   static Batch logistic(const Batch& x) noexcept {
     return Batch(1.0f) / (Batch(1.0f) + xsimd::exp(-x));
+  }
+
+  template <class Count>
+  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
+    for (int step = 0; step < 20; ++step) {
+      const float middle = low + 0.5f * (high - low);
+      if (!(middle > low && middle < high)) break;
+      const std::size_t count = count_at_least(middle);
+      (count >= k ? low : high) = middle;
+      if (count >= k && count <= k + k / 16) break;
+    }
+    return low;
   }
 
   template <std::size_t Blocks>
@@ -1034,21 +1217,39 @@ struct Kernels : Vectors<Tag> {
   // The largest magnitude that a query multiplied with rows of 8 bits may have; with 4 bits 127.
   static constexpr int query_limit = O::query_limit;
 
-  // masks[p] has bit r where row r of panel p reaches `limit`. See PanelScan.
+  // masks[p] has bit r where row r of panel p reaches `limit`; scores: [16] a panel. See PanelScan.
   static void scan_8bit(const PanelScan& scan, std::size_t panels, float limit,
-                        std::uint16_t* masks) noexcept {
-    scan_all<8>(scan, panels, limit, masks);
+                        std::uint16_t* masks, float* scores) noexcept {
+    for_panels<8>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
+      const std::size_t row = p * panel_rows;
+      masks[p] = static_cast<std::uint16_t>(
+          O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, limit, scores + row));
+    });
   }
-  static void scan_4bit(const PanelScan& scan, std::size_t panels, float limit,
+  static void scan_4bit(const NibbleScan& scan, std::size_t panels, float limit,
                         std::uint16_t* masks) noexcept {
-    scan_all<4>(scan, panels, limit, masks);
+    for_panels<4>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
+      const std::size_t row = p * panel_rows;
+      masks[p] = static_cast<std::uint16_t>(
+          O::at_least(sums, scan.scale, scan.scales + row, scan.biases + row, limit));
+    });
+  }
+
+  // out[i] = row items[i] . query, in integers. rows: [.., columns] row-major; query:
+  // [padded(columns)], zero beyond columns; offset: -128 * sum of query.
+  static void row_dots(const std::int8_t* rows, std::size_t columns, const std::int8_t* query,
+                       std::int32_t offset, const std::uint32_t* items, std::size_t count,
+                       std::int32_t* out) noexcept {
+    for (std::size_t i = 0; i < count; ++i)
+      out[i] = O::dot(rows + items[i] * columns, query, columns, offset);
   }
 
   // y[r] = scale * scales[r] * dot(row r, x) + bias[r] for the rows of `panels` panels of 8 bits.
   static void matrix_vector_i8(const PanelScan& scan, std::size_t panels, float* y) noexcept {
-    std::size_t p = 0;
-    for (; p + together <= panels; p += together) multiply_some<together>(scan, p, y);
-    for (; p < panels; ++p) multiply_some<1>(scan, p, y);
+    for_panels<8>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
+      const std::size_t row = p * panel_rows;
+      O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, 0.0f, y + row);
+    });
   }
 
   // q = x * (limit / largest |x|), rounded; x, q: [padded(size)], x zero beyond size. Returns the
@@ -1104,12 +1305,20 @@ struct Kernels : Vectors<Tag> {
     }
   }
 
-  template <int Bits, std::size_t Panels>
-  static void multiply_panels(const PanelScan& scan, std::size_t p,
-                              typename O::Sums (&sums)[Panels]) noexcept {
+  // finish(p, dot products of panel p with the query)
+  template <int Bits, class Scan, class Finish>
+  static void for_panels(const Scan& scan, std::size_t panels, const Finish& finish) noexcept {
+    std::size_t p = 0;
+    for (; p + together <= panels; p += together) multiply_panels<Bits, together>(scan, p, finish);
+    for (; p < panels; ++p) multiply_panels<Bits, 1>(scan, p, finish);
+  }
+
+  template <int Bits, std::size_t Panels, class Scan, class Finish>
+  static void multiply_panels(const Scan& scan, std::size_t p, const Finish& finish) noexcept {
     constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
     const std::size_t count = (scan.columns + columns_a_step - 1) / columns_a_step;
     const std::size_t stride = count * step_bytes;
+    typename O::Sums sums[Panels];
     PERSONALIZE_UNROLL
     for (auto& sum : sums) O::start(sum, scan.query_offset);
     const std::uint8_t* rows = scan.panels + p * stride;
@@ -1123,36 +1332,8 @@ struct Kernels : Vectors<Tag> {
           O::step_4bit(sums[b], rows + b * stride + s * step_bytes, query);
       }
     }
-  }
-
-  template <int Bits>
-  static void scan_all(const PanelScan& scan, std::size_t panels, float limit,
-                       std::uint16_t* masks) noexcept {
-    std::size_t p = 0;
-    for (; p + together <= panels; p += together) scan_some<Bits, together>(scan, p, limit, masks);
-    for (; p < panels; ++p) scan_some<Bits, 1>(scan, p, limit, masks);
-  }
-
-  template <int Bits, std::size_t Panels>
-  static void scan_some(const PanelScan& scan, std::size_t p, float limit,
-                        std::uint16_t* masks) noexcept {
-    typename O::Sums sums[Panels];
-    multiply_panels<Bits>(scan, p, sums);
     PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b)
-      masks[p + b] = static_cast<std::uint16_t>(
-          O::at_least(sums[b], scan.scale, scan.scales + (p + b) * panel_rows,
-                      scan.biases + (p + b) * panel_rows, limit));
-  }
-
-  template <std::size_t Panels>
-  static void multiply_some(const PanelScan& scan, std::size_t p, float* y) noexcept {
-    typename O::Sums sums[Panels];
-    multiply_panels<8>(scan, p, sums);
-    PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b)
-      O::scaled(sums[b], scan.scale, scan.scales + (p + b) * panel_rows,
-                scan.biases + (p + b) * panel_rows, y + (p + b) * panel_rows);
+    for (std::size_t b = 0; b < Panels; ++b) finish(p + b, sums[b]);
   }
 };
 
@@ -1175,6 +1356,8 @@ struct Table {
   int query_limit;
   decltype(&Kernels<Scalar>::scan_8bit) scan_8bit;
   decltype(&Kernels<Scalar>::scan_4bit) scan_4bit;
+  decltype(&Kernels<Scalar>::row_dots) row_dots;
+  decltype(&Kernels<Scalar>::kth_largest) kth_largest;
   decltype(&Kernels<Scalar>::matrix_vector_i8) matrix_vector_i8;
   decltype(&Kernels<Scalar>::quantise) quantise;
   decltype(&Kernels<Scalar>::dots_i8) dots_i8;
@@ -1194,6 +1377,8 @@ inline constexpr Table table_of{Tag::name,
                                 Kernels<Tag>::query_limit,
                                 &Kernels<Tag>::scan_8bit,
                                 &Kernels<Tag>::scan_4bit,
+                                &Kernels<Tag>::row_dots,
+                                &Kernels<Tag>::kth_largest,
                                 &Kernels<Tag>::matrix_vector_i8,
                                 &Kernels<Tag>::quantise,
                                 &Kernels<Tag>::dots_i8,
@@ -2847,22 +3032,33 @@ struct Eligibility {
 // by these scores, ties by item index.
 //
 // The scan reads a copy of the vectors in panels of 16 rows, ordered by the largest score they
-// could have, and multiplies in integers: rows of 8 bits while they fit into a core's own cache,
-// beyond it rows of 4 bits. With the query q = s q^ + e (q^ int8) and the vector v = t v^ + r (v^
-// of 8 or 4 bits), Cauchy and Schwarz bound what that leaves out:
+// could have, and multiplies in integers. With the query q = s q^ + e (q^ int8) and the vector
+// v = t v^ + r (v^ of 8 or 4 bits), Cauchy and Schwarz bound what that leaves out:
 //   | q . v - s t q^ . v^ | = | e . t v^ + q . r | <= |e| (|v| + |r|) + |q| |r|.
-// An item is looked at exactly when its integer score plus this bound reaches the k-th best exact
-// score so far. The scan ends where |q| max |v| + max b of all later rows stays below it.
+// The k-th largest lower bound of those seen so far is a lower bound of the k-th best score: an
+// item whose upper bound stays below it is out. What passes in 4 bits is looked at in 8, and what
+// is left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later
+// rows stays below.
 class Scorer {
+  struct Search;
+
  public:
-  struct Workspace {
-    std::vector<std::int8_t> quantised;
-    std::vector<double> query;
-    std::vector<std::uint64_t> best;  // keys of the items found so far
+  // One query of a batch.
+  struct Query {
+    std::span<const float> query;  // [padded(d)], zero beyond d
+    std::size_t k;
+    Eligibility eligibility;
+    std::vector<ScoredItem>* top;  // replaced by the k best, best first
   };
 
-  // The model must outlive the scorer. Takes N * (d + 12) bytes, N * (d / 2 + 12) where it scans 4
-  // bits.
+  struct Workspace {
+    std::vector<double> query;
+    std::vector<Search> searches;
+    std::vector<Search*> active;
+  };
+
+  // The model must outlive the scorer. Takes N * (d + 12) bytes up to 16 MB of item vectors,
+  // N * (d / 2 + 8) beyond.
   explicit Scorer(const Model& model, const kernels::Table& table = kernels::chosen())
       : Scorer(model.parts().item_vectors, model.parts().biases, usual_query_length(model), table) {
   }
@@ -2891,37 +3087,43 @@ class Scorer {
 
   Workspace make_workspace() const {
     const std::size_t padded = kernels::padded(vectors_->columns());
-    return {std::vector<std::int8_t>(padded), std::vector<double>(padded), {}};
+    Workspace workspace{std::vector<double>(padded), {}, {}};
+    workspace.searches.push_back(make_search());
+    workspace.active.reserve(1);
+    return workspace;
   }
 
   // Replaces `top` by the k best eligible items, best first. query: [padded(d)], zero beyond d. An
   // item whose score is not finite is left out. At most one pass over the panels; allocates only
-  // while top and workspace grow to k and 2 k + 256.
+  // while top and workspace grow to k and some 3 k + 600.
   void top_k(std::span<const float> query, std::size_t k, const Eligibility& eligibility,
              Workspace& workspace, std::vector<ScoredItem>& top) const {
-    top.clear();
-    if (k == 0) return;
-    Search search{k, eligibility, workspace.query.data(), &workspace.best};
-    workspace.best.clear();
-    workspace.best.reserve(2 * k + chunk_rows);
-    widen(query, workspace);
-    double norm = 0;
-    for (const double q : workspace.query) norm += q * q;
-    norm = std::sqrt(norm);
-    if (std::isfinite(norm) && !few_eligible(eligibility))
-      scan(query, static_cast<float>(norm) * (1 + 1e-6f), search, workspace);
-    else
-      look_at_all(search);
-    search.cut();
-    std::sort(workspace.best.begin(), workspace.best.end(), std::greater<>{});
-    top.reserve(workspace.best.size());
-    for (const std::uint64_t key : workspace.best) top.push_back({item_of(key), score_of(key)});
+    const Query one{query, k, eligibility, &top};
+    top_k({&one, 1}, workspace);
+  }
+
+  // Many queries in one pass, each exactly as alone: the rows come from memory once, and stay in
+  // the core's cache while all queries see them. The workspace grows to the largest batch.
+  void top_k(std::span<const Query> queries, Workspace& workspace) const {
+    while (workspace.searches.size() < queries.size()) workspace.searches.push_back(make_search());
+    workspace.active.clear();
+    for (std::size_t i = 0; i < queries.size(); ++i) {
+      Search& search = workspace.searches[i];
+      begin(queries[i], search);
+      if (search.k == 0) continue;
+      if (search.slack < 1e30f && !few_eligible(search.eligibility))
+        workspace.active.push_back(&search);
+      else
+        look_at_all(search);
+    }
+    scan(workspace.active);
+    for (std::size_t i = 0; i < queries.size(); ++i) finish(workspace.searches[i], *queries[i].top);
   }
 
   // The scores of `items`, in their order, to scores.
   void score(std::span<const float> query, std::span<const std::uint32_t> items,
              Workspace& workspace, std::span<float> scores) const noexcept {
-    widen(query, workspace);
+    widen(query, workspace.query);
     exact(workspace.query.data(), items, scores.data());
   }
 
@@ -2933,28 +3135,83 @@ class Scorer {
                   (vectors_->type() == ElementType::i8
                        ? static_cast<double>(vectors_->i8()[item * vectors_->columns() + c])
                        : static_cast<double>(vectors_->f32()[item * vectors_->columns() + c]));
-    return finish(item, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
+    return score_of_dot(item, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
   }
 
   const char* instruction_set() const noexcept { return table_->name; }
 
  private:
-  static constexpr std::size_t largest_8bit = std::size_t{1} << 24;  // bytes
+  // Larger catalogues come from main memory or nearly so, and half the bytes are worth a second
+  // look at what passes.
+  static constexpr std::size_t largest_8bit = std::size_t{1} << 24;  // bytes of int8 vectors
   static constexpr std::size_t chunk_panels = 16;
   static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
+  static constexpr std::size_t second_look = 64;  // items, in which time their rows come
 
-  // Largest values of a chunk's rows, or of all rows from a chunk on.
+  // Of a chunk's rows, or of all rows from a chunk on.
   struct Bounds {
-    float norm = 0;      // |v|
-    float residual = 0;  // |r|
-    float bias = -std::numeric_limits<float>::infinity();
+    float norm = 0;      // largest |v|
+    float residual = 0;  // largest |r|
+    float least_residual = std::numeric_limits<float>::infinity();
+    float bias = -std::numeric_limits<float>::infinity();  // largest
 
     void add(const Bounds& other) noexcept {
       norm = std::max(norm, other.norm);
       residual = std::max(residual, other.residual);
+      least_residual = std::min(least_residual, other.least_residual);
       bias = std::max(bias, other.bias);
     }
   };
+
+  // All rows, in order_; see kernels::PanelScan and NibbleScan.
+  struct Panels {
+    int bits = 8;
+    std::size_t bytes_a_panel = 0;
+    std::vector<std::uint8_t> bytes;
+    std::vector<float> scales, biases;  // of 8 bits
+    // Of 4 bits. Biases are raised by length_ |r|: what a query of the usual length needs for a
+    // margin, each row its own.
+    std::vector<std::uint16_t> short_scales, raised_biases;
+    std::vector<Bounds> chunks;  // of each chunk of chunk_rows positions
+  };
+
+  // One query on its way through the panels.
+  struct Search {
+    std::size_t k = 0;
+    Eligibility eligibility;
+    std::vector<double> query;  // [padded(d)]
+    std::vector<std::int8_t> quantised;
+    float step = 0, norm = 0, error = 0;  // s, |q|, |e|
+    float slack = 0;                      // for rounding in f32
+    std::int32_t sum = 0;                 // of quantised
+    float threshold = 0;                  // no higher than the k-th best score
+    std::size_t next_raise = 0;           // found, when the threshold is raised again
+    // Candidates: bounds of their scores, the items. lower is -inf from found to the next multiple
+    // of kernels::lanes.
+    std::size_t found = 0;
+    std::vector<float> lower, upper;
+    std::vector<std::uint32_t> items;
+    // Items for a second look, and how far off that can be.
+    std::size_t waiting = 0;
+    std::array<std::uint32_t, second_look + chunk_rows> waiting_items;
+    std::array<float, second_look + chunk_rows> waiting_margins;
+    std::vector<std::uint64_t> best;  // keys, while candidates are resolved
+
+    std::size_t growth() const noexcept { return std::max<std::size_t>(k, 64); }
+    void add(std::uint32_t item, float low, float high) noexcept {
+      lower[found] = low;
+      upper[found] = high;
+      items[found++] = item;
+    }
+  };
+
+  Search make_search() const {
+    const std::size_t padded = kernels::padded(vectors_->columns());
+    Search search;
+    search.query.resize(padded);
+    search.quantised.resize(padded);
+    return search;
+  }
 
   // Keys compare as ranks_before does: the score's bits in an order-preserving form above the
   // complement of the item.
@@ -2972,35 +3229,53 @@ class Scorer {
                                 (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
   }
 
-  struct Search {
-    std::size_t k;
-    const Eligibility& eligibility;
-    const double* query;
-    std::vector<std::uint64_t>* best;
-    std::uint64_t worst = 0;  // key of the k-th best, once k are known
-    float threshold = -std::numeric_limits<float>::infinity();
+  static void widen(std::span<const float> query, std::span<double> wide) noexcept {
+    for (std::size_t c = 0; c < wide.size(); ++c) wide[c] = query[c];
+  }
 
-    void offer(float score, std::uint32_t item) {
-      if (!std::isfinite(score)) return;
-      const std::uint64_t key = key_of(score, item);
-      if (key > worst) best->push_back(key);
+  void begin(const Query& query, Search& search) const {
+    search.k = query.k;
+    search.eligibility = query.eligibility;
+    search.found = search.waiting = 0;
+    search.threshold = -std::numeric_limits<float>::infinity();
+    search.next_raise = search.k;
+    const std::size_t capacity = kernels::padded(search.k + 2 * search.growth() + 2 * chunk_rows);
+    if (search.items.size() < capacity) {
+      search.lower.resize(capacity);
+      search.upper.resize(capacity);
+      search.items.resize(capacity);
+      search.best.reserve(capacity);
     }
-
-    // Keeps the k best and raises the threshold.
-    void cut() {
-      if (best->size() < k) return;
-      if (best->size() > k) {
-        std::nth_element(best->begin(), best->begin() + static_cast<std::ptrdiff_t>(k - 1),
-                         best->end(), std::greater<>{});
-        best->resize(k);
-      }
-      worst = (*best)[k - 1];
-      threshold = score_of(worst);
+    widen(query.query, search.query);
+    const std::size_t d = vectors_->columns();
+    const int limit = panels_.bits == 8 ? table_->query_limit : 127;
+    search.step =
+        table_->quantise(d, query.query.data(), limit, search.quantised.data(), search.sum);
+    double squares = 0, errors = 0;
+    for (std::size_t c = 0; c < d; ++c) {
+      const double q = search.query[c];
+      const double e = q - static_cast<double>(search.step) * search.quantised[c];
+      squares += q * q;
+      errors += e * e;
     }
-  };
+    search.norm = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
+    search.error = static_cast<float>(std::sqrt(errors)) * (1 + 1e-6f);
+    // Rounding in f32 of the approximate score (4 roundings), the exact one (1), its bounds (2),
+    // margins and limits (5), each at most 2^-24 of the largest magnitude involved.
+    const Bounds& all = from_[0];
+    search.slack = 1e-6f * ((search.norm + search.error + length_) * (all.norm + all.residual) +
+                            largest_bias_);
+  }
 
-  void widen(std::span<const float> query, Workspace& workspace) const noexcept {
-    for (std::size_t c = 0; c < workspace.query.size(); ++c) workspace.query[c] = query[c];
+  void finish(Search& search, std::vector<ScoredItem>& top) const {
+    top.clear();
+    if (search.k == 0) return;
+    second_looks(search);
+    raise(search);
+    resolve(search);
+    std::sort(search.best.begin(), search.best.end(), std::greater<>{});
+    top.reserve(search.best.size());
+    for (const std::uint64_t key : search.best) top.push_back({item_of(key), score_of(key)});
   }
 
   void exact(const double* query, std::span<const std::uint32_t> items,
@@ -3014,11 +3289,12 @@ class Scorer {
         table_->dots_i8(vectors.i8().data(), d, query, some.data(), some.size(), dots.data());
       else
         table_->dots_f32(vectors.f32().data(), d, query, some.data(), some.size(), dots.data());
-      for (std::size_t i = 0; i < some.size(); ++i) scores[begin + i] = finish(some[i], dots[i]);
+      for (std::size_t i = 0; i < some.size(); ++i)
+        scores[begin + i] = score_of_dot(some[i], dots[i]);
     }
   }
 
-  float finish(std::uint32_t item, double dot) const noexcept {
+  float score_of_dot(std::uint32_t item, double dot) const noexcept {
     const double bias = biases_by_item_[item];
     return static_cast<float>(
         vectors_->type() == ElementType::i8
@@ -3029,11 +3305,15 @@ class Scorer {
   void prefetch(std::uint32_t item) const noexcept {
     const Matrix& vectors = *vectors_;
     const std::size_t at = item * vectors.columns();
-    const auto* row = vectors.type() == ElementType::i8
-                          ? reinterpret_cast<const char*>(vectors.i8().data() + at)
-                          : reinterpret_cast<const char*>(vectors.f32().data() + at);
-    __builtin_prefetch(row);
-    __builtin_prefetch(row + 64);
+    if (vectors.type() == ElementType::i8) {
+      __builtin_prefetch(vectors.i8().data() + at);
+      __builtin_prefetch(vectors.i8().data() + at + 64);
+      __builtin_prefetch(vectors.scales().data() + item);
+    } else {
+      __builtin_prefetch(vectors.f32().data() + at);
+      __builtin_prefetch(vectors.f32().data() + at + 16);
+    }
+    __builtin_prefetch(biases_by_item_.data() + item);
   }
 
   // Where a filter leaves little, looking at each of those items is faster than the scan.
@@ -3048,138 +3328,196 @@ class Scorer {
 
   void look_at_all(Search& search) const {
     const std::size_t items = vectors_->rows();
+    std::array<std::uint32_t, 64> some;
+    std::array<float, 64> scores;
     for (std::size_t begin = 0; begin < items; begin += 64) {
       const std::size_t left = std::min<std::size_t>(64, items - begin);
       std::uint64_t allowed = search.eligibility.word(begin / 64);
       if (left < 64) allowed &= (std::uint64_t{1} << left) - 1;
-      std::array<std::uint32_t, 64> some;
-      std::size_t found = 0;
+      std::size_t count = 0;
       for (; allowed != 0; allowed &= allowed - 1)
-        some[found++] = static_cast<std::uint32_t>(begin) +
+        some[count++] = static_cast<std::uint32_t>(begin) +
                         static_cast<std::uint32_t>(std::countr_zero(allowed));
-      look_at({some.data(), found}, search);
+      exact(search.query.data(), {some.data(), count}, scores.data());
+      for (std::size_t i = 0; i < count; ++i)
+        if (std::isfinite(scores[i]) && scores[i] >= search.threshold)
+          search.add(some[i], scores[i], scores[i]);
+      if (search.found >= search.next_raise) raise(search);
     }
   }
 
-  void look_at(std::span<const std::uint32_t> items, Search& search) const {
-    std::array<float, 2 * chunk_rows> scores;
-    exact(search.query, items, scores.data());
-    for (std::size_t i = 0; i < items.size(); ++i) search.offer(scores[i], items[i]);
-    // Early cuts are cheap and raise the threshold; later ones have less to gain.
-    if (search.best->size() >= (search.worst == 0 ? search.k + 1 : 2 * search.k)) search.cut();
-  }
-
-  void scan(std::span<const float> query, float norm, Search& search, Workspace& workspace) const {
-    std::int32_t sum = 0;
-    const std::size_t d = vectors_->columns();
-    const int limit = bits_ == 8 ? table_->query_limit : 127;
-    const float step = table_->quantise(d, query.data(), limit, workspace.quantised.data(), sum);
-    double squares = 0;
-    for (std::size_t c = 0; c < d; ++c) {
-      const double e = workspace.query[c] - static_cast<double>(step) * workspace.quantised[c];
-      squares += e * e;
-    }
-    const float error = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
-    // Rounding in f32: of the approximate score (4 roundings), the exact one (1), threshold and
-    // margin (3), each at most 2^-24 of the largest magnitude involved.
-    const Bounds& all = from_[0];
-    const float slack = 1e-6f * ((norm + error) * (all.norm + all.residual) + largest_bias_);
-    const std::size_t panel_size = panel_bytes();
-    const std::size_t panels = order_.size() / kernels::panel_rows;
-    std::array<std::uint16_t, chunk_panels> masks;
-    // Candidates wait for a batch, in which time their rows come out of memory.
-    constexpr std::size_t batch = 64;
-    std::array<std::uint32_t, batch + chunk_rows> candidates;
-    std::size_t found = 0;
-    for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
-      const auto reaches = [&](const Bounds& b) {
-        return norm * b.norm + b.bias + slack >= search.threshold;
-      };
-      if (!reaches(from_[chunk])) break;
-      if (!reaches(chunks_[chunk])) continue;
-      const Bounds& bounds = chunks_[chunk];
-      const float margin = error * (bounds.norm + bounds.residual) + norm * bounds.residual + slack;
-      const std::size_t first = chunk * chunk_panels;
-      const std::size_t count = std::min(chunk_panels, panels - first);
-      const kernels::PanelScan rows{panels_.data() + first * panel_size,
-                                    scales_.data() + first * kernels::panel_rows,
-                                    biases_.data() + first * kernels::panel_rows,
-                                    d,
-                                    workspace.quantised.data(),
-                                    (bits_ == 8 ? -128 : -8) * sum,
-                                    step};
-      (bits_ == 8 ? table_->scan_8bit : table_->scan_4bit)(rows, count, search.threshold - margin,
-                                                           masks.data());
-      for (std::size_t p = 0; p < count; ++p) {
-        for (std::uint32_t mask = masks[p]; mask != 0; mask &= mask - 1) {
-          const std::uint32_t item = order_[(first + p) * kernels::panel_rows +
-                                            static_cast<std::size_t>(std::countr_zero(mask))];
-          if (!search.eligibility.test(item)) continue;
-          prefetch(item);
-          candidates[found++] = item;
+  void scan(std::vector<Search*>& active) const {
+    for (std::size_t chunk = 0; chunk < panels_.chunks.size() && !active.empty(); ++chunk)
+      for (std::size_t i = 0; i < active.size();) {
+        if (visit(chunk, *active[i])) {
+          ++i;
+        } else {
+          active[i] = active.back();
+          active.pop_back();
         }
       }
-      if (found >= batch) {
-        look_at({candidates.data(), found}, search);
-        found = 0;
-      }
-    }
-    look_at({candidates.data(), found}, search);
   }
 
-  std::size_t panel_bytes() const noexcept {
-    const std::size_t d = vectors_->columns();
-    return bits_ == 8 ? kernels::panel_bytes<8>(d) : kernels::panel_bytes<4>(d);
+  // False where neither this chunk nor a later one can hold one of the k best.
+  bool visit(std::size_t chunk, Search& search) const {
+    const auto reaches = [&](const Bounds& b) {
+      return search.norm * b.norm + b.bias + search.slack >= search.threshold;
+    };
+    if (!reaches(from_[chunk])) return false;
+    const Bounds& bounds = panels_.chunks[chunk];
+    if (!reaches(bounds)) return true;
+    const bool again = panels_.bits == 4;
+    const std::size_t first = chunk * chunk_panels, row = first * kernels::panel_rows;
+    const std::size_t count = std::min(chunk_panels, order_.size() / kernels::panel_rows - first);
+    const std::uint8_t* bytes = panels_.bytes.data() + first * panels_.bytes_a_panel;
+    float margin = search.error * (bounds.norm + bounds.residual) + search.slack;
+    std::array<std::uint16_t, chunk_panels> masks{};
+    std::array<float, chunk_rows> scores;
+    if (again) {
+      const float longer = search.norm - length_;
+      margin += longer * (longer > 0 ? bounds.residual : bounds.least_residual);
+      table_->scan_4bit(
+          {bytes, panels_.short_scales.data() + row, panels_.raised_biases.data() + row,
+           vectors_->columns(), search.quantised.data(), -8 * search.sum, search.step},
+          count, search.threshold - margin, masks.data());
+    } else {
+      margin += search.norm * bounds.residual;
+      table_->scan_8bit(
+          {bytes, panels_.scales.data() + row, panels_.biases.data() + row, vectors_->columns(),
+           search.quantised.data(), -128 * search.sum, search.step},
+          count, search.threshold - margin, masks.data(), scores.data());
+    }
+    const float second_margin = search.error * bounds.norm + search.slack;
+    for (std::size_t word = 0; word < chunk_rows; word += 64) {
+      std::uint64_t mask;
+      std::memcpy(&mask, masks.data() + word / kernels::panel_rows, sizeof mask);
+      for (; mask != 0; mask &= mask - 1) {
+        const std::size_t r = word + static_cast<std::size_t>(std::countr_zero(mask));
+        const std::uint32_t item = order_[row + r];
+        if (!search.eligibility.test(item)) continue;
+        if (again) {
+          prefetch(item);
+          search.waiting_items[search.waiting] = item;
+          search.waiting_margins[search.waiting++] = second_margin;
+        } else {
+          search.add(item, scores[r] - margin, scores[r] + margin);
+        }
+      }
+    }
+    if (search.waiting >= second_look) second_looks(search);
+    if (search.found >= search.next_raise) raise(search);
+    return true;
   }
 
-  // The row in `bits_` bits: the scale, and the norm of what is left over. Of 4 bits, the scale
-  // that leaves least is looked for among a few.
-  static float quantise_row(std::span<const float> row, int bits, std::span<std::int8_t> values,
-                            double& residual) noexcept {
-    float largest = 0;
-    for (const float v : row) largest = std::max(largest, std::abs(v));
-    residual = 0;
-    if (largest == 0) {
-      std::fill(values.begin(), values.end(), std::int8_t{0});
-      return 0;
+  // In 8 bits where the rows are of 8 bits, exactly otherwise.
+  void second_looks(Search& search) const {
+    const std::size_t count = std::exchange(search.waiting, 0);
+    if (count == 0) return;
+    const Matrix& vectors = *vectors_;
+    const auto& items = search.waiting_items;
+    std::array<float, second_look + chunk_rows> scores;
+    const bool integers = vectors.type() == ElementType::i8;
+    if (integers) {
+      std::array<std::int32_t, second_look + chunk_rows> dots;
+      table_->row_dots(vectors.i8().data(), vectors.columns(), search.quantised.data(),
+                       -128 * search.sum, items.data(), count, dots.data());
+      for (std::size_t i = 0; i < count; ++i)
+        scores[i] = static_cast<float>(dots[i]) * search.step * vectors.scales()[items[i]] +
+                    biases_by_item_[items[i]];
+    } else {
+      exact(search.query.data(), {items.data(), count}, scores.data());
     }
-    const float most = bits == 8 ? 127.0f : 7.0f;
-    float best_scale = 0;
-    residual = std::numeric_limits<double>::infinity();
-    for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
-      const float scale = largest * part / most, inverse = most / (largest * part);
-      double squares = 0;
-      for (const float v : row) {
-        const double e = v - static_cast<double>(scale) * nearest(v * inverse, most);
-        squares += e * e;
-      }
-      if (squares < residual) {
-        residual = squares;
-        best_scale = scale;
-      }
-      if (bits == 8) break;
+    for (std::size_t i = 0; i < count; ++i) {
+      const float margin = integers ? search.waiting_margins[i] : 0.0f;
+      if (scores[i] + margin >= search.threshold)
+        search.add(items[i], scores[i] - margin, scores[i] + margin);
     }
-    const float inverse = 1.0f / best_scale;
-    residual = 0;
-    for (std::size_t c = 0; c < row.size(); ++c) {
-      const float value = nearest(row[c] * inverse, most);
-      values[c] = static_cast<std::int8_t>(value);
-      const double e = row[c] - static_cast<double>(best_scale) * value;
-      residual += e * e;
-    }
-    residual = std::sqrt(residual);
-    return best_scale;
   }
+
+  // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
+  // drops little (ties), exact scores do.
+  void raise(Search& search) const {
+    if (search.found >= search.k) {
+      const std::size_t size = kernels::padded(search.found);
+      std::fill(search.lower.begin() + static_cast<std::ptrdiff_t>(search.found),
+                search.lower.begin() + static_cast<std::ptrdiff_t>(size),
+                -std::numeric_limits<float>::infinity());
+      search.threshold = table_->kth_largest(size, search.lower.data(), search.k, search.threshold);
+      std::size_t kept = 0;
+      for (std::size_t i = 0; i < search.found; ++i) {
+        search.lower[kept] = search.lower[i];
+        search.upper[kept] = search.upper[i];
+        search.items[kept] = search.items[i];
+        kept += search.upper[i] >= search.threshold;
+      }
+      search.found = kept;
+    }
+    if (search.found > search.k + search.growth()) {
+      resolve(search);
+      for (std::size_t i = 0; i < search.best.size(); ++i) {
+        search.items[i] = item_of(search.best[i]);
+        search.lower[i] = search.upper[i] = score_of(search.best[i]);
+      }
+      search.found = search.best.size();
+      if (search.found == search.k) search.threshold = score_of(search.best.back());
+    }
+    search.next_raise = std::max(search.k, search.found) + search.growth();
+  }
+
+  // The keys of the best of the candidates, the k-th last.
+  void resolve(Search& search) const {
+    std::array<float, 64> scores;
+    const std::span<const std::uint32_t> items(search.items.data(), search.found);
+    search.best.clear();
+    for (std::size_t begin = 0; begin < items.size(); begin += scores.size()) {
+      const auto some = items.subspan(begin, std::min(scores.size(), items.size() - begin));
+      exact(search.query.data(), some, scores.data());
+      for (std::size_t i = 0; i < some.size(); ++i)
+        if (std::isfinite(scores[i])) search.best.push_back(key_of(scores[i], some[i]));
+    }
+    if (search.best.size() <= search.k) return;
+    std::nth_element(search.best.begin(),
+                     search.best.begin() + static_cast<std::ptrdiff_t>(search.k - 1),
+                     search.best.end(), std::greater<>{});
+    search.best.resize(search.k);
+  }
+
   static float nearest(float v, float most) noexcept {
-    return std::clamp(std::nearbyint(v), -most, most);
+    // Adding 1.5 * 2^23 leaves no bits for the fraction.
+    return (std::clamp(v, -most, most) + 12582912.0f) - 12582912.0f;
+  }
+
+  // |v - scale v^|^2 of a row quantised with a scale.
+  static double squared_residual(std::span<const float> row, float scale, float most) noexcept {
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    double squares = 0;
+    for (const float v : row) {
+      const double e = v - static_cast<double>(scale) * nearest(v * inverse, most);
+      squares += e * e;
+    }
+    return squares;
+  }
+
+  // The scale that leaves least of a row in 4 bits, as bfloat16. It pays to cut off the largest.
+  static std::uint16_t best_scale(std::span<const float> row, float largest) noexcept {
+    std::uint16_t best = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
+      const std::uint16_t scale = bfloat16(largest * part / 7);
+      const double residual = squared_residual(row, wide(scale), 7);
+      if (residual >= least) continue;
+      least = residual;
+      best = scale;
+    }
+    return best;
   }
 
   // Rows by the largest score they could have with a query of the usual length; any order is
   // correct, this one ends the scan soonest.
   void build(float length) {
+    length_ = length;
     const Matrix& vectors = *vectors_;
     const std::size_t items = vectors.rows(), d = vectors.columns();
-    bits_ = items * d <= largest_8bit ? 8 : 4;
     std::vector<float> row(d), norms(items), reach(items);
     for (std::uint32_t i = 0; i < items; ++i) {
       vectors.row(i, row);
@@ -3187,50 +3525,99 @@ class Scorer {
       for (const float v : row) squares += static_cast<double>(v) * v;
       norms[i] = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
       reach[i] = length * norms[i] + biases_by_item_[i];
+      if (std::isnan(reach[i])) reach[i] = -std::numeric_limits<float>::infinity();
       largest_bias_ = std::max(largest_bias_, std::abs(biases_by_item_[i]));
     }
     order_.resize(kernels::padded(items));
     std::iota(order_.begin(), order_.end(), 0u);
     std::stable_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(items),
                      [&](std::uint32_t a, std::uint32_t b) { return reach[a] > reach[b]; });
-    panels_.assign(order_.size() / kernels::panel_rows * panel_bytes(), 0);
-    scales_.resize(order_.size());
-    biases_.resize(order_.size(), std::numeric_limits<float>::quiet_NaN());
-    chunks_.resize((order_.size() + chunk_rows - 1) / chunk_rows);
+    panels_ = make_panels(items * d <= largest_8bit ? 8 : 4, norms);
+    from_ = panels_.chunks;
+    for (std::size_t c = from_.size() - 1; c > 0; --c) from_[c - 1].add(from_[c]);
+  }
+
+  Panels make_panels(int bits, std::span<const float> norms) const {
+    const Matrix& vectors = *vectors_;
+    const std::size_t items = vectors.rows(), d = vectors.columns();
+    Panels panels;
+    panels.bits = bits;
+    panels.bytes_a_panel = bits == 8 ? kernels::panel_bytes<8>(d) : kernels::panel_bytes<4>(d);
+    panels.bytes.assign(order_.size() / kernels::panel_rows * panels.bytes_a_panel, 0);
+    constexpr float never = std::numeric_limits<float>::quiet_NaN();
+    if (bits == 8) {
+      panels.scales.resize(order_.size());
+      panels.biases.resize(order_.size(), never);
+    } else {
+      panels.short_scales.resize(order_.size());
+      panels.raised_biases.resize(order_.size(), bfloat16(never));
+    }
+    panels.chunks.resize((order_.size() + chunk_rows - 1) / chunk_rows);
+    std::vector<float> row(d);
     std::vector<std::int8_t> values(d);
     for (std::size_t p = 0; p < items; ++p) {
       const std::uint32_t item = order_[p];
-      std::uint8_t* panel = panels_.data() + p / kernels::panel_rows * panel_bytes();
+      std::uint8_t* panel = panels.bytes.data() + p / kernels::panel_rows * panels.bytes_a_panel;
       const std::size_t lane = p % kernels::panel_rows;
-      double residual = 0;
-      if (bits_ == 8 && vectors.type() == ElementType::i8) {
-        scales_[p] = vectors.scales()[item];
+      float residual = 0;
+      if (!std::isfinite(norms[item])) {
+        panels.chunks[p / chunk_rows].add({norms[item], 0, 0, biases_by_item_[item]});
+        continue;
+      }
+      if (bits == 8 && vectors.type() == ElementType::i8) {
+        panels.scales[p] = vectors.scales()[item];
         kernels::put_in_panel<8>(panel, lane, vectors.i8().data() + item * d, d);
       } else {
         vectors.row(item, row);
-        scales_[p] = quantise_row(row, bits_, values, residual);
-        if (bits_ == 8)
+        float largest = 0;
+        for (const float v : row) largest = std::max(largest, std::abs(v));
+        const float most = bits == 8 ? 127.0f : 7.0f;
+        float scale = largest / most;
+        if (bits == 4) {
+          panels.short_scales[p] = best_scale(row, largest);
+          scale = wide(panels.short_scales[p]);
+        } else {
+          panels.scales[p] = scale;
+        }
+        const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        for (std::size_t c = 0; c < d; ++c)
+          values[c] = static_cast<std::int8_t>(nearest(row[c] * inverse, most));
+        residual = static_cast<float>(std::sqrt(squared_residual(row, scale, most))) * (1 + 1e-6f);
+        if (bits == 8)
           kernels::put_in_panel<8>(panel, lane, values.data(), d);
         else
           kernels::put_in_panel<4>(panel, lane, values.data(), d);
       }
-      biases_[p] = biases_by_item_[item];
-      chunks_[p / chunk_rows].add(
-          {norms[item], static_cast<float>(residual) * (1 + 1e-6f), biases_by_item_[item]});
+      if (bits == 8)
+        panels.biases[p] = biases_by_item_[item];
+      else
+        panels.raised_biases[p] = bfloat16_above(biases_by_item_[item] + length_ * residual);
+      panels.chunks[p / chunk_rows].add({norms[item], residual, residual, biases_by_item_[item]});
     }
-    from_ = chunks_;
-    for (std::size_t c = from_.size() - 1; c > 0; --c) from_[c - 1].add(from_[c]);
+    return panels;
+  }
+
+  // bfloat16: the upper half of a float.
+  static float wide(std::uint16_t v) noexcept {
+    return std::bit_cast<float>(std::uint32_t{v} << 16);
+  }
+  static std::uint16_t bfloat16(float v) noexcept {
+    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+  }
+  // No lower than v; a NaN stays one.
+  static std::uint16_t bfloat16_above(float v) noexcept {
+    const std::uint16_t below = bfloat16(v);
+    if (std::isnan(v)) return bfloat16(std::numeric_limits<float>::quiet_NaN());
+    return static_cast<std::uint16_t>(wide(below) < v ? below + 1 : below);
   }
 
   const Matrix* vectors_;
   std::span<const float> biases_by_item_;
   const kernels::Table* table_;
-  int bits_ = 8;                      // of a value in the panels
   std::vector<std::uint32_t> order_;  // position in the panels to item, padded to whole panels
-  std::vector<std::uint8_t> panels_;
-  std::vector<float> scales_, biases_;  // by position; NaN biases behind the last item
-  std::vector<Bounds> chunks_;          // of each chunk of chunk_rows positions
-  std::vector<Bounds> from_;            // of each chunk and all later ones
+  Panels panels_;
+  std::vector<Bounds> from_;  // of each chunk and all later ones
+  float length_ = 0;          // of a usual query
   float largest_bias_ = 0;
 };
 

@@ -1,9 +1,12 @@
 // The SIMD form of each kernel against the scalar reference, over sizes that do not fit the width.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -54,17 +57,39 @@ struct Panels {
     }
     scales = values(random, all, 0.01f);
     biases = values(random, all);
+    // What bfloat16 can hold.
+    for (auto* some : {&scales, &biases})
+      for (float& v : *some) v = std::bit_cast<float>(std::uint32_t{upper_half(v)} << 16);
   }
   pz::kernels::PanelScan scan(const std::vector<std::int8_t>& query, std::int32_t sum) const {
-    return {bytes.data(), scales.data(), biases.data(),
-            columns,      query.data(),  (Bits == 8 ? -128 : -8) * sum,
-            0.02f};
+    return {bytes.data(), scales.data(), biases.data(), columns, query.data(), -128 * sum, 0.02f};
+  }
+  // masks of the rows that reach `limit`
+  void scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
+            std::vector<std::uint16_t>& masks) const {
+    if constexpr (Bits == 8) {
+      std::vector<float> scores(count * pz::kernels::panel_rows);
+      Fast::scan_8bit(scan(query, sum), count, limit, masks.data(), scores.data());
+      std::vector<float> plain(scores.size());
+      Fast::matrix_vector_i8(scan(query, sum), count, plain.data());
+      for (std::size_t r = 0; r < scores.size(); ++r)
+        REQUIRE(std::memcmp(&scores[r], &plain[r], sizeof(float)) == 0);
+    } else {
+      std::vector<std::uint16_t> short_scales, short_biases;
+      for (const float v : scales) short_scales.push_back(upper_half(v));
+      for (const float v : biases) short_biases.push_back(upper_half(v));
+      Fast::scan_4bit({bytes.data(), short_scales.data(), short_biases.data(), columns,
+                       query.data(), -8 * sum, 0.02f},
+                      count, limit, masks.data());
+    }
+  }
+  static std::uint16_t upper_half(float v) {
+    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
   }
 };
 
 template <int Bits>
 void scan_is_exact() {
-  const auto fast_scan = Bits == 8 ? &Fast::scan_8bit : &Fast::scan_4bit;
   const int limit = Bits == 8 ? Fast::query_limit : 127;
   Random random{1};
   for (const std::size_t d : {1u, 3u, 4u, 5u, 15u, 16u, 17u, 64u, 100u, 149u, 1024u}) {
@@ -95,7 +120,7 @@ void scan_is_exact() {
       }
       std::vector<std::uint16_t> masks(count);
       for (const float at : {-1e30f, -0.5f, 0.0f, 0.7f, 1e30f}) {
-        fast_scan(panels.scan(query, sum), count, at, masks.data());
+        panels.scan(query, sum, at, masks);
         for (std::size_t r = 0; r < all; ++r) {
           const bool reached = (masks[r / 16] >> (r % 16) & 1) != 0;
           // Rounding may decide where a score lies on the limit.
@@ -105,8 +130,7 @@ void scan_is_exact() {
       }
       auto nothing = panels;
       for (float& b : nothing.biases) b = std::numeric_limits<float>::quiet_NaN();
-      fast_scan(nothing.scan(query, sum), count, -std::numeric_limits<float>::infinity(),
-                masks.data());
+      nothing.scan(query, sum, -std::numeric_limits<float>::infinity(), masks);
       for (const std::uint16_t mask : masks) REQUIRE(mask == 0);
     }
   }
@@ -114,6 +138,56 @@ void scan_is_exact() {
 
 TEST_CASE("products with rows of 8 bits are exact") { scan_is_exact<8>(); }
 TEST_CASE("products with rows of 4 bits are exact") { scan_is_exact<4>(); }
+
+TEST_CASE("products of a row with a query are exact") {
+  Random random{12};
+  for (const std::size_t d : {1u, 15u, 16u, 17u, 63u, 64u, 65u, 149u, 1000u}) {
+    std::vector<std::int8_t> rows(9 * d + pz::kernels::lanes), query(pz::kernels::padded(d));
+    std::int32_t sum = 0;
+    for (auto& v : rows) v = static_cast<std::int8_t>(static_cast<int>(random.below(255)) - 127);
+    for (std::size_t c = 0; c < d; ++c) {
+      query[c] = static_cast<std::int8_t>(static_cast<int>(random.below(255)) - 127);
+      if (d == 64) query[c] = rows[4 * d + c] = -127;
+      sum += query[c];
+    }
+    const std::vector<std::uint32_t> items{8, 0, 4, 4, 7};
+    std::vector<std::int32_t> dots(items.size());
+    Fast::row_dots(rows.data(), d, query.data(), -128 * sum, items.data(), items.size(),
+                   dots.data());
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      std::int32_t direct = 0;
+      for (std::size_t c = 0; c < d; ++c) direct += rows[items[i] * d + c] * query[c];
+      REQUIRE(dots[i] == direct);
+    }
+  }
+}
+
+TEST_CASE("what at least k values reach, and few more") {
+  Random random{13};
+  constexpr float nothing = -std::numeric_limits<float>::infinity();
+  for (const std::size_t size : {16u, 160u, 992u})
+    for (const std::size_t k : {1u, 3u, 16u, 100u, 600u}) {
+      if (k > size) continue;
+      auto x = values(random, size);
+      x.resize(size);
+      if (k < size) x[size / 2] = nothing;
+      for (const float low : {nothing, -3.0f}) {
+        const auto reach = [&](float limit) {
+          return static_cast<std::size_t>(
+              std::count_if(x.begin(), x.end(), [&](float v) { return v >= limit; }));
+        };
+        if (reach(low) < k) continue;
+        for (const float found : {Fast::kth_largest(size, x.data(), k, low),
+                                  Reference::kth_largest(size, x.data(), k, low)}) {
+          CHECK(found >= low);
+          CHECK(reach(found) >= k);
+          CHECK(reach(found) <= k + k / 16 + 1);
+        }
+      }
+      std::fill(x.begin(), x.end(), 2.0f);
+      CHECK(Fast::kth_largest(size, x.data(), k, nothing) == 2.0f);
+    }
+}
 
 TEST_CASE("the products that define scores have the same bits everywhere") {
   Random random{7};

@@ -23,12 +23,14 @@ std::vector<pz::ScoredItem> top_k(const pz::Scorer& scorer, const std::vector<fl
   return top;
 }
 
-std::vector<pz::ScoredItem> full_sort(const pz::Scorer& scorer, const pz::Model& model,
+std::vector<pz::ScoredItem> full_sort(const pz::Scorer& scorer, std::size_t items,
                                       const std::vector<float>& query, std::size_t k,
                                       const pz::Eligibility& eligibility) {
   std::vector<pz::ScoredItem> all;
-  for (std::uint32_t i = 0; i < model.item_count(); ++i)
-    if (eligibility.test(i)) all.push_back({i, scorer.score(query, i)});
+  for (std::uint32_t i = 0; i < items; ++i) {
+    const float score = scorer.score(query, i);
+    if (eligibility.test(i) && std::isfinite(score)) all.push_back({i, score});
+  }
   std::sort(all.begin(), all.end(), pz::ranks_before);
   all.resize(std::min(k, all.size()));
   return all;
@@ -83,7 +85,7 @@ TEST_CASE("top k is the head of a full sort") {
         CAPTURE(k);
         const auto query = random_query(random, 20);
         top = top_k(scorer, query, k, {});
-        same(top, full_sort(scorer, *model, query, k, {}));
+        same(top, full_sort(scorer, model->item_count(), query, k, {}));
         pz::ItemMask eligible(items), excluded(items);
         for (std::uint32_t i = 0; i < items; ++i) {
           if (random.below(3) > 0) eligible.set(i);
@@ -91,7 +93,7 @@ TEST_CASE("top k is the head of a full sort") {
         }
         const pz::Eligibility eligibility{&eligible, &excluded};
         top = top_k(scorer, query, k, eligibility);
-        same(top, full_sort(scorer, *model, query, k, eligibility));
+        same(top, full_sort(scorer, model->item_count(), query, k, eligibility));
       }
       top = top_k(scorer, random_query(random, 20), 0, {});
       CHECK(top.empty());
@@ -169,11 +171,63 @@ TEST_CASE("every element type, many bits of difference, both widths of the scan"
   }
 }
 
+TEST_CASE("a batch gives each query what it gets alone") {
+  // The second is scanned in 4 bits, the third ends at a different row for every query.
+  for (const auto& [items, spread] :
+       {std::pair<std::size_t, float>{3000, 0.3f}, std::pair<std::size_t, float>{270'000, 0.3f},
+        std::pair<std::size_t, float>{20'000, 2.0f}}) {
+    small_model::Random random{items};
+    pz::Matrix vectors = pz::Matrix::zeros(items, 64);
+    std::vector<float> biases(items);
+    for (std::size_t i = 0; i < items; ++i) {
+      const float length = std::exp(spread * random.symmetric());
+      for (std::size_t c = 0; c < 64; ++c) vectors.f32()[i * 64 + c] = random.symmetric() * length;
+      biases[i] = random.symmetric();
+    }
+    vectors = vectors.quantised();
+    const pz::Scorer scorer{vectors, biases, 8.0f};
+    pz::ItemMask half(items), few(items), excluded(items);
+    for (std::uint32_t i = 0; i < items; ++i) {
+      if (random.below(2) == 0) half.set(i);
+      if (random.below(100) == 0) few.set(i);
+      if (random.below(10) == 0) excluded.set(i);
+    }
+    std::vector<std::vector<float>> queries;
+    std::vector<std::vector<pz::ScoredItem>> tops(30);
+    std::vector<pz::Scorer::Query> batch;
+    for (std::size_t i = 0; i < tops.size(); ++i) {
+      queries.push_back(random_query(random, 64));
+      for (float& v : queries.back()) v *= i % 7 == 6 ? 0.0f : std::exp(random.symmetric());
+      if (i == 20) queries.back()[5] = std::numeric_limits<float>::infinity();
+    }
+    for (std::size_t i = 0; i < tops.size(); ++i)
+      batch.push_back({queries[i],
+                       std::vector<std::size_t>{100, 1, 25, 0, 700}[i % 5],
+                       {i % 3 == 0   ? nullptr
+                        : i % 3 == 1 ? &half
+                                     : &few,
+                        i % 2 == 0 ? nullptr : &excluded},
+                       &tops[i]});
+    auto workspace = scorer.make_workspace();
+    for (int twice = 0; twice < 2; ++twice) {
+      scorer.top_k(batch, workspace);
+      for (std::size_t i = 0; i < tops.size(); ++i) {
+        CAPTURE(items);
+        CAPTURE(i);
+        same(tops[i], top_k(scorer, queries[i], batch[i].k, batch[i].eligibility));
+        if (twice == 0 && items < 100'000)
+          same(tops[i],
+               full_sort(scorer, vectors.rows(), queries[i], batch[i].k, batch[i].eligibility));
+      }
+    }
+  }
+}
+
 TEST_CASE("a query that is zero, and one that is not finite") {
   const auto model = small_model::model({.items = 500, .dimension = 20}, true);
   const pz::Scorer scorer{*model};
   std::vector<float> query(pz::kernels::padded(20));
-  same(top_k(scorer, query, 30), full_sort(scorer, *model, query, 30, {}));
+  same(top_k(scorer, query, 30), full_sort(scorer, model->item_count(), query, 30, {}));
   query[3] = std::numeric_limits<float>::quiet_NaN();
   CHECK(top_k(scorer, query, 30).empty());
 }
@@ -186,7 +240,7 @@ TEST_CASE("a filter that leaves little is exact as well") {
   for (const std::uint32_t item : {3u, 64u, 4999u, 2500u}) few.set(item);
   const auto query = random_query(random, 20);
   same(top_k(scorer, query, 3, {&few, nullptr}),
-       full_sort(scorer, *model, query, 3, {&few, nullptr}));
+       full_sort(scorer, model->item_count(), query, 3, {&few, nullptr}));
 }
 
 TEST_CASE("masks") {
