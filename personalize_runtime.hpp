@@ -311,6 +311,7 @@ struct Ops;
 
 template <>
 struct Ops<Scalar> {
+  static constexpr std::size_t panels = 1;
   static constexpr int query_limit = 127;
   struct Sums {
     std::int32_t v[panel_rows];
@@ -382,6 +383,7 @@ struct Ops<Scalar> {
 #if XSIMD_WITH_SSE2
 template <>
 struct Ops<Sse2> {
+  static constexpr std::size_t panels = 1;
   static constexpr int query_limit = 127;
   struct Sums {
     __m128i v[8];  // two rows each, two partial sums a row
@@ -519,6 +521,7 @@ struct Ops<Sse2> {
 #if XSIMD_WITH_FMA3_AVX2
 template <>
 struct Ops<Avx2> {
+  static constexpr std::size_t panels = 4;
   // 255 * 63 * 2 fits the 16 bits that maddubs saturates at.
   static constexpr int query_limit = 63;
   struct Sums {
@@ -666,6 +669,7 @@ struct Ops<AvxVnni> : Ops<Avx2> {
 #if defined(PERSONALIZE_AVX512_VNNI)
 template <>
 struct Ops<Avx512Vnni> {
+  static constexpr std::size_t panels = 8;
   static constexpr int query_limit = 127;
   struct Sums {
     __m512i v;
@@ -739,6 +743,7 @@ struct Ops<Avx512Vnni> {
 #if XSIMD_WITH_NEON64
 template <>
 struct Ops<Neon> {
+  static constexpr std::size_t panels = 2;
   static constexpr int query_limit = 127;
   struct Sums {
     int32x4_t v[8];  // two rows each, two partial sums a row
@@ -864,6 +869,7 @@ struct Ops<Neon> {
 #if defined(__ARM_FEATURE_DOTPROD)
 template <>
 struct Ops<NeonDot> : Ops<Neon> {
+  static constexpr std::size_t panels = 4;
   struct Sums {
     int32x4_t v[4];
   };
@@ -1277,7 +1283,7 @@ struct Kernels : Vectors<Tag> {
   }
 
  private:
-  static constexpr std::size_t together = 4;  // panels or rows that share the loads of the query
+  static constexpr std::size_t together = 4;  // rows that share the loads of the query
 
   template <class Element>
   static void dots(const Element* rows, std::size_t columns, const double* query,
@@ -1309,7 +1315,8 @@ struct Kernels : Vectors<Tag> {
   template <int Bits, class Scan, class Finish>
   static void for_panels(const Scan& scan, std::size_t panels, const Finish& finish) noexcept {
     std::size_t p = 0;
-    for (; p + together <= panels; p += together) multiply_panels<Bits, together>(scan, p, finish);
+    for (; p + O::panels <= panels; p += O::panels)
+      multiply_panels<Bits, O::panels>(scan, p, finish);
     for (; p < panels; ++p) multiply_panels<Bits, 1>(scan, p, finish);
   }
 
@@ -2667,6 +2674,32 @@ class Model {
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
 
+namespace detail {
+
+// Values from a multiple of 64 bytes on: a register's load that straddles two lines of the cache
+// costs twice as much.
+template <class T>
+class Aligned {
+ public:
+  void assign(std::size_t size, T value) {
+    constexpr std::size_t line = 64 / sizeof(T);
+    storage_.assign(size + line, value);
+    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data()) / sizeof(T);
+    offset_ = (line - address % line) % line;
+  }
+  bool empty() const noexcept { return storage_.empty(); }
+  T* data() noexcept { return storage_.data() + offset_; }
+  const T* data() const noexcept { return storage_.data() + offset_; }
+  T& operator[](std::size_t i) noexcept { return storage_[offset_ + i]; }
+  const T& operator[](std::size_t i) const noexcept { return storage_[offset_ + i]; }
+
+ private:
+  std::vector<T> storage_;
+  std::size_t offset_ = 0;
+};
+
+}  // namespace detail
+
 // One event as the encoder sees it: an item index, an event type's index (or no_event_type), and
 // the bucket of time_gap_bucket.
 struct EncoderInput {
@@ -2839,10 +2872,10 @@ class Encoder {
  private:
   struct Layer {
     std::size_t blocks = 0;
-    std::vector<float> weights = {};        // [blocks][inputs][lanes], as matrix_vector wants them
-    std::vector<std::uint8_t> panels = {};  // int8 weights, as matrix_vector_i8 wants them
-    std::vector<float> scales = {};         // [blocks * lanes], with panels
-    std::vector<float> bias = {};           // [blocks * lanes]
+    detail::Aligned<float> weights = {};  // [blocks][inputs][lanes], as matrix_vector wants them
+    detail::Aligned<std::uint8_t> panels = {};  // int8 weights, as matrix_vector_i8 wants them
+    detail::Aligned<float> scales = {};         // [blocks * lanes], with panels
+    detail::Aligned<float> bias = {};           // [blocks * lanes]
   };
   struct Step {
     EncoderOp op;
@@ -2858,9 +2891,10 @@ class Encoder {
     recurrent_size_ += kernels::padded(step.outputs);
   }
 
-  static std::vector<float> pad(const Matrix& row) {
-    std::vector<float> values(kernels::padded(row.columns()) + kernels::lanes);
-    row.row(0, values);
+  static detail::Aligned<float> pad(const Matrix& row) {
+    detail::Aligned<float> values;
+    values.assign(kernels::padded(row.columns()) + kernels::lanes, 0.0f);
+    row.row(0, {values.data(), row.columns()});
     return values;
   }
 
@@ -2870,13 +2904,13 @@ class Encoder {
     const std::size_t size = weights.rows() / gates, stride = kernels::padded(size);
     const std::size_t inputs = weights.columns();
     const bool int8 = weights.type() == ElementType::i8;
-    Layer layer{.blocks = gates * stride / kernels::lanes,
-                .bias = std::vector<float>(gates * stride)};
+    Layer layer{.blocks = gates * stride / kernels::lanes};
+    layer.bias.assign(gates * stride, 0.0f);
     if (int8) {
       layer.panels.assign(layer.blocks * kernels::panel_bytes<8>(inputs), 128);
-      layer.scales.resize(gates * stride);
+      layer.scales.assign(gates * stride, 0.0f);
     } else {
-      layer.weights.resize(gates * stride * inputs);
+      layer.weights.assign(gates * stride * inputs, 0.0f);
     }
     for (std::size_t g = 0; g < gates; ++g)
       for (std::size_t j = 0; j < size; ++j) {
@@ -3167,11 +3201,11 @@ class Scorer {
   struct Panels {
     int bits = 8;
     std::size_t bytes_a_panel = 0;
-    std::vector<std::uint8_t> bytes;
-    std::vector<float> scales, biases;  // of 8 bits
+    detail::Aligned<std::uint8_t> bytes;
+    detail::Aligned<float> scales, biases;  // of 8 bits
     // Of 4 bits. Biases are raised by length_ |r|: what a query of the usual length needs for a
     // margin, each row its own.
-    std::vector<std::uint16_t> short_scales, raised_biases;
+    detail::Aligned<std::uint16_t> short_scales, raised_biases;
     std::vector<Bounds> chunks;  // of each chunk of chunk_rows positions
   };
 
@@ -3546,11 +3580,11 @@ class Scorer {
     panels.bytes.assign(order_.size() / kernels::panel_rows * panels.bytes_a_panel, 0);
     constexpr float never = std::numeric_limits<float>::quiet_NaN();
     if (bits == 8) {
-      panels.scales.resize(order_.size());
-      panels.biases.resize(order_.size(), never);
+      panels.scales.assign(order_.size(), 0.0f);
+      panels.biases.assign(order_.size(), never);
     } else {
-      panels.short_scales.resize(order_.size());
-      panels.raised_biases.resize(order_.size(), bfloat16(never));
+      panels.short_scales.assign(order_.size(), 0);
+      panels.raised_biases.assign(order_.size(), bfloat16(never));
     }
     panels.chunks.resize((order_.size() + chunk_rows - 1) / chunk_rows);
     std::vector<float> row(d);
