@@ -6,6 +6,7 @@
 #include <string>
 
 #include "command/command.hpp"
+#include "convert/convert.hpp"
 #include "evaluate/evaluate.hpp"
 #include "inspect/inspect.hpp"
 #include "personalize_runtime.hpp"
@@ -44,6 +45,7 @@ int main(int argc, char** argv) {
     add_evaluate(app);
     add_recommend(app);
     add_inspect(app);
+    add_convert(app);
     add_simulate(app);
     app.parse(argc, argv);
     return 0;

@@ -176,20 +176,20 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
     data.metadata.push_back(std::move(column));
 }
 
-void read_items(const DatasetOptions& options, Dataset& data, Index& items) {
-  CsvReader reader(options.items);
+void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Index& items) {
+  CsvReader reader(path);
   const std::size_t id = reader.require("ITEM_ID");
   const auto creation = reader.column("CREATION_TIMESTAMP");
   std::vector<RawColumn> columns(reader.columns().size());
   for (std::size_t c = 0; c < columns.size(); ++c) {
     columns[c].name = reader.columns()[c];
     if (columns[c].name.empty() || columns[c].name.size() > max_id_bytes)
-      throw Failure(options.items + ":" + std::to_string(reader.line()) +
+      throw Failure(path + ":" + std::to_string(reader.line()) +
                     ": a column name has 1 to 256 bytes, that of column " + std::to_string(c + 1) +
                     " has " + std::to_string(columns[c].name.size()));
   }
   std::vector<char> seen;
-  for_each_row(reader, options.skip_bad_rows, data, [&] {
+  for_each_row(reader, skip_bad_rows, data, [&] {
     const std::string_view item_id = id_field(reader, id);
     std::optional<std::int64_t> created;
     if (creation && !reader.field(*creation).empty())
@@ -248,9 +248,57 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
                    [](const auto& history) { return history.size() >= 2; }))
     throw Failure(options.interactions +
                   ": no user has two interactions; there is no sequence to learn from");
-  if (!options.items.empty()) read_items(options, data, items);
+  if (!options.items.empty()) read_items(options.items, options.skip_bad_rows, data, items);
   data.item_ids = items.names();
   return data;
+}
+
+Dataset read_catalogue(const CatalogueFiles& files) {
+  Dataset data;
+  Index items;
+  if (files.order != files.items)
+    for (const std::string& id : read_ids(files.order, "ITEM_ID")) items.of(id);
+  const std::size_t ordered = items.names().size();
+  if (!files.items.empty()) read_items(files.items, files.skip_bad_rows, data, items);
+  data.item_ids = items.names();
+  if (files.order != files.items) data.item_ids.resize(ordered);
+  if (data.item_ids.empty()) throw Failure(files.order + ": holds no items");
+  data.items.resize(data.item_ids.size());
+  for (MetadataColumn& column : data.metadata) column.values.resize(data.item_ids.size());
+  if (files.interactions.empty()) return data;
+
+  CsvReader reader(files.interactions);
+  const std::size_t id = reader.require("ITEM_ID"), time = reader.require("TIMESTAMP");
+  for_each_row(reader, files.skip_bad_rows, data, [&] {
+    const auto item = items.find(id_field(reader, id));
+    const std::int64_t timestamp = timestamp_field(reader, time, 0);
+    if (!item || *item >= data.items.size()) return;
+    ItemInfo& info = data.items[*item];
+    ++info.interactions;
+    info.first = std::min(info.first.value_or(timestamp), timestamp);
+    info.last = std::max(info.last.value_or(timestamp), timestamp);
+    if (data.interactions++ == 0) data.first_timestamp = data.last_timestamp = timestamp;
+    data.first_timestamp = std::min(data.first_timestamp, timestamp);
+    data.last_timestamp = std::max(data.last_timestamp, timestamp);
+  });
+  return data;
+}
+
+std::vector<std::string> read_ids(const std::string& path, std::string_view column) {
+  CsvReader reader(path);
+  const std::size_t id = reader.require(column);
+  Index ids;
+  try {
+    while (reader.next()) {
+      const std::size_t before = ids.names().size();
+      ids.of(id_field(reader, id));
+      if (ids.names().size() == before)
+        reader.refuse(id, "'" + std::string(reader.field(id)) + "' stands twice");
+    }
+  } catch (const BadRow& bad) {
+    throw Failure(path + ":" + std::to_string(bad.line) + ": " + bad.what());
+  }
+  return ids.names();
 }
 
 void report_skipped_rows(const Dataset& data, std::string_view command) {

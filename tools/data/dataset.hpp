@@ -57,6 +57,22 @@ struct DatasetOptions {
 // with two interactions.
 Dataset read_dataset(const DatasetOptions& options, Progress* progress = nullptr);
 
+// What describes the items of a model that was trained elsewhere. Paths; only `order` must be given.
+struct CatalogueFiles {
+  std::string order;         // CSV with ITEM_ID, a row an item, in the model's order
+  std::string items;         // metadata, in any order; may be the same file
+  std::string interactions;  // for statistics: popularity, first and last timestamps
+  bool skip_bad_rows = false;
+};
+
+// item_ids, items and metadata in the model's order, and the totals over the interactions with
+// them; other items' rows are left out. Throws Failure: unreadable files, a bad row (unless
+// skipped), or no item.
+Dataset read_catalogue(const CatalogueFiles& files);
+
+// One column of a CSV of ids. Throws Failure: unreadable, an empty id or one that stands twice.
+std::vector<std::string> read_ids(const std::string& path, std::string_view column);
+
 // One line on standard error, where rows were skipped.
 void report_skipped_rows(const Dataset& data, std::string_view command);
 

@@ -1,0 +1,220 @@
+#include "convert/convert.hpp"
+
+#include <cstdio>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "command/command.hpp"
+#include "convert/archive.hpp"
+#include "convert/build.hpp"
+#include "convert/check.hpp"
+#include "convert/mapping.hpp"
+#include "personalize_runtime.hpp"
+
+namespace personalize::tools {
+namespace {
+
+struct Options {
+  std::string from, items, users, interactions, mapping, output, check, reference;
+  bool to_safetensors = false, json = false, skip_bad_rows = false;
+  ElementType element_type = ElementType::i8;
+};
+
+// A model file, or an archive of one, is complete in itself; anything else needs to be mapped.
+struct Source {
+  std::string format, architecture;
+  std::optional<TensorFile> tensors;
+  std::optional<Mapping> mapping;
+  Catalogue catalogue;
+};
+
+bool is_model_file(const std::string& path) {
+  const auto source = Input{path}.open();
+  std::array<std::byte, detail::model_magic.size()> head{};
+  if (source->size() < head.size()) return false;
+  source->read(0, head);
+  return std::memcmp(head.data(), detail::model_magic.data(), head.size()) == 0;
+}
+
+Source open_source(const Options& options) {
+  Source source;
+  if (is_model_file(options.from)) {
+    source.format = source.architecture = "pzm";
+    return source;
+  }
+  source.tensors = open_tensors({options.from});
+  TensorFile& file = *source.tensors;
+  source.format = file.format;
+  if (is_archive(file)) {
+    source.architecture = "personalize";
+    return source;
+  }
+  if (!options.mapping.empty())
+    source.mapping = read_mapping(options.mapping);
+  else
+    source.mapping = file.graph ? trace_graph(file) : recognise(file);
+  Mapping& mapping = *source.mapping;
+  source.architecture = mapping.architecture;
+
+  const std::string order = mapping.item_ids.empty() ? options.items : mapping.item_ids;
+  if (order.empty())
+    throw Usage("needs --items items.csv: a row an item, in the order of the model's rows");
+  source.catalogue.items = read_catalogue({.order = order,
+                                           .items = options.items,
+                                           .interactions = options.interactions,
+                                           .skip_bad_rows = options.skip_bad_rows});
+  report_skipped_rows(source.catalogue.items, "convert");
+  const std::string users = options.users.empty() ? mapping.user_ids : options.users;
+  if (!users.empty()) source.catalogue.user_ids = read_ids(users, "USER_ID");
+  return source;
+}
+
+Built read_source(Source& source, const Options& options, ElementType type) {
+  if (source.mapping) return build_model(*source.tensors, *source.mapping, source.catalogue, type);
+  if (source.tensors) return {read_archive(*source.tensors, type), 0};
+  const auto bytes = read_file(options.from, LoadLimits{}.file_bytes);
+  if (!bytes) throw Failure(bytes.error().message);
+  auto parts = read_model(*bytes);
+  if (!parts) throw Failure(options.from + ": " + parts.error().message);
+  return {std::move(*parts), 0};
+}
+
+nlohmann::json report(const Comparison& comparison) {
+  nlohmann::json json{{"with", comparison.with}, {"histories", comparison.histories}};
+  if (comparison.hidden_deviation) json["hidden_deviation"] = *comparison.hidden_deviation;
+  if (comparison.same_top20) json["same_top20"] = *comparison.same_top20;
+  return json;
+}
+
+void print(const Comparison& comparison) {
+  std::printf("checked %zu histories against %s:", comparison.histories, comparison.with.c_str());
+  if (comparison.hidden_deviation)
+    std::printf(" hidden states within %.2g of theirs", *comparison.hidden_deviation);
+  if (comparison.same_top20)
+    std::printf("%s the same top 20 in %.1f %%", comparison.hidden_deviation ? "," : "",
+                *comparison.same_top20 * 100);
+  std::printf("\n");
+}
+
+std::vector<Comparison> check(Source& source, const Options& options, std::uint64_t first_row) {
+  const auto model = Model::load(options.output);
+  if (!model) throw Failure(model.error().message);
+  const auto histories = read_histories(options.check, (*model)->parts());
+  std::vector<Comparison> comparisons;
+  comparisons.push_back(compare_with_source(
+      **model, read_source(source, options, ElementType::f32).parts, histories));
+  if (source.tensors && source.tensors->graph)
+    comparisons.push_back(compare_with_graph(**model, *source.tensors, first_row, histories));
+  if (!options.reference.empty()) {
+    TensorFile reference = open_tensors({options.reference});
+    comparisons.push_back(compare_with_reference(**model, reference, histories));
+  }
+  return comparisons;
+}
+
+// Of an f32 file only rounding may differ; an int8 file is an approximation and is reported on.
+void require_agreement(const std::vector<Comparison>& comparisons, const Options& options) {
+  constexpr double tolerance = 1e-4;
+  if (options.element_type != ElementType::f32) return;
+  for (const Comparison& c : comparisons)
+    if (c.hidden_deviation.value_or(0) > tolerance || c.same_top20.value_or(1) < 1)
+      throw Failure(options.output + " does not agree with " + c.with +
+                    "; is the mapping right, and the items file in the model's order?");
+}
+
+void run(const Options& options) {
+  if (options.to_safetensors && !options.check.empty())
+    throw Usage("--check is for model files, not for --to safetensors");
+  if (options.check.empty() && !options.reference.empty())
+    throw Usage("--reference needs --check histories.csv");
+  Source source = open_source(options);
+  std::uint64_t first_row = 0;
+  nlohmann::json summary;
+  {
+    const Built built = read_source(
+        source, options, options.to_safetensors ? ElementType::f32 : options.element_type);
+    first_row = built.first_row;
+    const ModelParts& parts = built.parts;
+    if (options.to_safetensors) {
+      write_archive(parts, options.output);
+    } else if (const auto saved =
+                   save_model(parts, options.output, {.element_type = options.element_type});
+               !saved) {
+      throw Failure(saved.error().message);
+    }
+    summary = {{"output", options.output},
+               {"format", source.format},
+               {"architecture", source.architecture},
+               {"items", parts.item_ids.size()},
+               {"dimension", parts.item_vectors.columns()},
+               {"users", parts.user_ids.size()},
+               {"bytes", Input{options.output}.open()->size()}};
+  }
+  std::vector<Comparison> comparisons;
+  if (!options.check.empty()) comparisons = check(source, options, first_row);
+  if (options.json) {
+    summary["checks"] = nlohmann::json::array();
+    for (const Comparison& comparison : comparisons)
+      summary["checks"].push_back(report(comparison));
+    std::cout << summary.dump(2) << '\n';
+  } else {
+    std::printf("%s: %s (%s), %zu items, %zu dimensions, %llu bytes\n", options.output.c_str(),
+                source.architecture.c_str(), source.format.c_str(),
+                summary["items"].get<std::size_t>(), summary["dimension"].get<std::size_t>(),
+                summary["bytes"].get<unsigned long long>());
+    for (const Comparison& comparison : comparisons) print(comparison);
+  }
+  require_agreement(comparisons, options);
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  Options& o = *options;
+  CLI::App* command = app.add_subcommand(
+      "convert", "Make a model file from one that was trained elsewhere, or the other way round");
+  command
+      ->add_option("--from", o.from,
+                   "safetensors, NumPy .npz or .npy, PyTorch .pt, ONNX, or a model file (.pzm)")
+      ->required();
+  command->add_option("--items", o.items,
+                      "CSV with ITEM_ID, a row an item in the order of the model's rows, and "
+                      "metadata");
+  command->add_option("--users", o.users,
+                      "CSV with USER_ID in the model's order, where the model has users");
+  command->add_option("--interactions", o.interactions,
+                      "CSV for item statistics: popularity, first and last timestamps");
+  command->add_option("--mapping", o.mapping,
+                      "JSON that says which tensor is what (tools/convert/README.md), for a model "
+                      "that is not recognised");
+  command
+      ->add_option_function<std::string>(
+          "--to", [&o](const std::string& format) { o.to_safetensors = format == "safetensors"; },
+          "pzm (default) or safetensors")
+      ->check(CLI::IsMember({"pzm", "safetensors"}));
+  command
+      ->add_option_function<std::string>(
+          "--element-type",
+          [&o](const std::string& type) {
+            o.element_type = type == "f32" ? ElementType::f32 : ElementType::i8;
+          },
+          "Of the matrices in the model file: int8 (default) or f32")
+      ->check(CLI::IsMember({"int8", "f32"}));
+  command->add_option("-o,--output", o.output, "File to write")->required();
+  command->add_option("--check", o.check,
+                      "Run the histories of this interactions CSV through the new file and compare "
+                      "with the source in double precision and, of ONNX, with the graph");
+  command->add_option("--reference", o.reference,
+                      "With --check: a file with tensor 'hidden' [histories, d] or 'scores' "
+                      "[histories, items] to compare with, too");
+  command->add_flag("--skip-bad-rows", o.skip_bad_rows, "Leave bad rows of CSVs out");
+  command->add_flag("--json", o.json, "Print a summary as JSON on stdout");
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace personalize::tools

@@ -1,0 +1,10 @@
+// `personalize convert`: models that were trained elsewhere, in and out.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace personalize::tools {
+
+void add_convert(CLI::App& app);
+
+}  // namespace personalize::tools

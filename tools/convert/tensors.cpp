@@ -1,0 +1,276 @@
+#include "convert/tensors.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+
+#include "command/command.hpp"
+#include "personalize_runtime.hpp"
+
+namespace personalize::tools {
+namespace {
+
+class FileSource : public ByteSource {
+ public:
+  explicit FileSource(const std::string& path)
+      : path_(path), file_(std::fopen(path.c_str(), "rb")) {
+    if (!file_) throw Failure(path + ": cannot open");
+    // A directory opens, too, but has no end.
+    if (::fseeko(file_.get(), 0, SEEK_END) != 0 || ::ftello(file_.get()) < 0 ||
+        ::ftello(file_.get()) == std::numeric_limits<::off_t>::max())
+      throw Failure(path + ": cannot read; is it a file?");
+    size_ = static_cast<std::uint64_t>(::ftello(file_.get()));
+    position_ = size_;
+  }
+  std::uint64_t size() const override { return size_; }
+  void read(std::uint64_t offset, std::span<std::byte> out) override {
+    if (offset > size_ || out.size() > size_ - offset)
+      throw Failure(path_ + ": ends before what it declares; copy it again");
+    if (offset != position_) ::fseeko(file_.get(), static_cast<::off_t>(offset), SEEK_SET);
+    if (std::fread(out.data(), 1, out.size(), file_.get()) != out.size())
+      throw Failure(path_ + ": cannot read");
+    position_ = offset + out.size();
+  }
+
+ private:
+  struct Close {
+    void operator()(std::FILE* file) const { std::fclose(file); }
+  };
+  std::string path_;
+  std::unique_ptr<std::FILE, Close> file_;
+  std::uint64_t size_ = 0, position_ = 0;
+};
+
+class MemorySource : public ByteSource {
+ public:
+  MemorySource(std::string name, std::span<const std::byte> bytes)
+      : name_(std::move(name)), bytes_(bytes) {}
+  std::uint64_t size() const override { return bytes_.size(); }
+  void read(std::uint64_t offset, std::span<std::byte> out) override {
+    if (offset > bytes_.size() || out.size() > bytes_.size() - offset)
+      throw Failure(name_ + ": ends before what it declares; copy it again");
+    if (!out.empty()) std::memcpy(out.data(), bytes_.data() + offset, out.size());
+  }
+
+ private:
+  std::string name_;
+  std::span<const std::byte> bytes_;
+};
+
+// IEEE 754 binary16.
+float half_to_float(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half >> 15) << 31;
+  const int exponent = half >> 10 & 31;
+  const std::uint32_t fraction = half & 1023u;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return sign ? -magnitude : magnitude;
+}
+
+template <class T, class Function>
+void convert_each(std::span<const std::byte> bytes, std::span<float> out, Function function) {
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    T value;
+    std::memcpy(&value, bytes.data() + i * sizeof value, sizeof value);
+    out[i] = function(value);
+  }
+}
+
+template <class T>
+void convert_numbers(std::span<const std::byte> bytes, std::span<float> out) {
+  convert_each<T>(bytes, out, [](T value) { return static_cast<float>(value); });
+}
+
+}  // namespace
+
+std::string_view name(DType dtype) {
+  constexpr std::array<std::string_view, 10> names{"f64", "f32", "f16", "bf16", "i64",
+                                                   "i32", "i16", "i8",  "u8",   "other"};
+  return names[static_cast<std::size_t>(dtype)];
+}
+
+std::size_t element_bytes(DType dtype) {
+  constexpr std::array<std::size_t, 10> sizes{8, 4, 2, 2, 8, 4, 2, 1, 1, 0};
+  return sizes[static_cast<std::size_t>(dtype)];
+}
+
+std::unique_ptr<ByteSource> Input::open() const {
+  if (memory) return std::make_unique<MemorySource>(name, *memory);
+  return std::make_unique<FileSource>(name);
+}
+
+std::uint64_t Tensor::elements() const {
+  std::uint64_t count = 1;
+  for (const std::uint64_t size : shape) count *= size;
+  return count;
+}
+
+std::string Tensor::describe() const {
+  std::string text = name + " " + std::string(tools::name(dtype)) + " [";
+  for (std::size_t d = 0; d < shape.size(); ++d)
+    text += (d == 0 ? "" : ", ") + std::to_string(shape[d]);
+  return text + "]";
+}
+
+const Tensor* TensorFile::find(std::string_view tensor) const {
+  const auto found = std::find_if(tensors.begin(), tensors.end(),
+                                  [&](const Tensor& t) { return t.name == tensor; });
+  return found == tensors.end() ? nullptr : &*found;
+}
+
+const Tensor& TensorFile::at(std::string_view tensor) const {
+  if (const Tensor* found = find(tensor)) return *found;
+  throw Failure(name + ": has no tensor '" + std::string(tensor) + "'");
+}
+
+void TensorFile::add(Tensor tensor) {
+  const std::string where = name + ": tensor '" + tensor.name.substr(0, 100) + "'";
+  if (tensors.size() == max_tensors)
+    throw Failure(name + ": has more than " + std::to_string(max_tensors) + " tensors");
+  if (tensor.shape.size() > 8) throw Failure(where + " has more than 8 dimensions");
+  std::uint64_t count = 1;
+  for (const std::uint64_t size : tensor.shape) {
+    const auto product = detail::checked_product(count, size);
+    if (!product) throw Failure(where + ": its shape overflows");
+    count = *product;
+  }
+  if (tensor.dtype == DType::other) {
+    tensors.push_back(std::move(tensor));
+    return;
+  }
+  const auto bytes = detail::checked_product(count, element_bytes(tensor.dtype));
+  const std::uint64_t available = sources.at(tensor.source)->size();
+  if (!bytes || tensor.offset > available || *bytes > available - tensor.offset)
+    throw Failure(where + ": its shape needs more bytes than the file holds for it");
+  if (!tensor.strides.empty() && count > 0) {
+    std::uint64_t last = 0;
+    for (std::size_t d = 0; d < tensor.shape.size(); ++d) {
+      const auto reach = detail::checked_product(tensor.strides[d], tensor.shape[d] - 1);
+      if (!reach || *reach > available || last > available)
+        throw Failure(where + ": its strides reach past the file's data");
+      last += *reach;
+    }
+    if (last >= (available - tensor.offset) / element_bytes(tensor.dtype))
+      throw Failure(where + ": its strides reach past the file's data");
+  }
+  std::uint64_t row_major = 1;
+  bool contiguous = true;
+  for (std::size_t d = tensor.strides.size(); d-- > 0;) {
+    contiguous = contiguous && (tensor.shape[d] == 1 || tensor.strides[d] == row_major);
+    row_major *= tensor.shape[d];
+  }
+  if (contiguous) tensor.strides.clear();
+  tensors.push_back(std::move(tensor));
+}
+
+TensorReader::TensorReader(TensorFile& file, const Tensor& tensor) : file_(file), tensor_(tensor) {
+  if (tensor.dtype == DType::other)
+    throw Failure(file.name + ": tensor '" + tensor.name + "' does not hold numbers");
+  if (tensor.strides.empty() || tensor.elements() == 0) return;
+  std::uint64_t last = 0;
+  for (std::size_t d = 0; d < tensor.shape.size(); ++d)
+    last += tensor.strides[d] * (tensor.shape[d] - 1);
+  buffer_.resize(static_cast<std::size_t>(last + 1) * element_bytes(tensor.dtype));
+  file.sources[tensor.source]->read(tensor.offset, buffer_);
+  std::vector<float> stored(static_cast<std::size_t>(last + 1));
+  convert(buffer_, stored);
+  gathered_.resize(static_cast<std::size_t>(tensor.elements()));
+  std::vector<std::uint64_t> index(tensor.shape.size());
+  for (float& value : gathered_) {
+    std::uint64_t at = 0;
+    for (std::size_t d = 0; d < index.size(); ++d) at += index[d] * tensor.strides[d];
+    value = stored[static_cast<std::size_t>(at)];
+    for (std::size_t d = index.size(); d-- > 0;) {
+      if (++index[d] < tensor.shape[d]) break;
+      index[d] = 0;
+    }
+  }
+}
+
+void TensorReader::read(std::span<float> out) {
+  if (!gathered_.empty()) {
+    std::copy_n(gathered_.begin() + static_cast<std::ptrdiff_t>(at_), out.size(), out.begin());
+    at_ += out.size();
+    return;
+  }
+  const std::size_t size = element_bytes(tensor_.dtype);
+  constexpr std::size_t chunk = 1 << 16;
+  for (std::size_t begin = 0; begin < out.size(); begin += chunk) {
+    const auto part = out.subspan(begin, std::min(chunk, out.size() - begin));
+    buffer_.resize(part.size() * size);
+    file_.sources[tensor_.source]->read(tensor_.offset + at_ * size, buffer_);
+    convert(buffer_, part);
+    at_ += part.size();
+  }
+}
+
+void TensorReader::convert(std::span<const std::byte> bytes, std::span<float> out) const {
+  switch (tensor_.dtype) {
+    case DType::f64:
+      convert_numbers<double>(bytes, out);
+      break;
+    case DType::f32:
+      if (!out.empty()) std::memcpy(out.data(), bytes.data(), bytes.size());
+      break;
+    case DType::f16:
+      convert_each<std::uint16_t>(bytes, out, half_to_float);
+      break;
+    case DType::bf16:
+      convert_each<std::uint16_t>(bytes, out, [](std::uint16_t value) {
+        return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
+      });
+      break;
+    case DType::i64:
+      convert_numbers<std::int64_t>(bytes, out);
+      break;
+    case DType::i32:
+      convert_numbers<std::int32_t>(bytes, out);
+      break;
+    case DType::i16:
+      convert_numbers<std::int16_t>(bytes, out);
+      break;
+    case DType::i8:
+      convert_numbers<std::int8_t>(bytes, out);
+      break;
+    case DType::u8:
+      convert_numbers<std::uint8_t>(bytes, out);
+      break;
+    case DType::other:
+      break;
+  }
+  if (!std::all_of(out.begin(), out.end(), [](float v) { return std::isfinite(v); }))
+    throw Failure(file_.name + ": tensor '" + tensor_.name +
+                  "' holds a value that is not finite as f32");
+}
+
+std::vector<float> read_values(TensorFile& file, const Tensor& tensor) {
+  std::vector<float> values(static_cast<std::size_t>(tensor.elements()));
+  TensorReader(file, tensor).read(values);
+  return values;
+}
+
+TensorFile open_tensors(const Input& input) {
+  const auto source = input.open();
+  std::array<std::byte, 16> head{};
+  source->read(0, std::span(head).first(std::min<std::size_t>(
+                      head.size(), static_cast<std::size_t>(source->size()))));
+  const auto begins = [&](std::string_view magic) {
+    return std::memcmp(head.data(), magic.data(), magic.size()) == 0;
+  };
+  if (begins("PK\x03\x04")) return open_zip(input);
+  if (begins("\x93NUMPY")) return open_npy(input);
+  if (head[8] == std::byte{'{'} && source->size() > 9) return open_safetensors(input);
+  // A pickle's protocol opcode; an ONNX model begins with its version, field 1.
+  if (head[0] == std::byte{0x80}) return open_legacy_pytorch(input);
+  if (head[0] == std::byte{0x08}) return open_onnx(input);
+  throw Failure(input.name +
+                ": none of the known formats (safetensors, .npz, .npy, PyTorch .pt, ONNX)");
+}
+
+}  // namespace personalize::tools
