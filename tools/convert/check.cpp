@@ -1,8 +1,10 @@
 #include "convert/check.hpp"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <unordered_map>
 
@@ -205,6 +207,7 @@ void serve(const Model& model, const std::vector<History>& histories, Function c
   const Scorer scorer(model);
   auto workspace = encoder.make_workspace();
   std::vector<float> state(encoder.state_size());
+  auto scratch = scorer.make_workspace();
   std::vector<ScoredItem> top;
   for (std::size_t h = 0; h < histories.size(); ++h) {
     std::fill(state.begin(), state.end(), 0.0f);
@@ -212,7 +215,7 @@ void serve(const Model& model, const std::vector<History>& histories, Function c
       encoder.load(*user, state);
     for (const EncoderInput& event : histories[h].events) encoder.step(event, state, workspace);
     const auto query = encoder.query(state);
-    scorer.top_k(query, ranked, {}, top);
+    scorer.top_k(query, ranked, {}, scratch, top);
     std::vector<std::uint32_t> items;
     for (const ScoredItem& scored : top) items.push_back(scored.item);
     compare(h, query.first(model.dimension()), items);

@@ -24,9 +24,9 @@ struct Comparison {
   std::string with;  // what the model was compared with
   std::size_t histories = 0;
   // Of the hidden states: the largest difference over the largest magnitude in a history's state.
-  std::optional<double> hidden_deviation;
+  std::optional<double> hidden_deviation = std::nullopt;
   // Share of the histories. Items whose scores differ by rounding alone may change places.
-  std::optional<double> same_top20;
+  std::optional<double> same_top20 = std::nullopt;
 };
 
 // With an encoder and scores in double precision from the parts as they were read, in f32.

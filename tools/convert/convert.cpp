@@ -1,12 +1,14 @@
 #include "convert/convert.hpp"
 
+#include <array>
 #include <cstdio>
+#include <cstring>
 #include <iostream>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "command/command.hpp"
 #include "convert/archive.hpp"

@@ -1,5 +1,5 @@
 // safetensors: u64 length of a JSON header, the header, the tensors' bytes back to back.
-#include <algorithm>
+#include <array>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
