@@ -123,7 +123,7 @@ std::optional<Mapping> gru4rec(Names& names) {
 
 // LRURec (Yue et al., WSDM 2024). Row 0 of its embedding is padding.
 std::optional<Mapping> lrurec(Names& names) {
-  if (!names.find("embedding.token.weight") ||
+  if (!names.find("embedding.token.weight") || !names.find("model.bias") ||
       !names.find("model.lru_blocks.0.lru_layer.params_log"))
     return std::nullopt;
   Mapping mapping{.architecture = "lrurec", .index_offset = 1};
@@ -160,6 +160,41 @@ std::optional<Mapping> lrurec(Names& names) {
     norm(feed + "layer_norm");
   }
   return mapping;
+}
+
+// What `personalize train` trains, under its own parameters' names. What more a .pzm of it holds
+// (event types, time gaps, metadata) comes back from personalize convert --to safetensors.
+std::optional<Mapping> trainer(Names& names) {
+  if (!names.find("item_embedding") || !names.find("item_bias") || !names.find("layer0.w_ih"))
+    return std::nullopt;
+  Mapping mapping{.architecture = "personalize train"};
+  mapping.embedding = names.part("item_embedding");
+  mapping.output_bias = names.part("item_bias");
+  const auto add = [&](Type type, const std::string& name = "") {
+    Layer layer{.type = type};
+    if (type == Type::activation) layer.function = "gelu";
+    for (const char* role : {"weight", "bias"})
+      if (!name.empty()) names.give(layer, role, name + "." + role);
+    mapping.layers.push_back(layer);
+  };
+  add(Type::layer_norm, "norm");
+  for (int number = 0;; ++number) {
+    const std::string prefix = "layer" + std::to_string(number) + ".";
+    Layer gru{.type = Type::gru};
+    if (!names.give(gru, "w_ih", prefix + "w_ih")) return mapping;
+    for (const char* role : {"w_hh", "b_ih", "b_hh"}) names.give(gru, role, prefix + role);
+    add(Type::save);
+    mapping.layers.push_back(gru);
+    add(Type::add);
+    add(Type::layer_norm, prefix + "norm1");
+    if (!names.find(prefix + "linear1.weight")) continue;
+    add(Type::save);
+    add(Type::linear, prefix + "linear1");
+    add(Type::activation);
+    add(Type::linear, prefix + "linear2");
+    add(Type::add);
+    add(Type::layer_norm, prefix + "norm2");
+  }
 }
 
 // One matrix of users and one of items, with biases or without.
@@ -305,6 +340,7 @@ const std::vector<Known>& known() {
   static const std::vector<Known> all{
       {"gru4rec", gru4rec, {"Wy", "By", "G.", "GE."}},
       {"lrurec", lrurec, {"lru", "params_log", "in_proj", "out_proj", "feed_forward"}},
+      {"personalize train", trainer, {"item_embedding", "layer0.", "layer1.", "norm"}},
       {"matrix factorisation", matrix_factorisation, {"user", "item", "factors"}},
       {"torch gru", torch_gru, {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "emb", "gru"}}};
   return all;
