@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <fstream>
-#include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
@@ -98,7 +97,7 @@ Weight parse_weight(const Json& json, const std::string& where) {
 Layer parse_layer(const Json& json, const std::string& where) {
   struct Known {
     Layer::Type type;
-    std::initializer_list<const char*> required, optional;
+    std::vector<const char*> required, optional;
   };
   using Type = Layer::Type;
   static const std::unordered_map<std::string, Known> types{

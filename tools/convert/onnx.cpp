@@ -169,6 +169,7 @@ class OnnxReader {
         graph.nodes.emplace_back();
         count();
         nested(wire, [&](int f, int w) { node_field(graph.nodes.back(), f, w); });
+        if (graph.nodes.back().outputs.empty()) refuse("a node without outputs");
         break;
       case 5:
         tensor(wire, "");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <unordered_map>
 
@@ -10,6 +11,10 @@
 
 namespace personalize::tools {
 namespace {
+
+const std::string not_run = "cannot run the ONNX graph to compare with it: ";
+// More than the scores of a large catalogue behind a long history.
+constexpr std::size_t max_elements = std::size_t{1} << 28;
 
 double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
 
@@ -19,7 +24,14 @@ std::int64_t attribute(const GraphNode& node, const char* name, std::int64_t oth
 }
 
 [[noreturn]] void refuse(const GraphNode& node, const std::string& what) {
-  throw Failure("cannot run the ONNX graph to compare with it: " + node.operation + " " + what);
+  throw Failure(not_run + node.operation + " " + what);
+}
+
+// An element that is a size, an index or an axis.
+std::int64_t integer(double value) {
+  if (!(std::abs(value) <= 0x1p63)) throw Failure(not_run + "an index is no number");
+  return value >= 0x1p63 ? std::numeric_limits<std::int64_t>::max()
+                         : static_cast<std::int64_t>(value);
 }
 
 // A dimension counted from the back where it is negative.
@@ -54,26 +66,25 @@ std::vector<float> GraphRunner::run(const std::vector<std::int64_t>& rows, std::
   // Older exporters list initialisers as inputs, too.
   for (const std::string& name : graph.inputs) {
     if (constants_.count(name)) continue;
-    if (!values_.empty())
-      throw Failure(file_.name +
-                    ": cannot run the ONNX graph to compare with it: it has more than "
-                    "one input");
+    if (!values_.empty()) throw Failure(not_run + "it has more than one input");
     values_[name] = {{1, static_cast<std::int64_t>(rows.size())}, {rows.begin(), rows.end()}};
   }
   for (const GraphNode& node : graph.nodes) {
     auto results = apply(node);
-    for (std::size_t o = 0; o < std::min(results.size(), node.outputs.size()); ++o)
+    for (std::size_t o = 0; o < std::min(results.size(), node.outputs.size()); ++o) {
+      if (elements(results[o].shape) != results[o].values.size())
+        refuse(node, "has values that do not fit their shape");
       if (!node.outputs[o].empty()) values_[node.outputs[o]] = std::move(results[o]);
+    }
   }
   for (const std::string& name : graph.outputs)
     if (const auto found = values_.find(name);
         found != values_.end() && !found->second.shape.empty() &&
-        found->second.shape.back() == static_cast<std::int64_t>(items))
+        found->second.shape.back() == static_cast<std::int64_t>(items) &&
+        found->second.values.size() >= items)
       return {found->second.values.end() - static_cast<std::ptrdiff_t>(items),
               found->second.values.end()};
-  throw Failure(file_.name +
-                ": cannot compare with the ONNX graph: no output has a score for each "
-                "item");
+  throw Failure(not_run + "no output has a score for each item");
 }
 
 bool GraphRunner::has_input(const GraphNode& node, std::size_t index) const {
@@ -98,13 +109,17 @@ std::vector<std::int64_t> GraphRunner::integers(const GraphNode& node, std::size
   if (!has_input(node, index)) return {};
   const Array& array = input(node, index);
   std::vector<std::int64_t> values;
-  for (const double value : array.values) values.push_back(static_cast<std::int64_t>(value));
+  for (const double value : array.values) values.push_back(integer(value));
   return values;
 }
 
 std::size_t GraphRunner::elements(const std::vector<std::int64_t>& shape) {
   std::size_t count = 1;
-  for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
+  for (const std::int64_t size : shape) {
+    if (size < 0 || (size > 0 && count > max_elements / static_cast<std::size_t>(size)))
+      throw Failure(not_run + "an array is too large");
+    count *= static_cast<std::size_t>(size);
+  }
   return count;
 }
 
@@ -121,6 +136,7 @@ std::vector<std::int64_t> GraphRunner::common_shape(const Array& a, const Array&
 
 GraphRunner::Array GraphRunner::broadcast(const Array& array,
                                           const std::vector<std::int64_t>& shape) {
+  if (array.shape.size() > shape.size()) throw Failure(not_run + "shapes do not fit");
   Array out{shape, std::vector<double>(elements(shape))};
   const std::size_t missing = shape.size() - array.shape.size();
   std::vector<std::int64_t> index(shape.size());
@@ -129,8 +145,7 @@ GraphRunner::Array GraphRunner::broadcast(const Array& array,
     for (std::size_t d = 0; d < array.shape.size(); ++d)
       at = at * static_cast<std::size_t>(array.shape[d]) +
            static_cast<std::size_t>(array.shape[d] == 1 ? 0 : index[missing + d]);
-    if (at >= array.values.size())
-      throw Failure("cannot run the ONNX graph to compare with it: shapes do not fit");
+    if (at >= array.values.size()) throw Failure(not_run + "shapes do not fit");
     value = array.values[at];
     for (std::size_t d = index.size(); d-- > 0;) {
       if (++index[d] < shape[d]) break;
@@ -166,7 +181,7 @@ GraphRunner::Array GraphRunner::transposed(const Array& array,
 std::vector<GraphRunner::Array> GraphRunner::apply(const GraphNode& node) const {
   const std::string& op = node.operation;
   if (op == "Constant") {
-    const auto found = constants_.find(node.outputs.at(0));
+    const auto found = constants_.find(node.outputs[0]);
     if (found == constants_.end()) return {};
     return {found->second};
   }
@@ -177,10 +192,11 @@ std::vector<GraphRunner::Array> GraphRunner::apply(const GraphNode& node) const 
   }
   if (op == "ConstantOfShape") {
     const auto shape = integers(node, 0, "");
-    const auto value = constants_.find(node.outputs.at(0));
-    return {
-        {shape, std::vector<double>(elements(shape),
-                                    value == constants_.end() ? 0.0 : value->second.values.at(0))}};
+    const auto value = constants_.find(node.outputs[0]);
+    return {{shape, std::vector<double>(elements(shape),
+                                        value == constants_.end() || value->second.values.empty()
+                                            ? 0.0
+                                            : value->second.values[0])}};
   }
   if (op == "Transpose") {
     const Array& array = input(node, 0);
@@ -189,6 +205,11 @@ std::vector<GraphRunner::Array> GraphRunner::apply(const GraphNode& node) const 
       order.resize(array.shape.size());
       std::iota(order.rbegin(), order.rend(), 0);
     }
+    auto sorted = order;
+    std::sort(sorted.begin(), sorted.end());
+    if (sorted.size() != array.shape.size()) refuse(node, "has another rank than its input");
+    for (std::size_t d = 0; d < sorted.size(); ++d)
+      if (sorted[d] != static_cast<std::int64_t>(d)) refuse(node, "has an order that is none");
     return {transposed(array, order)};
   }
   if (op == "Squeeze" || op == "Unsqueeze") {
@@ -198,6 +219,8 @@ std::vector<GraphRunner::Array> GraphRunner::apply(const GraphNode& node) const 
     std::vector<std::size_t> sorted;
     for (const std::int64_t axis : axes) sorted.push_back(axis_of(node, axis, rank));
     std::sort(sorted.begin(), sorted.end());
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+      refuse(node, "has an axis twice");
     const auto at = [&](std::size_t axis) {
       return array.shape.begin() + static_cast<std::ptrdiff_t>(axis);
     };
@@ -212,13 +235,14 @@ std::vector<GraphRunner::Array> GraphRunner::apply(const GraphNode& node) const 
   if (op == "Reshape") {
     Array array = input(node, 0);
     auto shape = integers(node, 1, "shape");
-    std::int64_t known = 1;
+    std::vector<std::int64_t> known;
     for (std::size_t d = 0; d < shape.size(); ++d) {
-      if (shape[d] == 0) shape[d] = array.shape.at(d);
-      if (shape[d] > 0) known *= shape[d];
+      if (shape[d] == 0 && d < array.shape.size()) shape[d] = array.shape[d];
+      if (shape[d] >= 0) known.push_back(shape[d]);
     }
+    const std::size_t others = std::max<std::size_t>(elements(known), 1);
     for (std::int64_t& size : shape)
-      if (size < 0) size = static_cast<std::int64_t>(array.values.size()) / known;
+      if (size < 0) size = static_cast<std::int64_t>(array.values.size() / others);
     array.shape = shape;
     return {array};
   }
@@ -280,9 +304,10 @@ GraphRunner::Array GraphRunner::gather(const GraphNode& node) const {
   out.shape.assign(data.shape.begin(), split);
   out.shape.insert(out.shape.end(), indices.shape.begin(), indices.shape.end());
   out.shape.insert(out.shape.end(), split + 1, data.shape.end());
+  out.values.reserve(elements(out.shape));
   for (std::size_t o = 0; o < outer; ++o)
     for (const double value : indices.values) {
-      auto index = static_cast<std::int64_t>(value);
+      auto index = integer(value);
       if (index < 0) index += size;
       if (index < 0 || index >= size) refuse(node, "has an index out of range");
       const auto begin =
@@ -303,14 +328,16 @@ GraphRunner::Array GraphRunner::slice(const GraphNode& node) const {
     axes.resize(starts.size());
     std::iota(axes.begin(), axes.end(), 0);
   }
+  if (ends.size() != starts.size() || axes.size() != starts.size())
+    refuse(node, "has starts, ends and axes that do not fit");
   for (std::size_t s = 0; s < starts.size(); ++s) {
     if (s < steps.size() && steps[s] != 1) refuse(node, "has a step other than 1");
-    const std::size_t axis = axis_of(node, axes.at(s), array.shape.size());
+    const std::size_t axis = axis_of(node, axes[s], array.shape.size());
     const std::int64_t size = array.shape[axis];
     const auto clamped = [&](std::int64_t at) {
       return std::clamp<std::int64_t>(at < 0 ? at + size : at, 0, size);
     };
-    const std::int64_t begin = clamped(starts[s]), end = std::max(begin, clamped(ends.at(s)));
+    const std::int64_t begin = clamped(starts[s]), end = std::max(begin, clamped(ends[s]));
     const auto split = array.shape.begin() + static_cast<std::ptrdiff_t>(axis);
     const std::size_t outer = elements({array.shape.begin(), split});
     const auto inner = static_cast<std::ptrdiff_t>(elements({split + 1, array.shape.end()}));
@@ -332,7 +359,8 @@ GraphRunner::Array GraphRunner::concatenate(const GraphNode& node) const {
   for (std::size_t i = 1; i < node.inputs.size(); ++i) {
     const Array& more = input(node, i);
     out.values.insert(out.values.end(), more.values.begin(), more.values.end());
-    out.shape[0] += more.shape.at(0);
+    if (more.shape.size() != out.shape.size()) refuse(node, "joins arrays of different ranks");
+    out.shape[0] += more.shape[0];
   }
   return out;
 }
@@ -346,9 +374,11 @@ GraphRunner::Array GraphRunner::matrix_product(const GraphNode& node) const {
   if (gemm && attribute(node, "transB", 0) != 0) b = transposed(b, {1, 0});
   const auto inner = static_cast<std::size_t>(b.shape[0]),
              columns = static_cast<std::size_t>(b.shape[1]);
-  if (a.shape.empty() || a.shape.back() != b.shape[0]) refuse(node, "has factors that do not fit");
-  Array out{a.shape, std::vector<double>(a.values.size() / inner * columns)};
+  if (a.shape.empty() || a.shape.back() != b.shape[0] || inner == 0)
+    refuse(node, "has factors that do not fit");
+  Array out{a.shape, {}};
   out.shape.back() = b.shape[1];
+  out.values.resize(elements(out.shape));
   for (std::size_t r = 0; r < a.values.size() / inner; ++r)
     for (std::size_t k = 0; k < inner; ++k)
       for (std::size_t c = 0; c < columns; ++c)
@@ -366,14 +396,14 @@ GraphRunner::Array GraphRunner::layer_norm(const GraphNode& node) const {
   const auto found = node.floats.find("epsilon");
   const double epsilon = found == node.floats.end() ? 1e-5 : double{found->second};
   const std::size_t size = scale.values.size();
+  if (size == 0 || bias.values.size() != size) refuse(node, "has weights that do not fit");
   for (std::size_t begin = 0; begin + size <= array.values.size(); begin += size) {
     const std::span row(array.values.data() + begin, size);
     const double mean = std::accumulate(row.begin(), row.end(), 0.0) / static_cast<double>(size);
     double variance = 0;
     for (const double v : row) variance += (v - mean) * (v - mean) / static_cast<double>(size);
     for (std::size_t c = 0; c < size; ++c)
-      row[c] =
-          (row[c] - mean) / std::sqrt(variance + epsilon) * scale.values[c] + bias.values.at(c);
+      row[c] = (row[c] - mean) / std::sqrt(variance + epsilon) * scale.values[c] + bias.values[c];
   }
   return array;
 }
@@ -381,7 +411,7 @@ GraphRunner::Array GraphRunner::layer_norm(const GraphNode& node) const {
 GraphRunner::Array GraphRunner::reduce_mean(const GraphNode& node) const {
   const Array& array = input(node, 0);
   const auto axes = integers(node, 1, "axes");
-  if (array.shape.empty() || axes.size() != 1 ||
+  if (array.shape.empty() || array.shape.back() == 0 || axes.size() != 1 ||
       axis_of(node, axes[0], array.shape.size()) + 1 != array.shape.size())
     refuse(node, "reduces another axis than the last");
   const auto size = static_cast<std::size_t>(array.shape.back());
@@ -410,6 +440,7 @@ std::vector<GraphRunner::Array> GraphRunner::gru(const GraphNode& node) const {
     refuse(node, "has weights that do not fit");
   std::vector<double> hidden(n);
   if (has_input(node, 5)) hidden = input(node, 5).values;
+  if (hidden.size() != n) refuse(node, "has an initial state that does not fit");
   const bool reset_after = attribute(node, "linear_before_reset", 0) != 0;
   Array all{{x.shape[0], 1, 1, r.shape[2]}, {}};
   std::vector<double> update(n), reset(n), kept(n), next(n);

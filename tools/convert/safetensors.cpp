@@ -38,9 +38,8 @@ TensorFile open_safetensors(const Input& input) {
   std::memcpy(&length, head.data(), 8);
   if (length > source.size() - 8)
     throw Failure(input.name + ": its header is longer than the file; copy it again");
-  if (length > max_structure_bytes)
-    throw Failure(input.name + ": its header is over " + std::to_string(max_structure_bytes) +
-                  " bytes");
+  if (length > max_json_bytes)
+    throw Failure(input.name + ": its header is over " + std::to_string(max_json_bytes) + " bytes");
   std::vector<std::byte> bytes(static_cast<std::size_t>(length));
   source.read(8, bytes);
   const auto* text = reinterpret_cast<const char*>(bytes.data());

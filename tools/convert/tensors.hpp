@@ -110,7 +110,8 @@ TensorFile open_legacy_pytorch(const Input& input);  // of PyTorch before 1.6
 TensorFile open_onnx(const Input& input);
 
 // Limits that keep a hostile file from taking memory.
-inline constexpr std::size_t max_tensors = 100'000;
-inline constexpr std::size_t max_structure_bytes = std::size_t{32} << 20;  // headers, pickles
+inline constexpr std::size_t max_tensors = 4096;
+inline constexpr std::size_t max_structure_bytes = std::size_t{32} << 20;  // pickles, graphs
+inline constexpr std::size_t max_json_bytes = std::size_t{2} << 20;  // parsed, up to 64 times that
 
 }  // namespace personalize::tools

@@ -158,7 +158,7 @@ class Tracer {
     has_embedding_ = true;
     embedding_ = data.weight;
     items_ = tensor.shape[data.weight.transpose ? 1 : 0];
-    values_[node.outputs.at(0)] = sequence();
+    values_[node.outputs[0]] = sequence();
   }
 
   // Where the index is a constant: the last event's vector is taken, no other.

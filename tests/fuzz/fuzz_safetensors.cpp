@@ -1,0 +1,6 @@
+// Bytes from anywhere as a safetensors file.
+#include "convert_model.hpp"
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  return convert_model({data, size}, personalize::tools::open_safetensors);
+}

@@ -1,0 +1,285 @@
+// Reading models from elsewhere. tests/convert/ compares whole conversions with PyTorch.
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../personalize_runtime.hpp"
+#include "command/command.hpp"
+#include "convert/archive.hpp"
+#include "convert/build.hpp"
+#include "convert/check.hpp"
+#include "convert/mapping.hpp"
+#include "convert/tensors.hpp"
+#include "data/dataset.hpp"
+#include "small_model.hpp"
+#include "temporary_folder.hpp"
+
+namespace pz = personalize;
+using namespace personalize::tools;
+
+namespace {
+
+std::string refusal(auto&& act) {
+  try {
+    act();
+  } catch (const Failure& failure) {
+    return failure.what();
+  }
+  return "nothing was refused";
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+Catalogue catalogue_of(std::vector<std::string> ids) {
+  Catalogue catalogue;
+  catalogue.items.items.resize(ids.size());
+  catalogue.items.item_ids = std::move(ids);
+  return catalogue;
+}
+
+// A safetensors file in memory.
+struct Safetensors {
+  std::string bytes;
+  Safetensors(const std::string& header, std::span<const std::byte> data) {
+    const std::uint64_t length = header.size();
+    bytes.assign(reinterpret_cast<const char*>(&length), 8);
+    bytes += header;
+    bytes.append(reinterpret_cast<const char*>(data.data()), data.size());
+  }
+  TensorFile open() const {
+    return open_tensors({"model", std::as_bytes(std::span(bytes.data(), bytes.size()))});
+  }
+};
+
+// A file of f32 tensors with ascending values, named and shaped as given.
+Safetensors model_of(const std::vector<std::pair<std::string, std::vector<int>>>& tensors) {
+  std::string header;
+  std::size_t at = 0;
+  for (const auto& [name, shape] : tensors) {
+    std::size_t size = 4;
+    std::string dimensions;
+    for (const int n : shape) {
+      size *= static_cast<std::size_t>(n);
+      dimensions += (dimensions.empty() ? "" : ",") + std::to_string(n);
+    }
+    header += (header.empty() ? "{\"" : ",\"") + name + R"(":{"dtype":"F32","shape":[)" +
+              dimensions + R"(],"data_offsets":[)" + std::to_string(at) + "," +
+              std::to_string(at + size) + "]}";
+    at += size;
+  }
+  std::vector<float> values(at / 4);
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i) / 64;
+  return {header + "}", std::as_bytes(std::span(values))};
+}
+
+Mapping mapping_of(const std::string& json) {
+  const TemporaryFolder folder;
+  return read_mapping(folder.write("mapping.json", json));
+}
+
+}  // namespace
+
+TEST_CASE("what PyTorch and NumPy wrote of one model becomes the same model") {
+  // The files and the expected state are of torch.nn.Embedding(4, 2) and torch.nn.GRU(2, 2) of
+  // PyTorch 1.13, run over items 0, 3, 2.
+  constexpr std::array<float, 2> hidden{-0.5528836250305176f, -0.021374069154262543f};
+  std::vector<std::byte> first;
+  for (const char* name :
+       {"model.safetensors", "model.npz", "model.pt", "model_old.pt", "model.onnx"}) {
+    CAPTURE(name);
+    TensorFile file = open_tensors({std::string("golden/convert/") + name});
+    const Mapping mapping = file.graph ? trace_graph(file) : recognise(file);
+    pz::ModelParts parts =
+        build_model(file, mapping, catalogue_of({"a", "b", "c", "d"}), pz::ElementType::f32).parts;
+    CHECK(parts.biases == std::vector<float>{0.5f, -0.25f, 0, 1});
+    parts.metadata = "{}";  // names the file
+    const auto bytes = pz::write_model(parts, {.element_type = pz::ElementType::f32});
+    REQUIRE(bytes);
+    if (first.empty()) first = *bytes;
+    CHECK(*bytes == first);
+    const auto model = pz::Model::from_parts(std::move(parts));
+    REQUIRE(model);
+    const pz::Encoder encoder(**model);
+    auto workspace = encoder.make_workspace();
+    std::vector<float> state(encoder.state_size());
+    for (const std::uint32_t item : {0u, 3u, 2u}) encoder.step({.item = item}, state, workspace);
+    for (std::size_t c = 0; c < 2; ++c)
+      CHECK(double{encoder.query(state)[c]} == doctest::Approx(double{hidden[c]}).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("an array in Fortran's order reads row by row") {
+  TensorFile file = open_tensors({"golden/convert/array.npy"});
+  REQUIRE(file.tensors.size() == 1);
+  CHECK(file.tensors[0].describe() == "array f32 [2, 3]");
+  CHECK(read_values(file, file.tensors[0]) == std::vector<float>{0, 1, 2, 3, 4, 5});
+}
+
+TEST_CASE("halves, bfloat16, doubles and integers read as the numbers they are") {
+  const std::array<unsigned char, 38> data{
+      0x00, 0x3c, 0x00, 0xc0, 0x01, 0x00, 0xff, 0x7b,   // f16: 1, -2, 2^-24, 65504
+      0x80, 0x3f, 0x40, 0xc0,                           // bf16: 1, -3
+      0,    0,    0,    0,    0,    0,    0xe0, 0x3f,   // f64: 0.5
+      0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,   // i64: -1
+      0x80, 0x7f,                                       // i8: -128, 127
+      0,    0,    0x80, 0x3f, 0,    0,    0,    0x40};  // c64: 1 + 2i
+  const Safetensors model(R"({"f16":{"dtype":"F16","shape":[4],"data_offsets":[0,8]},)"
+                          R"("bf16":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]},)"
+                          R"("f64":{"dtype":"F64","shape":[],"data_offsets":[12,20]},)"
+                          R"("i64":{"dtype":"I64","shape":[1],"data_offsets":[20,28]},)"
+                          R"("i8":{"dtype":"I8","shape":[2],"data_offsets":[28,30]},)"
+                          R"("c64":{"dtype":"C64","shape":[1],"data_offsets":[30,38]}})",
+                          std::as_bytes(std::span(data)));
+  TensorFile file = model.open();
+  const auto values = [&](const char* name) { return read_values(file, file.at(name)); };
+  CHECK(values("f16") == std::vector<float>{1, -2, 0x1p-24f, 65504});
+  CHECK(values("bf16") == std::vector<float>{1, -3});
+  CHECK(values("f64") == std::vector<float>{0.5f});
+  CHECK(values("i64") == std::vector<float>{-1});
+  CHECK(values("i8") == std::vector<float>{-128, 127});
+  CHECK(file.at("c64").shape == std::vector<std::uint64_t>{1, 2});
+  CHECK(values("c64") == std::vector<float>{1, 2});
+}
+
+TEST_CASE("a model that is not recognised is told with its tensors and the nearest architecture") {
+  const auto told = [](const std::vector<std::pair<std::string, std::vector<int>>>& tensors) {
+    const Safetensors model = model_of(tensors);
+    TensorFile file = model.open();
+    return refusal([&] { recognise(file); });
+  };
+  const std::string lstm = told(
+      {{"emb.weight", {9, 4}}, {"lstm.weight_ih_l0", {16, 4}}, {"lstm.weight_hh_l0", {16, 4}}});
+  CHECK(contains(lstm, "nearest is torch gru"));
+  CHECK(contains(lstm, "an LSTM has no counterpart"));
+  CHECK(contains(lstm, "lstm.weight_hh_l0 f32 [16, 4]"));
+  CHECK(contains(lstm, "--mapping"));
+  const std::string both_ways = told({{"emb.weight", {9, 4}},
+                                      {"gru.weight_ih_l0", {12, 4}},
+                                      {"gru.weight_hh_l0", {12, 4}},
+                                      {"gru.weight_ih_l0_reverse", {12, 4}},
+                                      {"gru.weight_hh_l0_reverse", {12, 4}}});
+  CHECK(contains(both_ways, "bidirectional"));
+  // One tensor too many: nothing is left out in silence.
+  CHECK(contains(told({{"emb.weight", {9, 4}},
+                       {"gru.weight_ih_l0", {12, 4}},
+                       {"gru.weight_hh_l0", {12, 4}},
+                       {"positions", {50, 4}}}),
+                 "not a known architecture"));
+  CHECK(contains(told({{"blocks.0.attention.weight", {4, 4}}}), "not a known architecture; say"));
+}
+
+TEST_CASE("rows, padding and items must fit one another") {
+  const Safetensors model = model_of(
+      {{"emb.weight", {5, 4}}, {"gru.weight_ih_l0", {12, 4}}, {"gru.weight_hh_l0", {12, 4}}});
+  TensorFile file = model.open();
+  const auto build = [&](Mapping mapping, std::size_t items) {
+    std::vector<std::string> ids;
+    for (std::size_t i = 0; i < items; ++i) ids.push_back("i" + std::to_string(i));
+    return build_model(file, mapping, catalogue_of(ids), pz::ElementType::f32);
+  };
+  const Mapping mapping = recognise(file);
+  CHECK(build(mapping, 5).first_row == 0);
+  // The first row is not zero and therefore no padding.
+  CHECK(contains(refusal([&] { build(mapping, 4); }), "5 rows"));
+  CHECK(contains(refusal([&] { build(mapping, 6); }), "check the items file"));
+  Mapping offset = mapping;
+  offset.index_offset = 1;
+  const Built built = build(offset, 4);
+  CHECK(built.first_row == 1);
+  CHECK(built.parts.item_vectors.at(0, 0) == 4.0f / 64);
+  Mapping padded = mapping;
+  padded.padding_row = 2;
+  CHECK(build(padded, 4).parts.item_vectors.at(2, 0) == 12.0f / 64);
+  Mapping sliced = mapping;
+  sliced.embedding.slice = {1, 4};
+  CHECK(build(sliced, 3).parts.item_vectors.at(2, 3) == 15.0f / 64);
+  sliced.embedding.slice = {3, 6};
+  CHECK(contains(refusal([&] { build(sliced, 3); }), "has no rows [3, 6)"));
+}
+
+TEST_CASE("a mapping is checked key by key") {
+  CHECK(contains(refusal([] { mapping_of("{"); }), "is not JSON"));
+  CHECK(contains(refusal([] { mapping_of("{}"); }), "needs \"embedding\""));
+  const auto with = [](const std::string& layer) {
+    return R"({"embedding": "e", "layers": [)" + layer + "]}";
+  };
+  CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "lstm"})")); }), "unknown type"));
+  CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "gru", "w_hh": "a"})")); }),
+                 "needs w_ih"));
+  CHECK(contains(refusal([&] {
+                   mapping_of(
+                       with(R"({"type": "gru", "w_ih": "a", "w_hh": "b", "gate_order": "zzr"})"));
+                 }),
+                 "gate_order"));
+  CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "add", "slot": 8})")); }), "[0, 7]"));
+  CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "save", "slots": 1})")); }),
+                 "unknown key \"slots\""));
+  const Mapping keras = mapping_of(
+      with(R"({"type": "gru", "w_ih": "k", "w_hh": "r", "gate_order": "zrh", "transpose": true})"));
+  CHECK(keras.layers[0].gate_order == "zrn");
+  CHECK(keras.layers[0].weights.at("w_ih")[0].transpose);
+}
+
+TEST_CASE("items keep the model's order, and interactions give their statistics") {
+  const TemporaryFolder folder;
+  const std::string order = folder.write("order.csv", "ITEM_ID\nz\na\nm\n");
+  const std::string items = folder.write(
+      "items.csv", "ITEM_ID,CREATION_TIMESTAMP,GENRE\na,5,rock\nother,6,jazz\nz,,pop|rock\n");
+  const std::string interactions = folder.write(
+      "interactions.csv", "USER_ID,ITEM_ID,TIMESTAMP\nu,a,30\nu,a,10\nv,other,1\nv,m,20\n");
+  const Dataset data =
+      read_catalogue({.order = order, .items = items, .interactions = interactions});
+  CHECK(data.item_ids == std::vector<std::string>{"z", "a", "m"});
+  CHECK(data.items[1].creation_timestamp == 5);
+  CHECK(data.items[1].interactions == 2);
+  CHECK(data.items[1].first == 10);
+  CHECK(data.items[1].last == 30);
+  CHECK(data.items[0].interactions == 0);
+  CHECK(data.interactions == 3);
+  CHECK(data.first_timestamp == 10);
+  REQUIRE(data.metadata.size() == 1);
+  CHECK(data.metadata[0].values.size() == 3);
+  CHECK(data.metadata[0].values[0].size() == 2);
+  const std::string twice = folder.write("twice.csv", "USER_ID\nu\nv\nu\n");
+  CHECK(contains(refusal([&] { read_ids(twice, "USER_ID"); }), "twice.csv:4"));
+}
+
+TEST_CASE("a model goes out as safetensors and comes back byte by byte") {
+  const TemporaryFolder folder;
+  pz::ModelParts parts = small_model::parts();
+  const pz::WriteOptions f32{.element_type = pz::ElementType::f32};
+  const auto before = pz::write_model(parts, f32);
+  REQUIRE(before);
+  write_archive(parts, folder.file("model.safetensors"));
+  TensorFile file = open_tensors({folder.file("model.safetensors")});
+  CHECK(is_archive(file));
+  const auto after = pz::write_model(read_archive(file, pz::ElementType::f32), f32);
+  REQUIRE(after);
+  CHECK(*after == *before);
+}
+
+TEST_CASE("a check agrees with the model it is made from and notices another") {
+  pz::ModelParts parts = small_model::parts();
+  const TemporaryFolder folder;
+  std::string csv = "USER_ID,ITEM_ID,TIMESTAMP\n";
+  for (int e = 0; e < 40; ++e)
+    csv += "u" + std::to_string(e % 5) + "," +
+           std::string(parts.item_ids[static_cast<std::size_t>(e * 7 % 50)]) + "," +
+           std::to_string(1000 + e * e) + "\n";
+  const auto histories = read_histories(folder.write("histories.csv", csv), parts);
+  CHECK(histories.size() == 5);
+  const auto model = pz::Model::from_parts(parts);
+  REQUIRE(model);
+  const Comparison same = compare_with_source(**model, parts, histories);
+  CHECK(same.hidden_deviation.value() < 1e-5);
+  CHECK(same.same_top20.value() == 1);
+  parts.weights.back().f32()[0] += 1;
+  const Comparison other = compare_with_source(**model, parts, histories);
+  CHECK(other.hidden_deviation.value() > 1e-3);
+}
