@@ -78,10 +78,10 @@ class TorchGruSeparate(Case):
     padding = 1
     onnx = (14,)
 
-    def __init__(self):
+    def __init__(self, layers=2):
         super().__init__()
         self.item_emb = nn.Embedding(ITEMS + 1, 24, padding_idx=0)
-        self.gru = nn.GRU(24, 40, num_layers=2, batch_first=True)
+        self.gru = nn.GRU(24, 40, num_layers=layers, batch_first=True)
         self.out = nn.Linear(40, ITEMS + 1)
 
     def forward(self, history):
@@ -200,8 +200,9 @@ class Trainer(Case):
     """The network of `personalize train`, its parameters named as there."""
     onnx = (14, 17)
 
-    def __init__(self):
+    def __init__(self, layers=2, feed_forward=True):
         super().__init__()
+        self.layers, self.feed_forward = layers, feed_forward
         self.item_embedding = nn.Parameter(torch.randn(ITEMS, 32))
         self.item_bias = nn.Parameter(torch.randn(ITEMS))
         self.norm = nn.LayerNorm(32)
@@ -212,9 +213,10 @@ class Trainer(Case):
 
     def hidden(self, history):
         x = self.norm(nn.functional.embedding(history, self.item_embedding))
-        for k in range(2):
+        for k in range(self.layers):
             x = self.norms[2 * k](x + self.grus[k](x)[0])
-            x = self.norms[2 * k + 1](x + self.linear2[k](gelu(self.linear1[k](x))))
+            if self.feed_forward:
+                x = self.norms[2 * k + 1](x + self.linear2[k](gelu(self.linear1[k](x))))
         return x
 
     def forward(self, history):
@@ -226,12 +228,15 @@ class Trainer(Case):
     def state(self):
         state = {"item_embedding": self.item_embedding, "item_bias": self.item_bias,
                  "norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
-        for k in range(2):
+        for k in range(self.layers):
             for ours, theirs in (("w_ih", "weight_ih_l0"), ("w_hh", "weight_hh_l0"),
                                  ("b_ih", "bias_ih_l0"), ("b_hh", "bias_hh_l0")):
                 state[f"layer{k}.{ours}"] = getattr(self.grus[k], theirs)
-            for name, module in (("norm1", self.norms[2 * k]), ("norm2", self.norms[2 * k + 1]),
-                                 ("linear1", self.linear1[k]), ("linear2", self.linear2[k])):
+            modules = {"norm1": self.norms[2 * k]}
+            if self.feed_forward:
+                modules |= {"norm2": self.norms[2 * k + 1], "linear1": self.linear1[k],
+                            "linear2": self.linear2[k]}
+            for name, module in modules.items():
                 state[f"layer{k}.{name}.weight"] = module.weight
                 state[f"layer{k}.{name}.bias"] = module.bias
         return {name: tensor.detach() for name, tensor in state.items()}
@@ -290,7 +295,7 @@ class LruRec(Case):
     """Names and equations of the LRURec authors' code, step by step instead of in parallel."""
     padding = 1
 
-    def __init__(self):
+    def __init__(self, blocks=2):
         super().__init__()
         self.embedding = nn.Module()
         self.embedding.token = nn.Embedding(ITEMS + 1, 32)
@@ -298,7 +303,7 @@ class LruRec(Case):
         self.model = nn.Module()
         self.model.bias = nn.Parameter(torch.randn(ITEMS + 1))
         self.model.lru_blocks = nn.ModuleList()
-        for _ in range(2):
+        for _ in range(blocks):
             block = nn.Module()
             block.lru_layer, block.feed_forward = Lru(32), FeedForward(32)
             self.model.lru_blocks.append(block)
@@ -507,6 +512,34 @@ def run_case(kind, root):
     return folder, files[0]
 
 
+def run_readme(root):
+    """The examples of tools/convert/README.md, in its order, say what is recognised anyhow."""
+    readme = pathlib.Path(__file__).resolve().parents[2] / "tools" / "convert" / "README.md"
+    examples = [json.loads(block.split("```")[0])
+                for block in readme.read_text().split("```json")[1:]]
+    cases = [TorchGruSeparate(layers=1), Gru4RecOneHot(),
+             Gru4Rec(embedding=20, layers=(28,), shared=False), RecBole(), Keras(),
+             MatrixFactorisation(), LruRec(blocks=1), Trainer(layers=1, feed_forward=False)]
+    assert len(examples) == len(cases)
+    folder = root / "readme"
+    folder.mkdir()
+    write_csv(folder / "items.csv", [["ITEM_ID"]] + [[f"i{i}"] for i in range(ITEMS)])
+    write_csv(folder / "users.csv", [["USER_ID"]] + [[f"u{u}"] for u in range(HISTORIES)])
+    for example, case in zip(examples, cases):
+        if case.mapping:
+            assert example == case.mapping, type(case)
+            continue
+        save_safetensors(case.state(), folder / "model.safetensors")
+        (folder / "mapping.json").write_text(json.dumps(example))
+        common = ["--from", folder / "model.safetensors", "--items", folder / "items.csv",
+                  "--element-type", "f32", "--json", "-o"]
+        personalize(*common, folder / "mapped.pzm", "--mapping", folder / "mapping.json")
+        personalize(*common, folder / "recognised.pzm",
+                    *(["--users", folder / "users.csv"] if "users" in example else []))
+        assert sections(folder / "mapped.pzm") == sections(folder / "recognised.pzm"), type(case)
+    print(f"{len(examples)} examples of the README convert as what is recognised", flush=True)
+
+
 def run_archive(metadata, tensors, item, event_type, time_gap):
     """The hidden state behind a history, from what --to safetensors writes."""
     assert metadata["format"] == "personalize"
@@ -603,6 +636,7 @@ def main():
     root.mkdir(parents=True)
     with torch.no_grad():
         results = [run_case(kind, root) for kind in CASES]
+        run_readme(root)
         run_golden(golden, root)
     run_negative(*results[0])
 
