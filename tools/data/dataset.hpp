@@ -57,7 +57,8 @@ struct DatasetOptions {
 // with two interactions.
 Dataset read_dataset(const DatasetOptions& options, Progress* progress = nullptr);
 
-// What describes the items of a model that was trained elsewhere. Paths; only `order` must be given.
+// What describes the items of a model that was trained elsewhere. Paths; only `order` must be
+// given.
 struct CatalogueFiles {
   std::string order;         // CSV with ITEM_ID, a row an item, in the model's order
   std::string items;         // metadata, in any order; may be the same file
