@@ -42,6 +42,16 @@
 // Set by the user, before the include or on the command line:
 //   PERSONALIZE_NO_XSIMD  build with the scalar kernels only; xsimd is not included
 //   PERSONALIZE_NO_ZSTD   read and write stored (uncompressed) sections only; zstd is not included
+//
+// Found out here:
+//   PERSONALIZE_HAS_EXCEPTIONS  0 under -fno-exceptions: then memory that cannot be had ends the
+//                               program, as the standard library's containers do; 1: it is an Error
+
+#if defined(__cpp_exceptions)
+#define PERSONALIZE_HAS_EXCEPTIONS 1
+#else
+#define PERSONALIZE_HAS_EXCEPTIONS 0
+#endif
 
 #include <algorithm>
 #include <array>
@@ -65,8 +75,11 @@
 #include <numeric>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <thread>
 #include <type_traits>
 #include <unordered_map>
 #include <unordered_set>
@@ -128,6 +141,7 @@ enum class Errc : std::uint8_t {
   invalid_argument,  // an argument is outside its stated range
   unknown_item,      // no such item in the catalogue
   out_of_memory,     // memory could not be had; nothing was changed
+  cancelled,         // LoadOptions::progress asked to stop
 };
 
 // What went wrong, in words for a log line. `offset` is a byte position in the file where one is
@@ -184,6 +198,27 @@ class [[nodiscard]] Result<void> {
  private:
   std::optional<Error> error_;
 };
+
+namespace detail {
+
+// What `call` returns, a Result; where it runs out of memory, that as an error. The message is
+// short enough to need none.
+template <class Call>
+auto guarded(Call call) -> decltype(call()) {
+#if PERSONALIZE_HAS_EXCEPTIONS
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    return Error{Errc::out_of_memory, "out of memory"};
+  } catch (const std::length_error&) {
+    return Error{Errc::out_of_memory, "out of memory"};
+  }
+#else
+  return call();
+#endif
+}
+
+}  // namespace detail
 
 // ============================================================================================
 // Room 2: kernels. Owns the arithmetic on rows and vectors: once for each instruction set, under a
@@ -1420,7 +1455,8 @@ inline const Table& chosen() noexcept { return table_of<Default>; }
 //
 //   offset size field
 //        0    8 magic           89 50 5A 4D 0D 0A 1A 0A  ("\x89PZM\r\n\x1a\n": shows a text-mode
-//        copy) 8    2 major version   1; a reader refuses a greater one
+//                               copy)
+//        8    2 major version   2; a reader refuses a greater one
 //       10    2 minor version   0; a greater one adds sections that older readers skip
 //       12    4 section count
 //       16    8 total size      bytes of the whole file
@@ -1432,18 +1468,32 @@ inline const Table& chosen() noexcept { return table_of<Default>; }
 //
 //        0    4 tag
 //        4    4 index           distinguishes sections of one tag; 0 where there is one
-//        8    1 codec           0 stored, 1 zstd (one frame that declares its content size)
+//        8    1 codec           0 stored, 1 zstd
 //        9    1 element type    ElementType
 //       10    1 rank            1 to 3
-//       11    5 reserved        zero
+//       11    1 chunk size      c, 6 to 30: chunks of 2^c raw bytes
+//       12    4 reserved        zero
 //       16   24 shape           3 x u64; unused dimensions are 1
 //       40    8 offset          sections lie back to back, in table order, up to the total size
-//       48    8 stored size
+//       48    8 stored size     of the chunk directory and the chunks
 //       56    8 raw size        size after decompression; follows from element type and shape
-//       64    8 checksum        XXH64 of the stored bytes
+//       64    8 checksum        XXH64 of the chunk directory
+//
+// A section's raw bytes are cut into chunks of 2^c bytes, the last one shorter (element type i4: of
+// as many whole rows as 2^c bytes hold, at least one). It begins with its chunk directory, 12 bytes
+// a chunk; behind it lie the chunks, back to back:
+//
+//        0    4 stored size     of the chunk
+//        4    8 checksum        XXH64 of the chunk's stored bytes
+//
+// A chunk is stored as it is where its stored size equals its raw size, which is always so with
+// codec 0; else it is one zstd frame that declares its content size and is smaller.
+//
+// Major version 1 had no chunks: the byte at 11 was zero, a section was its stored bytes, one zstd
+// frame with codec 1, and the checksum was theirs. It is still read.
 //
 // Every byte of a file is covered by a checksum or must be zero, so a flipped bit anywhere is seen.
-// What the sections hold stands in room 4.
+// A file is read once, from front to back. What the sections hold stands in room 4.
 // ============================================================================================
 
 // XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
@@ -1496,6 +1546,9 @@ enum class ElementType : std::uint8_t {
   i64 = 3,
   u32 = 4,
   string = 5,  // the u16 lengths of all strings, then their bytes (UTF-8)
+  // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 16 columns (room 4); by
+  // chunk: the scales of its rows, their group scales, then the rows.
+  i4 = 6,
 };
 
 constexpr std::string_view name(ElementType type) noexcept {
@@ -1512,6 +1565,8 @@ constexpr std::string_view name(ElementType type) noexcept {
       return "u32";
     case ElementType::string:
       return "string";
+    case ElementType::i4:
+      return "i4";
   }
   return "unknown";
 }
@@ -1519,13 +1574,44 @@ constexpr std::string_view name(ElementType type) noexcept {
 // The most a reader will take memory for, checked before it is taken.
 struct LoadLimits {
   std::uint64_t file_bytes = std::uint64_t{16} << 30;
-  std::uint64_t raw_bytes = std::uint64_t{16} << 30;  // of all sections together, decompressed
+  std::uint64_t raw_bytes = std::uint64_t{16} << 30;  // of all sections together, decoded
   std::uint32_t sections = 4096;
   std::uint64_t items = 100'000'000;
   std::uint32_t dimension = 4096;  // of any vector in the model
 };
 
+// How a model is read. Peak memory is that of the finished model and, for each thread, one chunk as
+// it is stored and one decompressed (files of format version 1: the largest section).
+struct LoadOptions {
+  LoadLimits limits = {};
+  // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
+  unsigned threads = 1;
+  // Called on the calling thread from time to time, and at the end, with the bytes of the file that
+  // are dealt with and all of them. false: the call ends with Errc::cancelled.
+  std::function<bool(std::uint64_t done, std::uint64_t total)> progress = {};
+};
+
 enum class Codec : std::uint8_t { stored = 0, zstd = 1 };
+
+// The file's layout of i4 rows.
+struct FourBitRows {
+  static constexpr std::size_t group = 16;        // columns that share a scale
+  static constexpr std::uint64_t least_columns = 16;
+  static constexpr std::uint64_t group_bytes(std::uint64_t columns) noexcept {
+    return ((columns + group - 1) / group + 1) / 2;
+  }
+  static constexpr std::uint64_t value_bytes(std::uint64_t columns) noexcept {
+    return (columns + 1) / 2;
+  }
+  static constexpr std::uint64_t row_bytes(std::uint64_t columns) noexcept {
+    return sizeof(float) + group_bytes(columns) + value_bytes(columns);
+  }
+  // In a chunk of 2^log2 bytes.
+  static constexpr std::uint64_t rows_in_chunk(std::uint64_t columns, unsigned log2) noexcept {
+    const std::uint64_t rows = (std::uint64_t{1} << log2) / row_bytes(columns);
+    return rows == 0 ? 1 : rows;
+  }
+};
 
 struct SectionInfo {
   std::array<char, 4> tag{};
@@ -1538,6 +1624,19 @@ struct SectionInfo {
   std::uint64_t stored_size = 0;
   std::uint64_t raw_size = 0;
   std::uint64_t checksum = 0;
+  std::uint8_t chunk_log2 = 0;  // 0: in one piece, without a directory (format version 1)
+
+  // Of all chunks but the last.
+  std::uint64_t chunk_raw_size() const noexcept {
+    if (chunk_log2 == 0) return raw_size;
+    return element_type == ElementType::i4
+               ? FourBitRows::rows_in_chunk(shape[1], chunk_log2) * FourBitRows::row_bytes(shape[1])
+               : std::uint64_t{1} << chunk_log2;
+  }
+  std::uint64_t chunk_count() const noexcept {
+    if (chunk_log2 == 0) return 1;
+    return raw_size / chunk_raw_size() + (raw_size % chunk_raw_size() != 0);
+  }
 
   std::string label() const {
     std::string text(tag.data(), tag.size());
@@ -1551,8 +1650,9 @@ namespace detail {
 
 inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P',  'Z',  'M',
                                                           '\r', '\n', 0x1a, '\n'};
-inline constexpr std::uint16_t format_major = 1, format_minor = 0;
-inline constexpr std::size_t header_size = 64, entry_size = 72;
+inline constexpr std::uint16_t format_major = 2, format_minor = 0;
+inline constexpr std::size_t header_size = 64, entry_size = 72, directory_entry_size = 12;
+inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 30;
 
 template <class T>
 T load_integer(const std::byte* p) noexcept {
@@ -1576,20 +1676,73 @@ inline Error section_error(Errc code, const SectionInfo& section, const std::str
   return {code, "section " + section.label() + ": " + what, section.offset};
 }
 
-}  // namespace detail
+struct CloseFile {
+  void operator()(std::FILE* file) const noexcept { std::fclose(file); }
+};
+using File = std::unique_ptr<std::FILE, CloseFile>;
 
-// The section table of a model file, checked: every entry lies inside the file and within `limits`,
-// and every stored byte matches its checksum. Reads the whole file once.
-inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
-                                                      const LoadLimits& limits = {}) {
-  using namespace detail;
-  if (file.size() < model_magic.size() ||
-      std::memcmp(file.data(), model_magic.data(), model_magic.size()) != 0)
+inline Error io_error(const std::string& path, const char* what) {
+  return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
+}
+
+// A file's bytes from front to back, out of memory or off the disk.
+class ByteSource {
+ public:
+  explicit ByteSource(std::span<const std::byte> bytes) : bytes_(bytes), size_(bytes.size()) {}
+
+  static Result<ByteSource> open(const std::string& path) {
+    ByteSource source{{}};
+    source.file_.reset(std::fopen(path.c_str(), "rb"));
+    if (!source.file_) return io_error(path, "cannot open");
+    long size = -1;
+    if (std::fseek(source.file_.get(), 0, SEEK_END) == 0) size = std::ftell(source.file_.get());
+    if (size < 0 || std::fseek(source.file_.get(), 0, SEEK_SET) != 0)
+      return io_error(path, "cannot tell its size");
+    source.size_ = static_cast<std::uint64_t>(size);
+    source.path_ = path;
+    return source;
+  }
+
+  std::uint64_t size() const noexcept { return size_; }
+
+  // The next `count` bytes, where they lie or in `buffer`. The caller has compared with size().
+  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer) {
+    if (!file_) {
+      const auto taken = bytes_.first(count);
+      bytes_ = bytes_.subspan(count);
+      return taken;
+    }
+    if (buffer.size() < count) buffer.resize(count);
+    if (std::fread(buffer.data(), 1, count, file_.get()) != count) {
+      if (std::ferror(file_.get())) return io_error(path_, "cannot read");
+      return Error{Errc::truncated, "the file became shorter while it was read"};
+    }
+    return std::span<const std::byte>(buffer).first(count);
+  }
+
+ private:
+  std::span<const std::byte> bytes_;
+  File file_;
+  std::string path_;
+  std::uint64_t size_ = 0;
+};
+
+// Header and section table of a file, checked: every entry lies inside the file and within
+// `limits`. Leaves the source at the first section.
+inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const LoadLimits& limits) {
+  std::vector<std::byte> head_buffer, table_buffer;
+  const std::uint64_t size = source.size();
+  const auto taken =
+      source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer);
+  if (!taken) return taken.error();
+  const std::span<const std::byte> header = *taken;
+  if (header.size() < model_magic.size() ||
+      std::memcmp(header.data(), model_magic.data(), model_magic.size()) != 0)
     return Error{Errc::format, "not a model file: the first 8 bytes are not a .pzm header's", 0};
-  if (file.size() < header_size)
-    return Error{Errc::truncated, "the file ends inside its 64-byte header", file.size()};
-  const std::byte* head = file.data();
-  if (xxh64(file.first(56)) != load_integer<std::uint64_t>(head + 56))
+  if (header.size() < header_size)
+    return Error{Errc::truncated, "the file ends inside its 64-byte header", size};
+  const std::byte* head = header.data();
+  if (xxh64(header.first(56)) != load_integer<std::uint64_t>(head + 56))
     return Error{Errc::checksum, "header: checksum mismatch; the file is damaged", 0};
   const auto major = load_integer<std::uint16_t>(head + 8);
   if (major == 0 || major > format_major)
@@ -1608,17 +1761,18 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
   const auto total = load_integer<std::uint64_t>(head + 16);
   if (total > limits.file_bytes)
     return Error{Errc::limit, "header: the file is larger than LoadLimits::file_bytes", 16};
-  if (file.size() < total)
+  if (size < total)
     return Error{Errc::truncated,
-                 "the file has " + std::to_string(file.size()) + " of its " +
-                     std::to_string(total) + " bytes; copy it again",
-                 file.size()};
-  if (file.size() > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
+                 "the file has " + std::to_string(size) + " of its " + std::to_string(total) +
+                     " bytes; copy it again",
+                 size};
+  if (size > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
   const std::uint64_t table_size = std::uint64_t{count} * entry_size;
   if (table_size > total - header_size)
     return Error{Errc::corrupt, "header: the section table is larger than the file", 12};
-  const auto table = file.subspan(header_size, static_cast<std::size_t>(table_size));
-  if (xxh64(table) != load_integer<std::uint64_t>(head + 24))
+  const auto table = source.take(static_cast<std::size_t>(table_size), table_buffer);
+  if (!table) return table.error();
+  if (xxh64(*table) != load_integer<std::uint64_t>(head + 24))
     return Error{Errc::checksum, "section table: checksum mismatch; the file is damaged",
                  header_size};
 
@@ -1626,36 +1780,46 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
   std::uint64_t expected_offset = header_size + table_size, raw_total = 0;
   for (std::uint32_t s = 0; s < count; ++s) {
     SectionInfo& section = sections[s];
-    const std::byte* p = table.data() + s * entry_size;
+    const std::byte* p = table->data() + s * entry_size;
     std::memcpy(section.tag.data(), p, 4);
     section.index = load_integer<std::uint32_t>(p + 4);
-    const auto codec = load_integer<std::uint8_t>(p + 8);
-    const auto type = load_integer<std::uint8_t>(p + 9);
-    section.codec = static_cast<Codec>(codec);
-    section.element_type = static_cast<ElementType>(type);
+    section.codec = static_cast<Codec>(load_integer<std::uint8_t>(p + 8));
+    section.element_type = static_cast<ElementType>(load_integer<std::uint8_t>(p + 9));
     section.rank = load_integer<std::uint8_t>(p + 10);
+    section.chunk_log2 = load_integer<std::uint8_t>(p + 11);
     for (std::size_t d = 0; d < 3; ++d)
       section.shape[d] = load_integer<std::uint64_t>(p + 16 + 8 * d);
     section.offset = load_integer<std::uint64_t>(p + 40);
     section.stored_size = load_integer<std::uint64_t>(p + 48);
     section.raw_size = load_integer<std::uint64_t>(p + 56);
     section.checksum = load_integer<std::uint64_t>(p + 64);
+    const bool chunked = major > 1;
+    const bool four_bits = section.element_type == ElementType::i4;
     if (section.rank < 1 || section.rank > 3 ||
-        std::any_of(p + 11, p + 16, [](std::byte b) { return b != std::byte{0}; }))
+        std::any_of(p + 12, p + 16, [](std::byte b) { return b != std::byte{0}; }) ||
+        (chunked ? section.chunk_log2 < least_chunk_log2 || section.chunk_log2 > most_chunk_log2
+                 : section.chunk_log2 != 0) ||
+        (four_bits && (!chunked || section.rank != 2 || section.shape[1] > limits.raw_bytes)))
       return section_error(Errc::corrupt, section, "bad table entry");
     if (section.offset != expected_offset || section.stored_size > total - expected_offset)
       return section_error(Errc::corrupt, section, "does not lie where the table's order puts it");
     expected_offset += section.stored_size;
-    if (section.raw_size > limits.raw_bytes - raw_total)
+    // i4 becomes i8 when it is read.
+    std::optional<std::uint64_t> decoded = section.raw_size;
+    if (four_bits) decoded = checked_product(section.shape[0], section.shape[1] + sizeof(float));
+    if (!decoded || *decoded > limits.raw_bytes - raw_total)
       return section_error(Errc::limit, section, "decompressed size is over LoadLimits::raw_bytes");
-    raw_total += section.raw_size;
-    if (codec == 0 && section.raw_size != section.stored_size)
+    raw_total += *decoded;
+    if (chunked) {
+      const auto directory = checked_product(section.chunk_count(), directory_entry_size);
+      if (!directory || *directory > section.stored_size ||
+          section.stored_size - *directory > section.raw_size)
+        return section_error(Errc::corrupt, section,
+                             "stored and raw size contradict the number of chunks");
+    } else if (section.codec == Codec::stored && section.raw_size != section.stored_size) {
       return section_error(Errc::corrupt, section,
                            "stored and raw size differ without compression");
-    const auto stored = file.subspan(static_cast<std::size_t>(section.offset),
-                                     static_cast<std::size_t>(section.stored_size));
-    if (xxh64(stored) != section.checksum)
-      return section_error(Errc::checksum, section, "checksum mismatch; the file is damaged");
+    }
     for (std::uint32_t other = 0; other < s; ++other)
       if (sections[other].tag == section.tag && sections[other].index == section.index)
         return section_error(Errc::corrupt, section, "stands twice in the section table");
@@ -1665,62 +1829,330 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
   return sections;
 }
 
-namespace detail {
+// Where the raw bytes of a section go.
+struct SectionTarget {
+  bool wanted = false;  // else its checksums are compared and nothing more
+  // One behind the other, as long together as the section; or, in their place:
+  std::array<std::span<std::byte>, 2> areas{};
+  // takes a chunk's raw bytes and its number, on any thread.
+  std::function<void(std::uint64_t, std::span<const std::byte>)> expand = {};
+  // Called once, on any thread, when all chunks have come.
+  std::function<Result<void>()> finish = {};
+};
 
-// The raw bytes of one section. Takes section.raw_size bytes, which list_sections has checked.
-inline Result<std::vector<std::byte>> read_section(std::span<const std::byte> file,
-                                                   const SectionInfo& section) {
-  const auto stored = file.subspan(static_cast<std::size_t>(section.offset),
-                                   static_cast<std::size_t>(section.stored_size));
-  if (section.codec == Codec::stored) return std::vector<std::byte>(stored.begin(), stored.end());
-  if (section.codec != Codec::zstd)
-    return section_error(Errc::unsupported, section, "unknown codec");
 #ifndef PERSONALIZE_NO_ZSTD
-  if (ZSTD_getFrameContentSize(stored.data(), stored.size()) != section.raw_size)
-    return section_error(Errc::compression, section,
-                         "the zstd frame does not declare the table's raw size");
-  std::vector<std::byte> raw(static_cast<std::size_t>(section.raw_size));
-  const std::size_t size = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
-  if (ZSTD_isError(size) || size != raw.size())
-    return section_error(Errc::compression, section, "does not decompress to its declared size");
-  return raw;
-#else
-  return section_error(Errc::unsupported, section,
-                       "compressed, and this build has PERSONALIZE_NO_ZSTD");
+struct FreeZstd {
+  void operator()(ZSTD_DCtx* context) const noexcept { ZSTD_freeDCtx(context); }
+};
 #endif
+
+// Reads the sections of a file in one pass: whichever thread is free takes the next chunk and
+// brings it to its place.
+class SectionDecoder {
+ public:
+  // targets: one a section, in the table's order. All must outlive the decoder.
+  SectionDecoder(ByteSource& source, std::span<const SectionInfo> sections,
+                 std::span<const SectionTarget> targets, const LoadOptions& options)
+      : source_(source), sections_(sections), targets_(targets), options_(options) {}
+
+  Result<void> run() {
+    remaining_.resize(sections_.size());
+    done_ = header_size + sections_.size() * entry_size;
+    std::uint64_t chunks = 0;
+    for (std::size_t s = 0; s < sections_.size(); ++s)
+      chunks += remaining_[s] = sections_[s].chunk_count();
+    {
+      Threads others;
+      others.start(static_cast<std::size_t>(std::min<std::uint64_t>(options_.threads, chunks)),
+                   [this] { work(false); });
+      work(true);
+    }
+    if (error_) return std::move(*error_);
+    if (options_.progress && !options_.progress(source_.size(), source_.size())) return stop();
+    return {};
+  }
+
+ private:
+  struct Chunk {
+    std::size_t section;
+    std::uint64_t number;   // in the section
+    std::uint64_t ordinal;  // in the file
+    std::span<const std::byte> stored;
+    std::size_t raw_size;
+    std::uint64_t checksum;
+  };
+  struct Worker {
+    std::vector<std::byte> stored, raw;
+#ifndef PERSONALIZE_NO_ZSTD
+    std::unique_ptr<ZSTD_DCtx, FreeZstd> zstd;
+#endif
+  };
+  struct Threads {
+    // All but one: the caller's own.
+    template <class Work>
+    void start(std::size_t count, Work work) {
+      if (count > 1) threads.reserve(count - 1);
+#if PERSONALIZE_HAS_EXCEPTIONS
+      try {
+        while (threads.size() + 1 < count) threads.emplace_back(work);
+      } catch (const std::system_error&) {  // as many as there are to be had
+      }
+#else
+      while (threads.size() + 1 < count) threads.emplace_back(work);
+#endif
+    }
+    ~Threads() {
+      for (std::thread& thread : threads) thread.join();
+    }
+    std::vector<std::thread> threads;
+  };
+
+  static Error stop() { return {Errc::cancelled, "cancelled by LoadOptions::progress"}; }
+
+  // Takes chunks until there are none. Errors (the earliest of the file) go to error_.
+  void work(bool reports) {
+    std::uint64_t ordinal = 0;
+    const auto done = guarded([&]() -> Result<void> {
+      Worker worker;
+      for (;;) {
+        const auto chunk = next(worker.stored, ordinal);
+        if (!chunk) return chunk.error();
+        if (!*chunk) return {};
+        if (auto placed = place(**chunk, worker); !placed) return placed;
+        if (auto finished = finish(**chunk); !finished) return finished;
+        if (reports && options_.progress) {
+          std::uint64_t position;
+          {
+            const std::lock_guard lock{mutex_};
+            position = done_;
+          }
+          if (!options_.progress(position, source_.size())) return stop();
+        }
+      }
+    });
+    if (done) return;
+    const std::lock_guard lock{mutex_};
+    stopped_ = true;
+    if (!error_ || ordinal < error_ordinal_) {
+      error_ = done.error();
+      error_ordinal_ = ordinal;
+    }
+  }
+
+  // The next chunk of the file, its stored bytes in `buffer` or where they lie; nothing at the end.
+  Result<std::optional<Chunk>> next(std::vector<std::byte>& buffer, std::uint64_t& ordinal) {
+    const std::lock_guard lock{mutex_};
+    ordinal = ordinal_;
+    while (!stopped_ && chunk_ == chunks_) {
+      if (section_ + 1 == sections_.size() + 1) return std::optional<Chunk>{};
+      if (auto opened = open_section(buffer); !opened) {
+        stopped_ = true;
+        return opened.error();
+      }
+    }
+    if (stopped_) return std::optional<Chunk>{};
+    const std::size_t s = section_ - 1;
+    const SectionInfo& section = sections_[s];
+    Chunk chunk{s, chunk_, ordinal_++, {}, 0, section.checksum};
+    std::uint64_t stored = section.stored_size, raw = section.raw_size;
+    if (section.chunk_log2 != 0) {
+      const std::byte* entry = directory_.data() + chunk_ * directory_entry_size;
+      stored = load_integer<std::uint32_t>(entry);
+      chunk.checksum = load_integer<std::uint64_t>(entry + 4);
+      raw = std::min(section.raw_size - chunk_ * section.chunk_raw_size(),
+                     section.chunk_raw_size());
+    }
+    ++chunk_;
+    chunk.raw_size = static_cast<std::size_t>(raw);
+    const auto taken = source_.take(static_cast<std::size_t>(stored), buffer);
+    if (!taken) {
+      stopped_ = true;
+      return taken.error();
+    }
+    chunk.stored = *taken;
+    return std::optional(chunk);
+  }
+
+  // Reads the next section's directory; the caller holds the lock. It is as long as the table says,
+  // so that the chunks, where their sizes add up, lie inside the section.
+  Result<void> open_section(std::vector<std::byte>& buffer) {
+    const SectionInfo& section = sections_[section_++];
+    chunk_ = 0;
+    chunks_ = section.chunk_count();
+    if (section.chunk_log2 == 0) return {};
+    const auto bytes =
+        source_.take(static_cast<std::size_t>(chunks_ * directory_entry_size), buffer);
+    if (!bytes) return bytes.error();
+    if (xxh64(*bytes) != section.checksum)
+      return section_error(Errc::checksum, section,
+                           "checksum mismatch of the chunk directory; the file is damaged");
+    directory_.assign(bytes->begin(), bytes->end());
+    done_ += directory_.size();
+    std::uint64_t sum = directory_.size();
+    for (std::uint64_t c = 0; c < chunks_; ++c) {
+      const auto stored =
+          load_integer<std::uint32_t>(directory_.data() + c * directory_entry_size);
+      const std::uint64_t raw =
+          std::min(section.raw_size - c * section.chunk_raw_size(), section.chunk_raw_size());
+      if (stored > raw || (section.codec == Codec::stored && stored != raw))
+        return section_error(Errc::corrupt, section,
+                             "chunk " + std::to_string(c) + " has an impossible stored size");
+      sum += stored;
+    }
+    if (sum != section.stored_size)
+      return section_error(Errc::corrupt, section, "its chunks do not add up to its stored size");
+    return {};
+  }
+
+  Result<void> place(const Chunk& chunk, Worker& worker) const {
+    const SectionInfo& section = sections_[chunk.section];
+    const SectionTarget& target = targets_[chunk.section];
+    if (xxh64(chunk.stored) != chunk.checksum)
+      return section_error(Errc::checksum, section, "checksum mismatch; the file is damaged");
+    if (!target.wanted) return {};
+    if (section.codec != Codec::stored && section.codec != Codec::zstd)
+      return section_error(Errc::unsupported, section, "unknown codec");
+    const std::uint64_t at = chunk.number * section.chunk_raw_size();
+    if (section.codec == Codec::stored ||
+        (section.chunk_log2 != 0 && chunk.stored.size() == chunk.raw_size)) {
+      copy(target, chunk.number, at, chunk.stored);
+      return {};
+    }
+    std::span<std::byte> raw = in_one_area(target, at, chunk.raw_size);
+    const bool direct = raw.size() == chunk.raw_size && !target.expand;
+    if (!direct) {
+      if (worker.raw.size() < chunk.raw_size) worker.raw.resize(chunk.raw_size);
+      raw = std::span(worker.raw).first(chunk.raw_size);
+    }
+    if (auto unpacked = decompress(section, chunk.stored, raw, worker); !unpacked) return unpacked;
+    if (!direct) copy(target, chunk.number, at, raw);
+    return {};
+  }
+
+  static Result<void> decompress(const SectionInfo& section, std::span<const std::byte> stored,
+                                 std::span<std::byte> raw, Worker& worker) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (!worker.zstd) worker.zstd.reset(ZSTD_createDCtx());
+    if (!worker.zstd) return Error{Errc::out_of_memory, "out of memory"};
+    if (ZSTD_getFrameContentSize(stored.data(), stored.size()) != raw.size())
+      return section_error(Errc::compression, section,
+                           "the zstd frame does not declare the table's raw size");
+    const std::size_t size = ZSTD_decompressDCtx(worker.zstd.get(), raw.data(), raw.size(),
+                                                 stored.data(), stored.size());
+    if (ZSTD_isError(size) || size != raw.size())
+      return section_error(Errc::compression, section, "does not decompress to its declared size");
+    return {};
+#else
+    (void)stored, (void)raw, (void)worker;
+    return section_error(Errc::unsupported, section,
+                         "compressed, and this build has PERSONALIZE_NO_ZSTD");
+#endif
+  }
+
+  // Empty where [at, at + size) crosses from one area to the other.
+  static std::span<std::byte> in_one_area(const SectionTarget& target, std::uint64_t at,
+                                          std::size_t size) noexcept {
+    const std::uint64_t first = target.areas[0].size();
+    if (at + size <= first) return target.areas[0].subspan(static_cast<std::size_t>(at), size);
+    if (at < first || at - first + size > target.areas[1].size()) return {};
+    return target.areas[1].subspan(static_cast<std::size_t>(at - first), size);
+  }
+
+  static void copy(const SectionTarget& target, std::uint64_t number, std::uint64_t at,
+                   std::span<const std::byte> raw) {
+    if (target.expand) return target.expand(number, raw);
+    const auto first = static_cast<std::size_t>(target.areas[0].size());
+    const std::size_t begin = static_cast<std::size_t>(at);
+    const std::size_t in_first = begin < first ? std::min(first - begin, raw.size()) : 0;
+    if (in_first > 0) std::memcpy(target.areas[0].data() + begin, raw.data(), in_first);
+    if (in_first < raw.size())
+      std::memcpy(target.areas[1].data() + (begin + in_first - first), raw.data() + in_first,
+                  raw.size() - in_first);
+  }
+
+  // Of the thread that brings a section's last chunk: what is left to do with the whole.
+  Result<void> finish(const Chunk& chunk) {
+    bool last = false;
+    {
+      const std::lock_guard lock{mutex_};
+      done_ += chunk.stored.size();
+      last = --remaining_[chunk.section] == 0;
+    }
+    const SectionTarget& target = targets_[chunk.section];
+    if (!last || !target.finish) return {};
+    auto finished = target.finish();
+    if (!finished && finished.error().code == Errc::corrupt)
+      return section_error(Errc::corrupt, sections_[chunk.section], finished.error().message);
+    return finished;
+  }
+
+  ByteSource& source_;
+  std::span<const SectionInfo> sections_;
+  std::span<const SectionTarget> targets_;
+  const LoadOptions& options_;
+  std::mutex mutex_;  // over all that follows
+  std::size_t section_ = 0;                  // that chunks come from, + 1
+  std::uint64_t chunk_ = 0, chunks_ = 0;     // of it: the next one, and how many it has
+  std::uint64_t ordinal_ = 0;
+  std::vector<std::byte> directory_;         // of it
+  std::vector<std::uint64_t> remaining_;     // chunks a section that have not come yet
+  std::uint64_t done_ = 0;
+  bool stopped_ = false;
+  std::optional<Error> error_;
+  std::uint64_t error_ordinal_ = 0;
+};
+
+}  // namespace detail
+
+// The section table of a model file. Reads the whole file once: every stored byte matches its
+// checksum.
+inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
+                                                      const LoadLimits& limits = {}) {
+  return detail::guarded([&]() -> Result<std::vector<SectionInfo>> {
+    detail::ByteSource source{file};
+    auto sections = detail::read_table(source, limits);
+    if (!sections) return sections;
+    const std::vector<detail::SectionTarget> ignored(sections->size());
+    const LoadOptions options{.limits = limits};
+    if (auto read = detail::SectionDecoder{source, *sections, ignored, options}.run(); !read)
+      return read.error();
+    return sections;
+  });
 }
+
+namespace detail {
 
 // Collects sections and lays them out as a file.
 class FileBuilder {
  public:
-  explicit FileBuilder(int zstd_level) : zstd_level_(zstd_level) {}
+  FileBuilder(int zstd_level, unsigned chunk_log2) noexcept
+      : zstd_level_(zstd_level), chunk_log2_(static_cast<std::uint8_t>(chunk_log2)) {}
 
   void add(std::string_view tag, std::uint32_t index, ElementType type,
-           std::initializer_list<std::uint64_t> shape, std::vector<std::byte> raw) {
+           std::initializer_list<std::uint64_t> shape, std::span<const std::byte> raw) {
     SectionInfo section;
     std::copy_n(tag.begin(), 4, section.tag.begin());
     section.index = index;
+    section.codec = codec();
     section.element_type = type;
     section.rank = static_cast<std::uint8_t>(shape.size());
     std::copy(shape.begin(), shape.end(), section.shape.begin());
     section.raw_size = raw.size();
-    std::vector<std::byte> stored = std::move(raw);
-#ifndef PERSONALIZE_NO_ZSTD
-    if (zstd_level_ != 0) {
-      std::vector<std::byte> packed(ZSTD_compressBound(stored.size()));
-      const std::size_t size =
-          ZSTD_compress(packed.data(), packed.size(), stored.data(), stored.size(), zstd_level_);
-      if (!ZSTD_isError(size) && size < stored.size()) {
-        packed.resize(size);
-        stored = std::move(packed);
-        section.codec = Codec::zstd;
-      }
+    section.chunk_log2 = chunk_log2_;
+    std::vector<std::byte> directory, chunks;
+    for (std::uint64_t c = 0; c < section.chunk_count(); ++c) {
+      const auto chunk = raw.subspan(static_cast<std::size_t>(c * section.chunk_raw_size()));
+      const auto stored = packed(chunk.first(std::min<std::size_t>(
+          chunk.size(), static_cast<std::size_t>(section.chunk_raw_size()))));
+      append_integer(directory, static_cast<std::uint32_t>(stored.size()));
+      append_integer(directory, xxh64(stored));
+      chunks.insert(chunks.end(), stored.begin(), stored.end());
     }
-#endif
-    section.stored_size = stored.size();
-    section.checksum = xxh64(stored);
+    section.stored_size = directory.size() + chunks.size();
+    section.checksum = xxh64(directory);
     sections_.push_back(section);
-    payloads_.push_back(std::move(stored));
+    payload_.insert(payload_.end(), directory.begin(), directory.end());
+    payload_.insert(payload_.end(), chunks.begin(), chunks.end());
   }
 
   std::vector<std::byte> finish() && {
@@ -1732,7 +2164,8 @@ class FileBuilder {
       append_integer(table, static_cast<std::uint8_t>(section.codec));
       append_integer(table, static_cast<std::uint8_t>(section.element_type));
       append_integer(table, section.rank);
-      table.insert(table.end(), 5, std::byte{0});
+      append_integer(table, section.chunk_log2);
+      table.insert(table.end(), 4, std::byte{0});
       for (const std::uint64_t d : section.shape) append_integer(table, d);
       append_integer(table, offset);
       append_integer(table, section.stored_size);
@@ -1751,24 +2184,36 @@ class FileBuilder {
     file.insert(file.end(), 24, std::byte{0});
     append_integer(file, xxh64(file));
     file.insert(file.end(), table.begin(), table.end());
-    for (const auto& payload : payloads_) file.insert(file.end(), payload.begin(), payload.end());
+    file.insert(file.end(), payload_.begin(), payload_.end());
     return file;
   }
 
  private:
+  Codec codec() const noexcept {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (zstd_level_ != 0) return Codec::zstd;
+#endif
+    return Codec::stored;
+  }
+
+  // The chunk as it is stored; valid until the next call.
+  std::span<const std::byte> packed(std::span<const std::byte> raw) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (zstd_level_ != 0) {
+      packed_.resize(ZSTD_compressBound(raw.size()));
+      const std::size_t size =
+          ZSTD_compress(packed_.data(), packed_.size(), raw.data(), raw.size(), zstd_level_);
+      if (!ZSTD_isError(size) && size < raw.size()) return std::span(packed_).first(size);
+    }
+#endif
+    return raw;
+  }
+
   [[maybe_unused]] int zstd_level_;  // not used in a build without zstd
+  std::uint8_t chunk_log2_;
   std::vector<SectionInfo> sections_;
-  std::vector<std::vector<std::byte>> payloads_;
+  std::vector<std::byte> payload_, packed_;
 };
-
-struct CloseFile {
-  void operator()(std::FILE* file) const noexcept { std::fclose(file); }
-};
-using File = std::unique_ptr<std::FILE, CloseFile>;
-
-inline Error io_error(const std::string& path, const char* what) {
-  return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
-}
 
 }  // namespace detail
 
@@ -1819,23 +2264,25 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
 //   tag  index element  shape    content
 //   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range
 //   IIDS 0     string   [N]      item ids, distinct, 1 to 256 bytes; the order is the item index
-//   IVEC 0     i8, f32  [N, d]   item vectors, their metadata embeddings summed in
-//   IINP 0     i8, f32  [N, e]   what the encoder takes in for an item, where not IVEC (optional)
+//   IVEC 0     matrix   [N, d]   item vectors, their metadata embeddings summed in
+//   IINP 0     matrix   [N, e]   what the encoder takes in for an item, where not IVEC (optional)
 //   BIAS 0     f32      [N]      item biases
 //   STAT 0     i64      [N, 4]   interactions, first, last and creation timestamp (INT64_MIN: none)
 //   EVTY 0     string   [E]      event types                                       (optional)
-//   EVTE 0     i8, f32  [E, e]   their embeddings; e = d without IINP              (with EVTY)
-//   GAPE 0     i8, f32  [B, e]   time-gap embeddings, see time_gap_bucket          (optional)
+//   EVTE 0     matrix   [E, e]   their embeddings; e = d without IINP              (with EVTY)
+//   GAPE 0     matrix   [B, e]   time-gap embeddings, see time_gap_bucket          (optional)
 //   FLDN 0     string   [F]      names of the item metadata fields                 (optional)
 //   FLDK 0     u8       [F]      0 categorical, 1 numeric                          (with FLDN)
 //   FVOC f     string   [V]      values of categorical field f
 //   FBND f     f32      [B]      ascending bucket boundaries of numeric field f
-//   FEMB f     i8, f32  [V, d]   embeddings of field f: one a value, or B + 1 buckets
+//   FEMB f     matrix   [V, d]   embeddings of field f: one a value, or B + 1 buckets
 //   ENCO 0     u32      [n, 2]   encoder operations: kind, argument (EncoderOp)
-//   ENCW k     i8, f32  [r, c]   encoder weights, k-th in the order of the operations
+//   ENCW k     matrix   [r, c]   encoder weights, k-th in the order of the operations
 //   USID 0     string   [U]      users who come with a state                       (optional)
-//   USTA 0     i8, f32  [U, s]   the hidden states of all recurrent operations, then the query
+//   USTA 0     matrix   [U, s]   the hidden states of all recurrent operations, then the query
 //                                                                                  (with USID)
+//
+// A matrix has the element type i4, i8 or f32.
 // ============================================================================================
 
 inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
@@ -1847,25 +2294,23 @@ class StringTable {
  public:
   // The index of the new string. Errors: empty, over 256 bytes, or already there (corrupt).
   Result<std::uint32_t> add(std::string_view text) {
-    if (text.empty() || text.size() > max_id_bytes)
-      return Error{Errc::invalid_argument,
-                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
-    if ((size() + 1) * 2 > slots_.size()) rehash(std::max<std::size_t>(16, slots_.size() * 2));
-    const std::size_t slot = find_slot(text);
-    if (slot == npos)
-      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+    if (auto checked = check_length(text); !checked) return checked.error();
+    if ((size() + 1) * 4 > slots_.size() * 3) rehash(std::max<std::size_t>(16, slots_.size() * 2));
+    const std::uint64_t hash = hash_of(text);
+    const std::size_t slot = find_slot(text, hash);
+    if (auto checked = check_free(text, slot); !checked) return checked.error();
+    text_.resize(empty() ? 0 : ends_.back());
     text_.append(text);
     ends_.push_back(text_.size());
-    slots_[slot] = static_cast<std::uint32_t>(ends_.size());
-    return slots_[slot] - 1;
+    slots_[slot] = entry(hash, size());
+    return static_cast<std::uint32_t>(size() - 1);
   }
 
   std::optional<std::uint32_t> find(std::string_view text) const noexcept {
     if (slots_.empty()) return std::nullopt;
-    const std::size_t slot = find_slot(text);
+    const std::size_t slot = find_slot(text, hash_of(text));
     if (slot == npos || slots_[slot] == 0) return std::nullopt;
-    return slots_[slot] - 1;
+    return number_in(slots_[slot]);
   }
 
   // Valid until the next add.
@@ -1877,41 +2322,137 @@ class StringTable {
   std::size_t size() const noexcept { return ends_.size(); }
   bool empty() const noexcept { return ends_.empty(); }
 
+  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together.
+  // Their u16 lengths go to [0], their text to [1]; then number() makes a table of them.
+  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
+    ends_.resize(count);
+    text_.resize(bytes);
+    // The lengths wait in the last quarter of the ends, which so are written behind those read.
+    const auto ends = std::as_writable_bytes(std::span(ends_));
+    return {ends.last(count * sizeof(std::uint16_t)), std::as_writable_bytes(std::span(text_))};
+  }
+
+  // Errors (corrupt): lengths that do not add up to the text; a string empty, over 256 bytes, or
+  // there twice.
+  Result<void> number() {
+    const std::byte* lengths = std::as_bytes(std::span(ends_)).data() + size() * 6;
+    std::size_t end = 0;
+    for (std::size_t i = 0; i < size(); ++i) {
+      end += detail::load_integer<std::uint16_t>(lengths + 2 * i);
+      ends_[i] = end;
+    }
+    if (end != text_.size())
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
+    std::size_t slots = 16;
+    while (size() * 4 > slots * 3) slots *= 2;
+    slots_.assign(slots, 0);
+    // A batch of slots comes out of memory while the next strings are hashed.
+    constexpr std::size_t batch = 32;
+    std::array<std::uint64_t, batch> hashes;
+    for (std::size_t begin = 0; begin < size(); begin += batch) {
+      const std::size_t count = std::min(batch, size() - begin);
+      for (std::size_t i = 0; i < count; ++i) {
+        hashes[i] = hash_of((*this)[begin + i]);
+        prefetch(hashes[i]);
+      }
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::string_view text = (*this)[begin + i];
+        const std::size_t slot = find_slot(text, hashes[i]);
+        auto checked = check_length(text);
+        if (checked) checked = check_free(text, slot);
+        if (!checked)
+          return Error{Errc::corrupt,
+                       "string " + std::to_string(begin + i) + ": " + checked.error().message};
+        slots_[slot] = entry(hashes[i], begin + i + 1);
+      }
+    }
+    return {};
+  }
+
  private:
+  static_assert(sizeof(std::size_t) == 8, "ends_ keeps the lengths in its last quarter");
   static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
-  // At half load no honest table comes near this; a file made to collide stops here.
+  // At three quarters' load no honest table comes near this; a file made to collide stops here.
   static constexpr std::size_t max_probes = 512;
 
-  std::size_t find_slot(std::string_view text) const noexcept {
+  static std::uint64_t hash_of(std::string_view text) noexcept {
+    return xxh64(std::as_bytes(std::span(text)));
+  }
+  // Half of the hash, so that other strings are seldom looked at, and the number + 1.
+  static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
+    return (hash >> 32) << 32 | number;
+  }
+  static std::uint32_t number_in(std::uint64_t entry) noexcept {
+    return static_cast<std::uint32_t>(entry) - 1;
+  }
+
+  static Result<void> check_length(std::string_view text) {
+    if (text.empty() || text.size() > max_id_bytes)
+      return Error{Errc::invalid_argument,
+                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+    return {};
+  }
+
+  Result<void> check_free(std::string_view text, std::size_t slot) const {
+    if (slot == npos)
+      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
+    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+    return {};
+  }
+
+  void prefetch(std::uint64_t hash) const noexcept {
+    __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
+  }
+
+  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
     const std::size_t mask = slots_.size() - 1;
-    std::size_t slot = static_cast<std::size_t>(xxh64(std::as_bytes(std::span(text)))) & mask;
-    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask)
-      if (slots_[slot] == 0 || (*this)[slots_[slot] - 1] == text) return slot;
+    std::size_t slot = static_cast<std::size_t>(hash) & mask;
+    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
+      const std::uint64_t there = slots_[slot];
+      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
+        return slot;
+    }
     return npos;
   }
 
   void rehash(std::size_t slots) {
-    slots_.assign(slots, 0);
-    for (std::size_t i = 0; i < size(); ++i)
-      if (const std::size_t slot = find_slot((*this)[i]); slot != npos)
-        slots_[slot] = static_cast<std::uint32_t>(i + 1);
+    std::vector<std::uint64_t> old(slots);
+    old.swap(slots_);
+    for (std::size_t i = 0; i < size(); ++i) {
+      const std::uint64_t hash = hash_of((*this)[i]);
+      if (const std::size_t slot = find_slot((*this)[i], hash); slot != npos)
+        slots_[slot] = entry(hash, i + 1);
+    }
   }
 
   std::string text_;
   std::vector<std::size_t> ends_;
-  std::vector<std::uint32_t> slots_;  // index + 1, 0 where free; a power of two
+  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
 };
+
+namespace detail {
+
+// Without an exit inside the loop: compilers make vectors of it.
+inline bool all_finite(std::span<const float> values) noexcept {
+  constexpr std::uint32_t exponent = 0x7f800000;
+  std::uint32_t most = 0;
+  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & exponent);
+  return most != exponent;
+}
+
+}  // namespace detail
 
 // Row-major [rows, columns], f32 or int8 with a scale a row (value = scale[row] * int8).
 class Matrix {
  public:
   Matrix() = default;
 
-  static Matrix zeros(std::size_t rows, std::size_t columns) {
+  // type: f32 or i8.
+  static Matrix zeros(std::size_t rows, std::size_t columns, ElementType type = ElementType::f32) {
     Matrix m;
-    m.rows_ = rows;
     m.columns_ = columns;
-    m.f32_.resize(rows * columns + kernels::lanes);
+    m.type_ = type;
+    m.resize_rows(rows);
     return m;
   }
 
@@ -1925,10 +2466,12 @@ class Matrix {
   std::span<const float> f32() const noexcept {
     return {f32_.data(), f32_.empty() ? 0 : rows_ * columns_};
   }
+  std::span<std::int8_t> i8() noexcept { return {i8_.data(), i8_.empty() ? 0 : rows_ * columns_}; }
   std::span<const std::int8_t> i8() const noexcept {
     return {i8_.data(), i8_.empty() ? 0 : rows_ * columns_};
   }
   // [rows] with i8, empty with f32.
+  std::span<float> scales() noexcept { return scales_; }
   std::span<const float> scales() const noexcept { return scales_; }
 
   // Writes row `r`, dequantised, to out[0, columns).
@@ -1965,13 +2508,13 @@ class Matrix {
 
   // Rows that are added are zero.
   void resize_rows(std::size_t rows) {
-    rows_ = rows;
     if (type_ == ElementType::f32) {
       f32_.resize(rows * columns_ + kernels::lanes);
     } else {
       scales_.resize(rows);
       i8_.resize(rows * columns_ + kernels::lanes);
     }
+    rows_ = rows;
   }
 
   float at(std::size_t r, std::size_t c) const noexcept {
@@ -1982,22 +2525,14 @@ class Matrix {
   // The int8 form: scale = max |row| / 127, values rounded to nearest.
   Matrix quantised() const {
     if (type_ == ElementType::i8) return *this;
-    Matrix m;
-    m.rows_ = rows_;
-    m.columns_ = columns_;
-    m.type_ = ElementType::i8;
-    m.i8_.resize(rows_ * columns_ + kernels::lanes);
-    m.scales_.resize(rows_);
+    Matrix m = zeros(rows_, columns_, ElementType::i8);
     for (std::size_t r = 0; r < rows_; ++r) m.set_row(r, f32().subspan(r * columns_, columns_));
     return m;
   }
 
-  bool finite() const noexcept {
-    const auto check = [](float v) { return std::isfinite(v); };
-    return std::all_of(f32_.begin(), f32_.end(), check) &&
-           std::all_of(scales_.begin(), scales_.end(), check);
-  }
+  bool finite() const noexcept { return detail::all_finite(f32_) && detail::all_finite(scales_); }
 
+  // As sections of type() hold it.
   std::vector<std::byte> to_bytes() const {
     std::vector<std::byte> bytes;
     const auto append = [&bytes](auto values) {
@@ -2008,27 +2543,6 @@ class Matrix {
     append(i8());
     append(f32());
     return bytes;
-  }
-
-  // `bytes` has exactly the size that the shape and type imply (the caller has checked).
-  static Matrix from_bytes(std::size_t rows, std::size_t columns, ElementType type,
-                           std::span<const std::byte> bytes) {
-    Matrix m;
-    m.rows_ = rows;
-    m.columns_ = columns;
-    m.type_ = type;
-    if (type == ElementType::f32) {
-      m.f32_.resize(rows * columns + kernels::lanes);
-      if (!bytes.empty()) std::memcpy(m.f32_.data(), bytes.data(), bytes.size());
-    } else {
-      m.scales_.resize(rows);
-      m.i8_.resize(rows * columns + kernels::lanes);
-      if (rows > 0) {
-        std::memcpy(m.scales_.data(), bytes.data(), rows * sizeof(float));
-        std::memcpy(m.i8_.data(), bytes.data() + rows * sizeof(float), rows * columns);
-      }
-    }
-    return m;
   }
 
  private:
@@ -2272,20 +2786,12 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
   if (auto r = check_finite(parts.item_vectors.finite(), "section IVEC"); !r) return r;
   if (auto r = check_finite(parts.input_vectors.finite(), "section IINP"); !r) return r;
   if (auto r = check_finite(parts.user_states.finite(), "section USTA"); !r) return r;
-  if (auto r = check_finite(std::all_of(parts.biases.begin(), parts.biases.end(),
-                                        [](float v) { return std::isfinite(v); }),
-                            "section BIAS");
-      !r)
-    return r;
+  if (auto r = check_finite(all_finite(parts.biases), "section BIAS"); !r) return r;
   if (auto r = check_finite(parts.event_type_embedding.finite(), "section EVTE"); !r) return r;
   if (auto r = check_finite(parts.time_gap_embedding.finite(), "section GAPE"); !r) return r;
   for (const MetadataField& field : parts.fields) {
     if (auto r = check_finite(field.embedding.finite(), "section FEMB"); !r) return r;
-    if (auto r = check_finite(std::all_of(field.boundaries.begin(), field.boundaries.end(),
-                                          [](float v) { return std::isfinite(v); }),
-                              "section FBND");
-        !r)
-      return r;
+    if (auto r = check_finite(all_finite(field.boundaries), "section FBND"); !r) return r;
   }
   for (const Matrix& weight : parts.weights) {
     if (auto r = check_finite(weight.finite(), "section ENCW"); !r) return r;
@@ -2308,12 +2814,141 @@ inline std::vector<std::byte> string_bytes(const StringTable& table) {
   return bytes;
 }
 
-// Finds sections by tag and decodes them, checking element type and shape against the raw size.
-class SectionReader {
+// The 4-bit form of rows: value = scale * group scale (1 to 15) * value (-8 to 7), the latter two
+// in a nibble each, the first of a pair low, values + 8. The product of group scale and value is
+// an int8, so a reader gets the very same numbers as rows of int8.
+//
+// A row's scale and those of its groups are those of a few (row) and of all (groups) that leave the
+// least squared error.
+class FourBitWriter {
  public:
-  SectionReader(std::span<const std::byte> file, const std::vector<SectionInfo>& sections,
-                const LoadLimits& limits)
-      : file_(file), sections_(sections), limits_(limits) {}
+  explicit FourBitWriter(const Matrix& matrix)
+      : matrix_(&matrix),
+        columns_(matrix.columns()),
+        row_(columns_),
+        values_(columns_),
+        best_values_(columns_),
+        groups_((columns_ + FourBitRows::group - 1) / FourBitRows::group),
+        best_groups_(groups_.size()) {}
+
+  std::vector<std::byte> bytes(unsigned chunk_log2) {
+    std::vector<std::byte> out, groups, values;
+    const std::size_t in_chunk = FourBitRows::rows_in_chunk(columns_, chunk_log2);
+    for (std::size_t r = 0; r < matrix_->rows(); ++r) {
+      append_integer(out, quantise(r));
+      append_nibbles(groups, std::span<const std::uint8_t>(best_groups_));
+      append_nibbles(values, std::span<const std::uint8_t>(best_values_));
+      if ((r + 1) % in_chunk == 0 || r + 1 == matrix_->rows()) {
+        for (std::vector<std::byte>* part : {&groups, &values}) {
+          out.insert(out.end(), part->begin(), part->end());
+          part->clear();
+        }
+      }
+    }
+    return out;
+  }
+
+ private:
+  static constexpr float most = 15;  // of a group's scale
+
+  static void append_nibbles(std::vector<std::byte>& out, std::span<const std::uint8_t> nibbles) {
+    for (std::size_t c = 0; c < nibbles.size(); c += 2)
+      out.push_back(static_cast<std::byte>(
+          nibbles[c] | (c + 1 < nibbles.size() ? nibbles[c + 1] << 4 : 0)));
+  }
+
+  // Row r to best_groups_ and best_values_; returns its scale.
+  float quantise(std::size_t r) {
+    matrix_->row(r, row_);
+    float largest = 0;
+    for (const float v : row_) largest = std::max(largest, std::abs(v));
+    float best_scale = 0;
+    double least = std::numeric_limits<double>::infinity();
+    const auto consider = [&](float scale) {
+      if (!(scale > 0) || least == 0) return;
+      const double error = quantise_with(scale);
+      if (error >= least) return;
+      least = error;
+      best_scale = scale;
+      best_groups_ = groups_;
+      best_values_ = values_;
+    };
+    // What came out of a 4-bit file goes back as it was.
+    if (matrix_->type() == ElementType::i8) consider(matrix_->scales()[r]);
+    for (const float part : {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f})
+      consider(largest * part / (most * 7.0f));
+    if (best_scale == 0) {
+      std::fill(best_groups_.begin(), best_groups_.end(), std::uint8_t{1});
+      std::fill(best_values_.begin(), best_values_.end(), std::uint8_t{8});
+    }
+    return best_scale;
+  }
+
+  // The squared error with this scale of the row; fills groups_ and values_.
+  double quantise_with(float scale) {
+    double sum = 0;
+    for (std::size_t g = 0; g < groups_.size(); ++g) {
+      const std::size_t begin = g * FourBitRows::group;
+      const std::size_t end = std::min(begin + FourBitRows::group, columns_);
+      float least = std::numeric_limits<float>::infinity();
+      std::uint8_t best = 1;
+      for (std::uint8_t m = 1; m <= 15; ++m) {
+        const float step = scale * static_cast<float>(m), inverse = 1.0f / step;
+        float error = 0;
+        for (std::size_t c = begin; c < end; ++c) {
+          const float e = row_[c] - scale * (static_cast<float>(m) * nearest(row_[c] * inverse));
+          error += e * e;
+        }
+        if (error < least) {
+          least = error;
+          best = m;
+        }
+      }
+      groups_[g] = best;
+      const float inverse = 1.0f / (scale * static_cast<float>(best));
+      for (std::size_t c = begin; c < end; ++c)
+        values_[c] = static_cast<std::uint8_t>(nearest(row_[c] * inverse) + 8.0f);
+      sum += static_cast<double>(least);
+    }
+    return sum;
+  }
+
+  static float nearest(float v) noexcept { return std::clamp(std::nearbyint(v), -8.0f, 7.0f); }
+
+  const Matrix* matrix_;
+  std::size_t columns_;
+  std::vector<float> row_;
+  std::vector<std::uint8_t> values_, best_values_, groups_, best_groups_;
+};
+
+// The rows of one chunk, as FourBitWriter writes it, to `target` from row `first` on.
+inline void expand_four_bits(std::span<const std::byte> chunk, std::size_t first, Matrix& target) {
+  const std::size_t columns = target.columns();
+  const auto group_bytes = static_cast<std::size_t>(FourBitRows::group_bytes(columns));
+  const auto value_bytes = static_cast<std::size_t>(FourBitRows::value_bytes(columns));
+  const std::size_t rows =
+      chunk.size() / static_cast<std::size_t>(FourBitRows::row_bytes(columns));
+  std::memcpy(target.scales().data() + first, chunk.data(), rows * sizeof(float));
+  const std::byte* groups = chunk.data() + rows * sizeof(float);
+  const std::byte* values = groups + rows * group_bytes;
+  std::int8_t* out = target.i8().data() + first * columns;
+  for (std::size_t r = 0; r < rows; ++r, groups += group_bytes, values += value_bytes)
+    for (std::size_t begin = 0; begin < columns; begin += FourBitRows::group) {
+      const std::size_t g = begin / FourBitRows::group;
+      const int scale = std::to_integer<int>(groups[g / 2]) >> (g % 2 * 4) & 15;
+      const std::size_t end = std::min(begin + FourBitRows::group, columns);
+      for (std::size_t c = begin; c < end; ++c)
+        *out++ = static_cast<std::int8_t>(
+            scale * ((std::to_integer<int>(values[c / 2]) >> (c % 2 * 4) & 15) - 8));
+    }
+}
+
+// Decides where each section goes, checking element type and shape against the raw size, and takes
+// the memory. The first error stays; later calls then do nothing.
+class SectionPlan {
+ public:
+  SectionPlan(std::span<const SectionInfo> sections, const LoadLimits& limits)
+      : sections_(sections), limits_(limits), targets_(sections.size()) {}
 
   const SectionInfo* find(std::string_view tag, std::uint32_t index = 0) const noexcept {
     for (const SectionInfo& section : sections_)
@@ -2321,68 +2956,84 @@ class SectionReader {
     return nullptr;
   }
 
-  Result<StringTable> strings(std::string_view tag, std::uint32_t index = 0) const {
-    auto bytes = raw(tag, index, {ElementType::string}, 1);
-    if (!bytes) return bytes.error();
+  void strings(StringTable& table, std::string_view tag, std::uint32_t index = 0) {
+    SectionTarget* target = target_of(tag, index, {ElementType::string}, 1);
+    if (!target) return;
     const SectionInfo& section = *find(tag, index);
     const std::uint64_t count = section.shape[0];
-    if (count > limits_.items || count > bytes->size() / 2)
-      return section_error(Errc::corrupt, section, "declares more strings than it holds");
-    StringTable table;
-    std::size_t at = static_cast<std::size_t>(count) * 2;
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto length = load_integer<std::uint16_t>(bytes->data() + 2 * i);
-      if (length > bytes->size() - at)
-        return section_error(Errc::corrupt, section,
-                             "string " + std::to_string(i) + " runs past the end");
-      const auto added =
-          table.add({reinterpret_cast<const char*>(bytes->data() + at), std::size_t{length}});
-      if (!added)
-        return section_error(Errc::corrupt, section,
-                             "string " + std::to_string(i) + ": " + added.error().message);
-      at += length;
-    }
-    if (at != bytes->size())
-      return section_error(Errc::corrupt, section, "bytes follow the last string");
-    return table;
+    if (count > limits_.items || count > section.raw_size / 2)
+      return fail(section_error(Errc::corrupt, section, "declares more strings than it holds"));
+    target->areas = table.make_room(static_cast<std::size_t>(count),
+                                    static_cast<std::size_t>(section.raw_size - 2 * count));
+    target->finish = [&table] { return table.number(); };
   }
 
-  Result<Matrix> matrix(std::string_view tag, std::uint32_t index = 0) const {
-    auto bytes = raw(tag, index, {ElementType::i8, ElementType::f32}, 2);
-    if (!bytes) return bytes.error();
+  void matrix(Matrix& matrix, std::string_view tag, std::uint32_t index = 0) {
+    SectionTarget* target =
+        target_of(tag, index, {ElementType::i8, ElementType::f32, ElementType::i4}, 2);
+    if (!target) return;
     const SectionInfo& section = *find(tag, index);
-    return Matrix::from_bytes(static_cast<std::size_t>(section.shape[0]),
-                              static_cast<std::size_t>(section.shape[1]), section.element_type,
-                              *bytes);
+    const auto rows = static_cast<std::size_t>(section.shape[0]);
+    const auto columns = static_cast<std::size_t>(section.shape[1]);
+    if (section.element_type == ElementType::f32) {
+      matrix = Matrix::zeros(rows, columns);
+      target->areas = {std::as_writable_bytes(matrix.f32())};
+      return;
+    }
+    matrix = Matrix::zeros(rows, columns, ElementType::i8);
+    if (section.element_type == ElementType::i8) {
+      target->areas = {std::as_writable_bytes(matrix.scales()),
+                       std::as_writable_bytes(matrix.i8())};
+      return;
+    }
+    const auto in_chunk =
+        static_cast<std::size_t>(FourBitRows::rows_in_chunk(columns, section.chunk_log2));
+    target->expand = [&matrix, in_chunk](std::uint64_t chunk, std::span<const std::byte> raw) {
+      expand_four_bits(raw, static_cast<std::size_t>(chunk) * in_chunk, matrix);
+    };
   }
 
-  template <class T>
-  Result<std::vector<T>> vector(std::string_view tag, std::uint32_t index, ElementType type,
-                                std::uint8_t rank = 1) const {
-    auto bytes = raw(tag, index, {type}, rank);
-    if (!bytes) return bytes.error();
-    std::vector<T> values(bytes->size() / sizeof(T));
-    if (!values.empty()) std::memcpy(values.data(), bytes->data(), bytes->size());
-    return values;
+  // Elements lie in memory as they do in the file: Element is T, or a struct of `columns` T.
+  template <class Container>
+  void values(Container& container, std::string_view tag, std::uint32_t index, ElementType type,
+              std::uint64_t columns = 1) {
+    SectionTarget* target = target_of(tag, index, {type}, columns == 1 ? 1 : 2);
+    if (!target) return;
+    const SectionInfo& section = *find(tag, index);
+    if (columns != 1 && section.shape[1] != columns)
+      return fail(section_error(Errc::corrupt, section, "unexpected number of columns"));
+    static_assert(std::is_trivially_copyable_v<typename Container::value_type>);
+    container.resize(static_cast<std::size_t>(section.shape[0]));
+    target->areas = {std::as_writable_bytes(std::span(container))};
   }
+
+  void fail(Error error) {
+    if (!error_) error_ = std::move(error);
+  }
+  const std::optional<Error>& error() const noexcept { return error_; }
+  std::span<const SectionTarget> targets() const noexcept { return targets_; }
 
  private:
-  Result<std::vector<std::byte>> raw(std::string_view tag, std::uint32_t index,
-                                     std::initializer_list<ElementType> types,
-                                     std::uint8_t rank) const {
+  SectionTarget* target_of(std::string_view tag, std::uint32_t index,
+                           std::initializer_list<ElementType> types, std::uint8_t rank) {
+    if (error_) return nullptr;
     const SectionInfo* section = find(tag, index);
     if (!section) {
       SectionInfo missing;
       std::copy_n(tag.begin(), 4, missing.tag.begin());
       missing.index = index;
-      return Error{Errc::corrupt, "section " + missing.label() + ": is missing"};
+      fail({Errc::corrupt, "section " + missing.label() + ": is missing"});
+    } else if (std::find(types.begin(), types.end(), section->element_type) == types.end()) {
+      fail(section_error(Errc::corrupt, *section, "unexpected element type"));
+    } else if (section->rank != rank) {
+      fail(section_error(Errc::corrupt, *section, "unexpected rank"));
+    } else if (!raw_size_fits(*section)) {
+      fail(section_error(Errc::corrupt, *section, "raw size does not follow from its shape"));
     }
-    if (std::find(types.begin(), types.end(), section->element_type) == types.end())
-      return section_error(Errc::corrupt, *section, "unexpected element type");
-    if (section->rank != rank) return section_error(Errc::corrupt, *section, "unexpected rank");
-    if (!raw_size_fits(*section))
-      return section_error(Errc::corrupt, *section, "raw size does not follow from its shape");
-    return read_section(file_, *section);
+    if (error_) return nullptr;
+    SectionTarget& target = targets_[static_cast<std::size_t>(section - sections_.data())];
+    target.wanted = true;
+    return &target;
   }
 
   static bool raw_size_fits(const SectionInfo& section) noexcept {
@@ -2407,38 +3058,35 @@ class SectionReader {
         const auto scales = checked_product(section.shape[0], 4);
         return scales && *scales <= section.raw_size && section.raw_size - *scales == count;
       }
+      case ElementType::i4:
+        return section.shape[1] >= FourBitRows::least_columns &&
+               equals(checked_product(section.shape[0], FourBitRows::row_bytes(section.shape[1])));
       case ElementType::string:
         return true;
     }
     return false;
   }
 
-  std::span<const std::byte> file_;
-  const std::vector<SectionInfo>& sections_;
+  std::span<const SectionInfo> sections_;
   const LoadLimits& limits_;
+  std::vector<SectionTarget> targets_;
+  std::optional<Error> error_;
 };
 
-// Matrices of one row (norms, biases) stay f32: they are small, and every row depends on them.
-inline void add_matrix(FileBuilder& builder, std::string_view tag, std::uint32_t index,
-                       const Matrix& matrix, ElementType type) {
-  const bool shrinks =
-      type == ElementType::i8 && matrix.type() == ElementType::f32 && matrix.rows() > 1;
-  const Matrix quantised = shrinks ? matrix.quantised() : Matrix{};
-  const Matrix& written = shrinks ? quantised : matrix;
-  builder.add(tag, index, written.type(), {written.rows(), written.columns()}, written.to_bytes());
-}
-
 template <class T>
-std::vector<std::byte> value_bytes(const std::vector<T>& values) {
-  const auto raw = std::as_bytes(std::span(values));
-  return {raw.begin(), raw.end()};
+std::span<const std::byte> bytes_of(const std::vector<T>& values) noexcept {
+  return std::as_bytes(std::span(values));
 }
 
 }  // namespace detail
 
 struct WriteOptions {
-  ElementType element_type = ElementType::i8;  // i8: f32 matrices are quantised; f32: kept
-  int zstd_level = 19;                         // 1 to 22; 0 writes stored sections
+  // f32: matrices as they are. i8: f32 matrices of more than one row in 8 bits (a matrix of one row
+  // is a norm or bias: small, and every row depends on it). i4: as i8, but item vectors (IVEC,
+  // IINP) in 4 bits where they have at least 16 columns.
+  ElementType element_type = ElementType::i8;
+  int zstd_level = 19;                     // 1 to 22; 0 writes stored sections
+  std::uint32_t chunk_bytes = 1u << 20;    // a power of two in [2^6, 2^30]; see LoadOptions
 };
 
 // The bytes of a model file. The same parts and options give the same bytes (with one zstd
@@ -2446,32 +3094,44 @@ struct WriteOptions {
 inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
                                                   const WriteOptions& options = {}) {
   using namespace detail;
-  if (options.element_type != ElementType::i8 && options.element_type != ElementType::f32)
-    return Error{Errc::invalid_argument, "WriteOptions::element_type is i8 or f32"};
+  if (options.element_type != ElementType::i8 && options.element_type != ElementType::f32 &&
+      options.element_type != ElementType::i4)
+    return Error{Errc::invalid_argument, "WriteOptions::element_type is i4, i8 or f32"};
   if (options.zstd_level < 0 || options.zstd_level > 22)
     return Error{Errc::invalid_argument, "WriteOptions::zstd_level is outside [0, 22]"};
+  const auto chunk_log2 = static_cast<unsigned>(std::bit_width(options.chunk_bytes)) - 1;
+  if (!std::has_single_bit(options.chunk_bytes) || chunk_log2 < least_chunk_log2 ||
+      chunk_log2 > most_chunk_log2)
+    return Error{Errc::invalid_argument,
+                 "WriteOptions::chunk_bytes is not a power of two in [64, 2^30]"};
   if (auto checked = check_parts(parts, LoadLimits{}); !checked) return checked.error();
-  FileBuilder file{options.zstd_level};
-  const auto text = std::as_bytes(std::span(parts.metadata));
-  file.add("META", 0, ElementType::u8, {text.size()}, {text.begin(), text.end()});
+  FileBuilder file{options.zstd_level, chunk_log2};
+  const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix) {
+    const bool shrinks = options.element_type != ElementType::f32 &&
+                         matrix.type() == ElementType::f32 && matrix.rows() > 1;
+    const Matrix quantised = shrinks ? matrix.quantised() : Matrix{};
+    const Matrix& written = shrinks ? quantised : matrix;
+    file.add(tag, index, written.type(), {written.rows(), written.columns()}, written.to_bytes());
+  };
+  const auto add_item_matrix = [&](std::string_view tag, const Matrix& matrix) {
+    if (options.element_type != ElementType::i4 || matrix.columns() < FourBitRows::least_columns)
+      return add_matrix(tag, 0, matrix);
+    file.add(tag, 0, ElementType::i4, {matrix.rows(), matrix.columns()},
+             FourBitWriter{matrix}.bytes(chunk_log2));
+  };
+  file.add("META", 0, ElementType::u8, {parts.metadata.size()},
+           std::as_bytes(std::span(parts.metadata)));
   file.add("IIDS", 0, ElementType::string, {parts.item_ids.size()}, string_bytes(parts.item_ids));
-  add_matrix(file, "IVEC", 0, parts.item_vectors, options.element_type);
-  if (!parts.input_vectors.empty())
-    add_matrix(file, "IINP", 0, parts.input_vectors, options.element_type);
-  file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, value_bytes(parts.biases));
-  std::vector<std::int64_t> statistics;
-  for (const ItemStatistics& s : parts.statistics)
-    statistics.insert(statistics.end(),
-                      {static_cast<std::int64_t>(s.interactions), s.first_timestamp,
-                       s.last_timestamp, s.creation_timestamp});
-  file.add("STAT", 0, ElementType::i64, {parts.statistics.size(), 4}, value_bytes(statistics));
+  add_item_matrix("IVEC", parts.item_vectors);
+  if (!parts.input_vectors.empty()) add_item_matrix("IINP", parts.input_vectors);
+  file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, bytes_of(parts.biases));
+  file.add("STAT", 0, ElementType::i64, {parts.statistics.size(), 4}, bytes_of(parts.statistics));
   if (!parts.event_types.empty()) {
     file.add("EVTY", 0, ElementType::string, {parts.event_types.size()},
              string_bytes(parts.event_types));
-    add_matrix(file, "EVTE", 0, parts.event_type_embedding, options.element_type);
+    add_matrix("EVTE", 0, parts.event_type_embedding);
   }
-  if (!parts.time_gap_embedding.empty())
-    add_matrix(file, "GAPE", 0, parts.time_gap_embedding, options.element_type);
+  if (!parts.time_gap_embedding.empty()) add_matrix("GAPE", 0, parts.time_gap_embedding);
   if (!parts.fields.empty()) {
     StringTable names;
     std::vector<std::byte> kinds;
@@ -2485,22 +3145,17 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
   for (std::uint32_t f = 0; f < parts.fields.size(); ++f) {
     const MetadataField& field = parts.fields[f];
     if (field.numeric)
-      file.add("FBND", f, ElementType::f32, {field.boundaries.size()},
-               value_bytes(field.boundaries));
+      file.add("FBND", f, ElementType::f32, {field.boundaries.size()}, bytes_of(field.boundaries));
     else
       file.add("FVOC", f, ElementType::string, {field.vocabulary.size()},
                string_bytes(field.vocabulary));
-    add_matrix(file, "FEMB", f, field.embedding, options.element_type);
+    add_matrix("FEMB", f, field.embedding);
   }
-  std::vector<std::uint32_t> operations;
-  for (const EncoderOp& op : parts.operations)
-    operations.insert(operations.end(), {static_cast<std::uint32_t>(op.kind), op.argument});
-  file.add("ENCO", 0, ElementType::u32, {parts.operations.size(), 2}, value_bytes(operations));
-  for (std::uint32_t k = 0; k < parts.weights.size(); ++k)
-    add_matrix(file, "ENCW", k, parts.weights[k], options.element_type);
+  file.add("ENCO", 0, ElementType::u32, {parts.operations.size(), 2}, bytes_of(parts.operations));
+  for (std::uint32_t k = 0; k < parts.weights.size(); ++k) add_matrix("ENCW", k, parts.weights[k]);
   if (!parts.user_ids.empty()) {
     file.add("USID", 0, ElementType::string, {parts.user_ids.size()}, string_bytes(parts.user_ids));
-    add_matrix(file, "USTA", 0, parts.user_states, options.element_type);
+    add_matrix("USTA", 0, parts.user_states);
   }
   return std::move(file).finish();
 }
@@ -2513,110 +3168,118 @@ inline Result<void> save_model(const ModelParts& parts, const std::string& path,
   return write_file(path, *bytes);
 }
 
-// The parts of a model file, every value checked. Takes at most the file's declared raw size beside
-// the largest section.
-inline Result<ModelParts> read_model(std::span<const std::byte> file,
-                                     const LoadLimits& limits = {}) {
-  using namespace detail;
-  const auto sections = list_sections(file, limits);
-  if (!sections) return sections.error();
-  const SectionReader reader{file, *sections, limits};
-  ModelParts parts;
-  Error error{Errc::corrupt, ""};
-  const auto take = [&error](auto& target, auto result) {
-    if (!result) {
-      error = result.error();
-      return false;
-    }
-    target = std::move(*result);
-    return true;
-  };
+namespace detail {
 
-  std::vector<char> metadata;
-  std::vector<std::int64_t> statistics;
-  std::vector<std::uint32_t> operations;
-  if (!take(metadata, reader.vector<char>("META", 0, ElementType::u8)) ||
-      !take(parts.item_ids, reader.strings("IIDS")) ||
-      !take(parts.item_vectors, reader.matrix("IVEC")) ||
-      !take(parts.biases, reader.vector<float>("BIAS", 0, ElementType::f32)) ||
-      !take(statistics, reader.vector<std::int64_t>("STAT", 0, ElementType::i64, 2)) ||
-      !take(operations, reader.vector<std::uint32_t>("ENCO", 0, ElementType::u32, 2)))
-    return error;
-  parts.metadata.assign(metadata.begin(), metadata.end());
-  if (reader.find("STAT")->shape[1] != 4 || reader.find("ENCO")->shape[1] != 2)
-    return Error{Errc::corrupt, "section STAT or ENCO: unexpected number of columns"};
-  for (std::size_t i = 0; i < statistics.size(); i += 4) {
-    if (statistics[i] < 0)
-      return Error{Errc::corrupt, "section STAT: a negative number of interactions"};
-    parts.statistics.push_back({static_cast<std::uint64_t>(statistics[i]), statistics[i + 1],
-                                statistics[i + 2], statistics[i + 3]});
+inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& options) {
+  if (options.threads < 1 || options.threads > 64)
+    return Error{Errc::invalid_argument, "LoadOptions::threads is outside [1, 64]"};
+  const LoadLimits& limits = options.limits;
+  const auto sections = read_table(source, limits);
+  if (!sections) return sections.error();
+  // Statistics and operations are read into place.
+  static_assert(sizeof(ItemStatistics) == 4 * 8 && sizeof(EncoderOp) == 2 * 4);
+  SectionPlan plan{*sections, limits};
+  ModelParts parts;
+  StringTable names;
+  std::vector<std::uint8_t> kinds;
+  plan.values(parts.metadata, "META", 0, ElementType::u8);
+  plan.strings(parts.item_ids, "IIDS");
+  plan.matrix(parts.item_vectors, "IVEC");
+  plan.values(parts.biases, "BIAS", 0, ElementType::f32);
+  plan.values(parts.statistics, "STAT", 0, ElementType::i64, 4);
+  plan.values(parts.operations, "ENCO", 0, ElementType::u32, 2);
+  if (plan.find("EVTY")) {
+    plan.strings(parts.event_types, "EVTY");
+    plan.matrix(parts.event_type_embedding, "EVTE");
   }
-  for (std::size_t o = 0; o < operations.size(); o += 2)
-    parts.operations.push_back({static_cast<EncoderOp::Kind>(operations[o]), operations[o + 1]});
-  if (reader.find("EVTY") && (!take(parts.event_types, reader.strings("EVTY")) ||
-                              !take(parts.event_type_embedding, reader.matrix("EVTE"))))
-    return error;
-  if (reader.find("GAPE") && !take(parts.time_gap_embedding, reader.matrix("GAPE"))) return error;
-  if (reader.find("IINP") && !take(parts.input_vectors, reader.matrix("IINP"))) return error;
-  if (reader.find("USID") && (!take(parts.user_ids, reader.strings("USID")) ||
-                              !take(parts.user_states, reader.matrix("USTA"))))
-    return error;
-  if (reader.find("FLDN")) {
-    StringTable names;
-    std::vector<std::uint8_t> kinds;
-    if (!take(names, reader.strings("FLDN")) ||
-        !take(kinds, reader.vector<std::uint8_t>("FLDK", 0, ElementType::u8)))
-      return error;
-    if (kinds.size() != names.size())
-      return Error{Errc::corrupt, "section FLDK: one kind a field is needed"};
-    for (std::uint32_t f = 0; f < names.size(); ++f) {
-      MetadataField field;
-      field.name = names[f];
-      field.numeric = kinds[f] == 1;
-      if (kinds[f] > 1) return Error{Errc::unsupported, "section FLDK: unknown kind of field"};
-      if (field.numeric ? !take(field.boundaries, reader.vector<float>("FBND", f, ElementType::f32))
-                        : !take(field.vocabulary, reader.strings("FVOC", f)))
-        return error;
-      if (!take(field.embedding, reader.matrix("FEMB", f))) return error;
-      parts.fields.push_back(std::move(field));
+  if (plan.find("GAPE")) plan.matrix(parts.time_gap_embedding, "GAPE");
+  if (plan.find("IINP")) plan.matrix(parts.input_vectors, "IINP");
+  if (plan.find("USID")) {
+    plan.strings(parts.user_ids, "USID");
+    plan.matrix(parts.user_states, "USTA");
+  }
+  if (const SectionInfo* fields = plan.find("FLDN")) {
+    plan.strings(names, "FLDN");
+    plan.values(kinds, "FLDK", 0, ElementType::u8);
+    if (kinds.size() != fields->shape[0] || kinds.size() > sections->size())
+      plan.fail({Errc::corrupt, "section FLDK: one kind a field is needed"});
+    else
+      parts.fields.resize(kinds.size());
+    for (std::uint32_t f = 0; f < parts.fields.size(); ++f) {
+      MetadataField& field = parts.fields[f];
+      field.numeric = plan.find("FBND", f) != nullptr;
+      if (field.numeric)
+        plan.values(field.boundaries, "FBND", f, ElementType::f32);
+      else
+        plan.strings(field.vocabulary, "FVOC", f);
+      plan.matrix(field.embedding, "FEMB", f);
     }
   }
-  for (std::uint32_t k = 0; reader.find("ENCW", k); ++k) {
-    Matrix weight;
-    if (!take(weight, reader.matrix("ENCW", k))) return error;
-    parts.weights.push_back(std::move(weight));
+  std::uint32_t weights = 0;
+  while (plan.find("ENCW", weights)) ++weights;
+  parts.weights.resize(weights);
+  for (std::uint32_t k = 0; k < weights; ++k) plan.matrix(parts.weights[k], "ENCW", k);
+  if (plan.error()) return *plan.error();
+
+  if (auto read = SectionDecoder{source, *sections, plan.targets(), options}.run(); !read)
+    return read.error();
+  for (const ItemStatistics& s : parts.statistics)
+    if (s.interactions > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
+      return Error{Errc::corrupt, "section STAT: a negative number of interactions"};
+  for (std::size_t f = 0; f < parts.fields.size(); ++f) {
+    if (kinds[f] > 1) return Error{Errc::unsupported, "section FLDK: unknown kind of field"};
+    if (parts.fields[f].numeric != (kinds[f] == 1))
+      return Error{Errc::corrupt, "section FLDK: a kind does not fit what its field has"};
+    parts.fields[f].name = names[f];
   }
   if (auto checked = check_parts(parts, limits); !checked) return checked.error();
   return parts;
 }
 
+}  // namespace detail
+
+// The parts of a model file in memory, every value checked. Errors name the section and the reason.
+inline Result<ModelParts> read_model(std::span<const std::byte> file,
+                                     const LoadOptions& options = {}) {
+  return detail::guarded([&]() -> Result<ModelParts> {
+    detail::ByteSource source{file};
+    return detail::read_parts(source, options);
+  });
+}
+
+// The same of a file on disk, of which no more than a chunk at a time is held in memory.
+inline Result<ModelParts> read_model(const std::string& path, const LoadOptions& options = {}) {
+  return detail::guarded([&]() -> Result<ModelParts> {
+    auto source = detail::ByteSource::open(path);
+    if (!source) return source.error();
+    auto parts = detail::read_parts(*source, options);
+    if (parts || parts.error().code == Errc::out_of_memory || parts.error().code == Errc::io)
+      return parts;
+    Error error = parts.error();
+    error.message = path + ": " + error.message;
+    return error;
+  });
+}
+
 // An immutable model: share it between threads and recommenders freely.
 class Model {
  public:
-  // Reads and checks a model file. Errors name the section and the reason.
+  // Reads and checks a model file, as read_model does.
   static Result<std::shared_ptr<const Model>> load(const std::string& path,
-                                                   const LoadLimits& limits = {}) {
-    const auto bytes = read_file(path, limits.file_bytes);
-    if (!bytes) return bytes.error();
-    auto model = from_bytes(*bytes, limits);
-    if (!model) {
-      Error error = model.error();
-      error.message = path + ": " + error.message;
-      return error;
-    }
-    return model;
+                                                   const LoadOptions& options = {}) {
+    return of(read_model(path, options));
   }
 
   static Result<std::shared_ptr<const Model>> from_bytes(std::span<const std::byte> file,
-                                                         const LoadLimits& limits = {}) {
-    auto parts = read_model(file, limits);
-    if (!parts) return parts.error();
-    return std::shared_ptr<const Model>(new Model(std::move(*parts)));
+                                                         const LoadOptions& options = {}) {
+    return of(read_model(file, options));
   }
 
   static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts) {
-    if (auto checked = detail::check_parts(parts, LoadLimits{}); !checked) return checked.error();
-    return std::shared_ptr<const Model>(new Model(std::move(parts)));
+    return detail::guarded([&]() -> Result<std::shared_ptr<const Model>> {
+      if (auto checked = detail::check_parts(parts, LoadLimits{}); !checked) return checked.error();
+      return of(std::move(parts));
+    });
   }
 
   std::size_t item_count() const noexcept { return parts_.item_ids.size(); }
@@ -2663,7 +3326,15 @@ class Model {
   }
 
  private:
-  explicit Model(ModelParts parts) : parts_(std::move(parts)) {}
+  explicit Model(ModelParts parts) noexcept : parts_(std::move(parts)) {}
+
+  static Result<std::shared_ptr<const Model>> of(Result<ModelParts> parts) {
+    if (!parts) return parts.error();
+    return detail::guarded([&]() -> Result<std::shared_ptr<const Model>> {
+      return std::shared_ptr<const Model>(new Model(std::move(*parts)));
+    });
+  }
+
   ModelParts parts_;
 };
 

@@ -232,11 +232,21 @@ void load() {
       [&] {
         for (const auto& section : *sections) {
           std::vector<char> raw(section.raw_size);
-          const auto* stored = file->data() + section.offset;
-          if (section.codec == pz::Codec::zstd)
-            ZSTD_decompress(raw.data(), raw.size(), stored, section.stored_size);
-          else
-            std::memcpy(raw.data(), stored, section.stored_size);
+          const std::uint64_t chunks = section.chunk_count();
+          const auto* entry = file->data() + section.offset;
+          const auto* stored = entry + chunks * 12;
+          for (std::uint64_t c = 0; c < chunks; ++c, entry += 12) {
+            std::uint32_t size;
+            std::memcpy(&size, entry, 4);
+            const std::uint64_t at = c * section.chunk_raw_size();
+            const std::uint64_t left =
+                std::min<std::uint64_t>(section.raw_size - at, section.chunk_raw_size());
+            if (size < left)
+              ZSTD_decompress(raw.data() + at, left, stored, size);
+            else
+              std::memcpy(raw.data() + at, stored, size);
+            stored += size;
+          }
         }
       });
 }

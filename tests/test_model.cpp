@@ -48,6 +48,56 @@ TEST_CASE("quantised rows are within half a step, zero rows stay zero") {
   CHECK(q.quantised().to_bytes() == q.to_bytes());
 }
 
+TEST_CASE("rows of 4 bits come back as int8 products of a group's scale, close to what they were") {
+  small_model::Random random{6};
+  constexpr std::size_t columns = 70;
+  pz::ModelParts parts = small_model::parts({.items = 200, .dimension = columns});
+  // Groups of 16 columns of different size, which one scale a row would not serve.
+  for (std::size_t r = 0; r < 200; ++r)
+    for (std::size_t c = 0; c < columns; ++c)
+      parts.item_vectors.f32()[r * columns + c] =
+          r == 7 ? 0.0f : random.normal() * (c / 16 % 2 == 0 ? 1.0f : 0.3f);
+  const auto file = pz::write_model(parts, {.element_type = pz::ElementType::i4, .zstd_level = 0});
+  REQUIRE(file);
+  const auto sections = pz::list_sections(*file);
+  REQUIRE(sections);
+  for (const pz::SectionInfo& section : *sections)
+    if (section.label() == "IVEC") {
+      CHECK(section.element_type == pz::ElementType::i4);
+      CHECK(section.raw_size == 200 * (4 + 3 + 35));
+    }
+  const auto read = pz::read_model(*file);
+  REQUIRE(read);
+  const pz::Matrix& q = read->item_vectors;
+  double error = 0, total = 0, plain_error = 0;
+  for (std::size_t r = 0; r < 200; ++r) {
+    float largest = 0;
+    for (std::size_t c = 0; c < columns; ++c)
+      largest = std::max(largest, std::abs(parts.item_vectors.at(r, c)));
+    for (std::size_t c = 0; c < columns; ++c) {
+      const double v = parts.item_vectors.at(r, c), e = v - static_cast<double>(q.at(r, c));
+      error += e * e;
+      total += v * v;
+      const double step = largest > 0 ? largest / 7.0 : 1.0,
+                   p = v - step * std::nearbyint(v / step);
+      plain_error += p * p;
+    }
+    for (std::size_t begin = 0; begin < columns; begin += 16) {
+      bool some_scale = false;
+      for (int m = 1; m <= 15 && !some_scale; ++m) {
+        some_scale = true;
+        for (std::size_t c = begin; c < std::min(begin + 16, columns); ++c) {
+          const int value = q.i8()[r * columns + c];
+          some_scale = some_scale && value % m == 0 && value / m >= -8 && value / m <= 7;
+        }
+      }
+      REQUIRE(some_scale);
+    }
+  }
+  CHECK(error < 0.008 * total);
+  CHECK(plain_error > 2 * error);
+}
+
 TEST_CASE("time gaps fall into log2 buckets, hostile timestamps included") {
   CHECK(pz::time_gap_bucket(std::nullopt, 5, 12) == 0);
   CHECK(pz::time_gap_bucket(100, 100, 12) == 1);

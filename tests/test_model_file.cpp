@@ -26,11 +26,16 @@ std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span(text));
 }
 
-Bytes small_file(pz::WriteOptions options = {}) {
-  auto bytes =
-      pz::write_model(small_model::parts({.items = 9, .dimension = 5, .hidden = 4}), options);
+Bytes small_file(pz::WriteOptions options = {}, std::size_t dimension = 5) {
+  auto bytes = pz::write_model(
+      small_model::parts({.items = 9, .dimension = dimension, .hidden = 4}), options);
   REQUIRE(bytes);
   return *bytes;
+}
+
+// With many chunks, and item vectors in 4 bits.
+Bytes small_chunked_file() {
+  return small_file({.element_type = pz::ElementType::i4, .chunk_bytes = 64}, 17);
 }
 
 // What a forger would do: change bytes, then make every checksum right again.
@@ -40,14 +45,28 @@ void reseal(Bytes& file) {
   const auto put = [&](std::size_t at, std::uint64_t value) {
     std::memcpy(file.data() + at, &value, 8);
   };
+  const auto get = [&](std::size_t at, std::size_t size = 8) {
+    std::uint64_t value = 0;
+    std::memcpy(&value, file.data() + at, size);
+    return value;
+  };
   const std::size_t table = std::size_t{count} * 72;
   if (64 + table <= file.size()) {
-    for (std::size_t s = 0; s < count; ++s) {
-      std::uint64_t offset, size;
-      std::memcpy(&offset, file.data() + 64 + s * 72 + 40, 8);
-      std::memcpy(&size, file.data() + 64 + s * 72 + 48, 8);
-      if (offset <= file.size() && size <= file.size() - offset)
-        put(64 + s * 72 + 64, pz::xxh64(std::span(file).subspan(offset, size)));
+    for (std::size_t entry = 64; entry < 64 + table; entry += 72) {
+      const std::uint64_t offset = get(entry + 40), size = get(entry + 48);
+      if (offset > file.size() || size > file.size() - offset) continue;
+      // The chunks' sizes, as far as they lie inside the section, tell where its directory ends.
+      std::uint64_t directory = 0;
+      for (std::uint64_t end = 0; end + directory < size && directory + 12 <= size; directory += 12)
+        end += get(offset + directory, 4);
+      std::uint64_t at = offset + directory;
+      for (std::uint64_t chunk = 0; chunk < directory; chunk += 12) {
+        const std::uint64_t stored = get(offset + chunk, 4);
+        if (at > offset + size || stored > offset + size - at) break;
+        put(offset + chunk + 4, pz::xxh64(std::span(file).subspan(at, stored)));
+        at += stored;
+      }
+      put(entry + 64, pz::xxh64(std::span(file).subspan(offset, directory)));
     }
     put(24, pz::xxh64(std::span(file).subspan(64, table)));
   }
@@ -90,72 +109,82 @@ TEST_CASE("XXH64 agrees with the specification's vectors") {
 }
 
 TEST_CASE("what is written is read back, byte for byte") {
-  for (const auto type : {pz::ElementType::f32, pz::ElementType::i8}) {
+  for (const auto type : {pz::ElementType::f32, pz::ElementType::i8, pz::ElementType::i4}) {
     for (const int level : {0, 3, 19}) {
       CAPTURE(level);
-      const pz::ModelParts parts = small_model::parts();
+      CAPTURE(pz::name(type));
+      for (const std::uint32_t chunk : {64u, 256u, 1u << 20}) {
+        CAPTURE(chunk);
+        const pz::ModelParts parts = small_model::parts();
 #ifdef PERSONALIZE_NO_ZSTD
-      if (level != 0) continue;
+        if (level != 0) continue;
 #endif
-      const auto file = pz::write_model(parts, {.element_type = type, .zstd_level = level});
-      REQUIRE(file);
-      const auto read = pz::read_model(*file);
-      REQUIRE(read);
-      CHECK(read->metadata == parts.metadata);
-      REQUIRE(read->item_ids.size() == parts.item_ids.size());
-      for (std::size_t i = 0; i < parts.item_ids.size(); ++i) {
-        CHECK(read->item_ids[i] == parts.item_ids[i]);
-        CHECK(read->statistics[i].interactions == parts.statistics[i].interactions);
-        CHECK(read->statistics[i].creation_timestamp == parts.statistics[i].creation_timestamp);
-      }
-      CHECK(read->biases == parts.biases);
-      CHECK(read->item_vectors.type() == type);
-      CHECK(read->fields.size() == 2);
-      CHECK(read->fields[1].boundaries == parts.fields[1].boundaries);
-      CHECK(read->fields[0].vocabulary[2] == "shield");
-      REQUIRE(read->weights.size() == parts.weights.size());
-      for (std::size_t w = 0; w < parts.weights.size(); ++w) {
-        const pz::Matrix& a = read->weights[w];
-        const pz::Matrix& b = parts.weights[w];
-        REQUIRE(a.rows() == b.rows());
-        for (std::size_t r = 0; r < a.rows(); ++r) {
-          const float step = a.type() == pz::ElementType::i8 ? a.scales()[r] : 0.0f;
-          for (std::size_t c = 0; c < a.columns(); ++c)
-            REQUIRE(std::abs(a.at(r, c) - b.at(r, c)) <= 0.5001f * step);
+        const auto file = pz::write_model(
+            parts, {.element_type = type, .zstd_level = level, .chunk_bytes = chunk});
+        REQUIRE(file);
+        const auto read = pz::read_model(*file);
+        REQUIRE(read);
+        CHECK(read->metadata == parts.metadata);
+        REQUIRE(read->item_ids.size() == parts.item_ids.size());
+        for (std::size_t i = 0; i < parts.item_ids.size(); ++i) {
+          CHECK(read->item_ids[i] == parts.item_ids[i]);
+          CHECK(read->statistics[i].interactions == parts.statistics[i].interactions);
+          CHECK(read->statistics[i].creation_timestamp == parts.statistics[i].creation_timestamp);
         }
+        CHECK(read->biases == parts.biases);
+        CHECK(read->item_vectors.type() ==
+              (type == pz::ElementType::f32 ? type : pz::ElementType::i8));
+        CHECK(read->fields.size() == 2);
+        CHECK(read->fields[1].boundaries == parts.fields[1].boundaries);
+        CHECK(read->fields[0].vocabulary[2] == "shield");
+        REQUIRE(read->weights.size() == parts.weights.size());
+        for (std::size_t w = 0; w < parts.weights.size(); ++w) {
+          const pz::Matrix& a = read->weights[w];
+          const pz::Matrix& b = parts.weights[w];
+          REQUIRE(a.rows() == b.rows());
+          for (std::size_t r = 0; r < a.rows(); ++r) {
+            const float step = a.type() == pz::ElementType::i8 ? a.scales()[r] : 0.0f;
+            for (std::size_t c = 0; c < a.columns(); ++c)
+              REQUIRE(std::abs(a.at(r, c) - b.at(r, c)) <= 0.5001f * step);
+          }
+        }
+        const auto again = pz::write_model(
+            *read, {.element_type = type, .zstd_level = level, .chunk_bytes = chunk});
+        REQUIRE(again);
+        CHECK(*again == *file);
       }
-      const auto again = pz::write_model(*read, {.element_type = type, .zstd_level = level});
-      REQUIRE(again);
-      CHECK(*again == *file);
     }
   }
 }
 
 TEST_CASE("every flipped bit of a small file is noticed") {
-  const Bytes file = small_file();
-  REQUIRE(pz::read_model(file));
-  for (std::size_t at = 0; at < file.size(); ++at) {
-    for (const unsigned bit : {0u, 3u, 7u}) {
-      Bytes damaged = file;
-      damaged[at] ^= static_cast<std::byte>(1u << bit);
-      const auto read = pz::read_model(damaged);
-      REQUIRE_MESSAGE(!read, "byte ", at, " bit ", bit);
-      REQUIRE_FALSE(read.error().message.empty());
+  for (const Bytes& file : {small_file(), small_chunked_file()}) {
+    REQUIRE(pz::read_model(file));
+    for (std::size_t at = 0; at < file.size(); ++at) {
+      for (const unsigned bit : {0u, 3u, 7u}) {
+        Bytes damaged = file;
+        damaged[at] ^= static_cast<std::byte>(1u << bit);
+        const auto read = pz::read_model(damaged);
+        REQUIRE_MESSAGE(!read, "byte ", at, " bit ", bit);
+        REQUIRE_FALSE(read.error().message.empty());
+        REQUIRE_FALSE(pz::list_sections(damaged));
+      }
     }
   }
 }
 
 TEST_CASE("every truncation of a small file is an error, and so is a longer file") {
-  const Bytes file = small_file();
-  for (std::size_t size = 0; size < file.size(); ++size) {
-    const auto read = pz::read_model(std::span(file).first(size));
-    REQUIRE_MESSAGE(!read, "size ", size);
-    const pz::Errc code = read.error().code;
-    REQUIRE((code == (size < 8 ? pz::Errc::format : pz::Errc::truncated)));
+  for (const Bytes& file : {small_file(), small_chunked_file()}) {
+    for (std::size_t size = 0; size < file.size(); ++size) {
+      const auto read = pz::read_model(std::span(file).first(size));
+      REQUIRE_MESSAGE(!read, "size ", size);
+      const pz::Errc code = read.error().code;
+      REQUIRE((code == (size < 8 ? pz::Errc::format : pz::Errc::truncated)));
+    }
+    Bytes longer = file;
+    longer.push_back(std::byte{0});
+    CHECK_FALSE(pz::read_model(longer));
   }
-  Bytes longer = file;
-  longer.push_back(std::byte{0});
-  CHECK_FALSE(pz::read_model(longer));
 }
 
 TEST_CASE("a resealed forgery of every byte of header and table ends in a value or an error") {
@@ -173,15 +202,16 @@ TEST_CASE("a resealed forgery of every byte of header and table ends in a value 
 }
 
 TEST_CASE("a resealed forgery of every byte of the stored sections ends in a value or an error") {
-  const Bytes file = small_file({.zstd_level = 0});
-  const std::size_t table_end = 64 + 72 * peek<std::uint32_t>(file, 12);
-  for (std::size_t at = table_end; at < file.size(); ++at) {
-    for (const unsigned value : {0x00u, 0x7fu, 0xffu}) {
-      Bytes forged = file;
-      forged[at] = static_cast<std::byte>(value);
-      reseal(forged);
-      if (const auto model = pz::Model::from_bytes(forged); !model)
-        REQUIRE_FALSE(model.error().message.empty());
+  for (const Bytes& file : {small_file({.zstd_level = 0}), small_chunked_file()}) {
+    const std::size_t table_end = 64 + 72 * peek<std::uint32_t>(file, 12);
+    for (std::size_t at = table_end; at < file.size(); ++at) {
+      for (const unsigned value : {0x00u, 0x7fu, 0xffu}) {
+        Bytes forged = file;
+        forged[at] = static_cast<std::byte>(value);
+        reseal(forged);
+        if (const auto model = pz::Model::from_bytes(forged); !model)
+          REQUIRE_FALSE(model.error().message.empty());
+      }
     }
   }
 }
@@ -204,6 +234,35 @@ TEST_CASE("forged sizes are refused before memory is taken") {
   refuse(vectors + 40, huge - 3, pz::Errc::corrupt);  // offset
   refuse(vectors + 48, huge, pz::Errc::corrupt);      // stored size
   refuse(vectors + 56, huge, pz::Errc::limit);        // raw size
+}
+
+TEST_CASE("chunks that contradict the table are refused") {
+  const Bytes file =
+      small_file({.element_type = pz::ElementType::i4, .zstd_level = 0, .chunk_bytes = 64}, 17);
+  const std::size_t entry = entry_of(file, "IVEC");
+  const auto directory = static_cast<std::size_t>(peek<std::uint64_t>(file, entry + 40));
+  const auto refuse = [&](auto change, const char* what) {
+    Bytes forged = file;
+    change(forged);
+    reseal(forged);
+    const auto read = pz::read_model(forged);
+    REQUIRE_FALSE(read);
+    CAPTURE(read.error().message);
+    CHECK(read.error().code == pz::Errc::corrupt);
+    CHECK(read.error().message.find("IVEC") != std::string::npos);
+    CHECK(read.error().message.find(what) != std::string::npos);
+  };
+  const auto log2 = [&](std::uint8_t value) {
+    return [&, value](Bytes& forged) { poke(forged, entry + 11, value); };
+  };
+  refuse(log2(0), "bad table entry");
+  refuse(log2(5), "bad table entry");
+  refuse(log2(31), "bad table entry");
+  const auto first = peek<std::uint32_t>(file, directory);
+  refuse([&](Bytes& forged) { poke(forged, directory, first + 1); }, "impossible stored size");
+  refuse([&](Bytes& forged) { poke(forged, directory, first - 1); }, "impossible stored size");
+  refuse([&](Bytes& forged) { poke(forged, entry + 10, std::uint8_t{3}); }, "bad table entry");
+  refuse([&](Bytes& forged) { poke(forged, entry + 24, std::uint64_t{15}); }, "IVEC");
 }
 
 #ifndef PERSONALIZE_NO_ZSTD
@@ -266,7 +325,7 @@ TEST_CASE("values that are not finite, duplicate ids and odd encoders are refuse
 
 TEST_CASE("a newer major version is refused, unknown sections are skipped") {
   Bytes newer = small_file();
-  poke(newer, 8, std::uint16_t{2});
+  poke(newer, 8, std::uint16_t{3});
   reseal(newer);
   const auto read = pz::read_model(newer);
   REQUIRE_FALSE(read);
@@ -284,13 +343,13 @@ TEST_CASE("a newer major version is refused, unknown sections are skipped") {
 
 TEST_CASE("limits are limits") {
   const Bytes file = small_file();
-  CHECK(pz::read_model(file, {.items = 9}));
-  const auto items = pz::read_model(file, {.items = 8});
+  CHECK(pz::read_model(file, {.limits = {.items = 9}}));
+  const auto items = pz::read_model(file, {.limits = {.items = 8}});
   CHECK_FALSE(items);
-  CHECK_FALSE(pz::read_model(file, {.file_bytes = file.size() - 1}));
-  CHECK_FALSE(pz::read_model(file, {.raw_bytes = 100}));
-  CHECK_FALSE(pz::read_model(file, {.sections = 3}));
-  CHECK_FALSE(pz::read_model(file, {.dimension = 4}));
+  CHECK_FALSE(pz::read_model(file, {.limits = {.file_bytes = file.size() - 1}}));
+  CHECK_FALSE(pz::read_model(file, {.limits = {.raw_bytes = 100}}));
+  CHECK_FALSE(pz::read_model(file, {.limits = {.sections = 3}}));
+  CHECK_FALSE(pz::read_model(file, {.limits = {.dimension = 4}}));
 }
 
 TEST_CASE("files: replaced at once, errors name the path") {
@@ -305,12 +364,100 @@ TEST_CASE("files: replaced at once, errors name the path") {
   CHECK(missing.error().code == pz::Errc::io);
   CHECK(missing.error().message.find("none.pzm: cannot open") != std::string::npos);
   CHECK_FALSE(pz::save_model(small_model::parts(), (folder / "no" / "m.pzm").string()));
-  CHECK_FALSE(pz::Model::load(path, {.file_bytes = 10}));
+  CHECK_FALSE(pz::Model::load(path, {.limits = {.file_bytes = 10}}));
   CHECK_FALSE(pz::Model::load(folder.string()));
   std::filesystem::remove_all(folder);
 }
 
+TEST_CASE("threads and the way a file comes in change nothing about what is read") {
+  const auto folder = std::filesystem::temp_directory_path() / "personalize_test_model_threads";
+  std::filesystem::create_directories(folder);
+  const std::string path = (folder / "m.pzm").string();
+  for (const auto type : {pz::ElementType::i4, pz::ElementType::i8, pz::ElementType::f32}) {
+    const pz::ModelParts parts = small_model::parts({.items = 3000, .dimension = 33});
+    const pz::WriteOptions write{.element_type = type, .zstd_level = 1, .chunk_bytes = 1024};
+    const auto file = pz::write_model(parts, write);
+    REQUIRE(file);
+    REQUIRE(pz::write_file(path, *file));
+    for (const unsigned threads : {1u, 2u, 7u}) {
+      const auto from_memory = pz::read_model(*file, {.threads = threads});
+      const auto from_disk = pz::read_model(path, {.threads = threads});
+      REQUIRE(from_memory);
+      REQUIRE(from_disk);
+      CHECK(from_memory->item_ids.find("i2999") == 2999);
+      CHECK(pz::write_model(*from_memory, write).operator*() == *file);
+      CHECK(pz::write_model(*from_disk, write).operator*() == *file);
+      // Of several faults, the first in the file is told, whichever thread comes upon it.
+      Bytes damaged = *file;
+      const auto statistics = peek<std::uint64_t>(damaged, entry_of(*file, "STAT") + 40);
+      for (std::size_t at = statistics + 5000; at < damaged.size(); at += 100)
+        damaged[at] ^= std::byte{1};
+      const auto refused = pz::read_model(damaged, {.threads = threads});
+      REQUIRE_FALSE(refused);
+      CHECK(refused.error().message.find("STAT") != std::string::npos);
+    }
+  }
+  for (const unsigned threads : {0u, 65u}) {
+    const auto refused = pz::read_model(path, {.threads = threads});
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code == pz::Errc::invalid_argument);
+  }
+  std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("progress rises to the size of the file, and can cancel at any time") {
+  const auto file = pz::write_model(small_model::parts({.items = 500}), {.chunk_bytes = 512});
+  REQUIRE(file);
+  for (const unsigned threads : {1u, 3u}) {
+    std::uint64_t last = 0;
+    int calls = 0;
+    pz::LoadOptions options{.threads = threads};
+    options.progress = [&](std::uint64_t done, std::uint64_t total) {
+      REQUIRE(total == file->size());
+      REQUIRE(done >= last);
+      REQUIRE(done <= total);
+      last = done;
+      ++calls;
+      return true;
+    };
+    REQUIRE(pz::read_model(*file, options));
+    CHECK(last == file->size());
+    CHECK(calls >= 1);
+    if (threads > 1) continue;
+    CHECK(calls > 20);
+    for (int stop = 1; stop <= calls; ++stop) {
+      int call = 0;
+      options.progress = [&](std::uint64_t, std::uint64_t) { return ++call < stop; };
+      const auto cancelled = pz::Model::from_bytes(*file, options);
+      REQUIRE_FALSE(cancelled);
+      CHECK(cancelled.error().code == pz::Errc::cancelled);
+      CHECK(call == stop);
+    }
+  }
+}
+
 #ifndef PERSONALIZE_NO_ZSTD
+TEST_CASE("the golden file of format version 2 reads as it always did") {
+  // Written with element_type i4, chunk_bytes 256.
+  const auto golden = pz::read_model("golden/model_v2.pzm");
+  REQUIRE(golden);
+  const pz::ModelParts original = small_model::parts({.items = 9, .dimension = 21, .hidden = 4});
+  for (std::size_t w = 0; w < original.weights.size(); ++w) {
+    const pz::Matrix& weight = original.weights[w];
+    CHECK(golden->weights[w].to_bytes() ==
+          (weight.rows() > 1 ? weight.quantised() : weight).to_bytes());
+  }
+  CHECK(golden->biases == original.biases);
+  CHECK(golden->statistics[1].creation_timestamp == 1'599'999'991);
+  CHECK(golden->item_ids.find("i8") == 8);
+  const pz::WriteOptions stored{.element_type = pz::ElementType::i4, .zstd_level = 0};
+  const auto again = pz::write_model(*golden, stored);
+  const auto today = pz::write_model(original, stored);
+  REQUIRE(again);
+  REQUIRE(today);
+  CHECK(*again == *today);
+}
+
 TEST_CASE("the golden file of format version 1 reads as it always did") {
   const auto bytes = pz::read_file("golden/model_v1.pzm", 1 << 20);
   REQUIRE(bytes);

@@ -49,7 +49,9 @@ nlohmann::json describe(const std::string& path) {
   out["bytes"] = bytes->size();
   out["items"] = parts->item_ids.size();
   out["dimension"] = parts->item_vectors.columns();
-  out["item_vectors"] = std::string(personalize::name(parts->item_vectors.type()));
+  for (const SectionInfo& s : *sections)
+    if (s.label() == "IVEC")
+      out["item_vectors"] = std::string(personalize::name(s.element_type));
   out["event_types"] = nlohmann::json::array();
   for (std::size_t e = 0; e < parts->event_types.size(); ++e)
     out["event_types"].push_back(std::string(parts->event_types[e]));
@@ -75,6 +77,7 @@ nlohmann::json describe(const std::string& path) {
                                {"element", std::string(personalize::name(s.element_type))},
                                {"shape", shape},
                                {"codec", s.codec == Codec::zstd ? "zstd" : "stored"},
+                               {"chunks", s.chunk_count()},
                                {"stored_bytes", s.stored_size},
                                {"raw_bytes", s.raw_size}});
   }
@@ -88,12 +91,13 @@ void print_text(const nlohmann::json& d) {
   std::cout << d["file"].get<std::string>() << ": " << d["bytes"] << " bytes, " << d["items"]
             << " items, " << d["dimension"] << " dimensions, item vectors "
             << d["item_vectors"].get<std::string>() << "\n\n";
-  std::printf("%-10s %-7s %-16s %-7s %12s %12s\n", "section", "element", "shape", "codec", "stored",
-              "raw");
+  std::printf("%-10s %-7s %-16s %-7s %7s %12s %12s\n", "section", "element", "shape", "codec",
+              "chunks", "stored", "raw");
   for (const auto& s : d["sections"])
-    std::printf("%-10s %-7s %-16s %-7s %12llu %12llu\n", s["section"].get<std::string>().c_str(),
-                s["element"].get<std::string>().c_str(), s["shape"].dump().c_str(),
-                s["codec"].get<std::string>().c_str(), s["stored_bytes"].get<unsigned long long>(),
+    std::printf("%-10s %-7s %-16s %-7s %7llu %12llu %12llu\n",
+                s["section"].get<std::string>().c_str(), s["element"].get<std::string>().c_str(),
+                s["shape"].dump().c_str(), s["codec"].get<std::string>().c_str(),
+                s["chunks"].get<unsigned long long>(), s["stored_bytes"].get<unsigned long long>(),
                 s["raw_bytes"].get<unsigned long long>());
   std::fflush(stdout);
   std::cout << "\nencoder (" << d["encoder_parameters"] << " parameters):";
