@@ -1595,7 +1595,7 @@ enum class Codec : std::uint8_t { stored = 0, zstd = 1 };
 
 // The file's layout of i4 rows.
 struct FourBitRows {
-  static constexpr std::size_t group = 16;        // columns that share a scale
+  static constexpr std::size_t group = 16;  // columns that share a scale
   static constexpr std::uint64_t least_columns = 16;
   static constexpr std::uint64_t group_bytes(std::uint64_t columns) noexcept {
     return ((columns + group - 1) / group + 1) / 2;
@@ -1705,14 +1705,19 @@ class ByteSource {
 
   std::uint64_t size() const noexcept { return size_; }
 
-  // The next `count` bytes, where they lie or in `buffer`. The caller has compared with size().
-  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer) {
+  // The next `count` bytes, where they lie or in `buffer`, which becomes `room` >= count bytes long
+  // where it is too short. The caller has compared with size().
+  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer,
+                                          std::size_t room) {
     if (!file_) {
       const auto taken = bytes_.first(count);
       bytes_ = bytes_.subspan(count);
       return taken;
     }
-    if (buffer.size() < count) buffer.resize(count);
+    if (buffer.size() < count) {
+      buffer = {};
+      buffer.resize(room);
+    }
     if (std::fread(buffer.data(), 1, count, file_.get()) != count) {
       if (std::ferror(file_.get())) return io_error(path_, "cannot read");
       return Error{Errc::truncated, "the file became shorter while it was read"};
@@ -1733,7 +1738,8 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
   std::vector<std::byte> head_buffer, table_buffer;
   const std::uint64_t size = source.size();
   const auto taken =
-      source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer);
+      source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer,
+                  header_size);
   if (!taken) return taken.error();
   const std::span<const std::byte> header = *taken;
   if (header.size() < model_magic.size() ||
@@ -1770,7 +1776,8 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
   const std::uint64_t table_size = std::uint64_t{count} * entry_size;
   if (table_size > total - header_size)
     return Error{Errc::corrupt, "header: the section table is larger than the file", 12};
-  const auto table = source.take(static_cast<std::size_t>(table_size), table_buffer);
+  const auto table = source.take(static_cast<std::size_t>(table_size), table_buffer,
+                                 static_cast<std::size_t>(table_size));
   if (!table) return table.error();
   if (xxh64(*table) != load_integer<std::uint64_t>(head + 24))
     return Error{Errc::checksum, "section table: checksum mismatch; the file is damaged",
@@ -1959,12 +1966,13 @@ class SectionDecoder {
       const std::byte* entry = directory_.data() + chunk_ * directory_entry_size;
       stored = load_integer<std::uint32_t>(entry);
       chunk.checksum = load_integer<std::uint64_t>(entry + 4);
-      raw = std::min(section.raw_size - chunk_ * section.chunk_raw_size(),
-                     section.chunk_raw_size());
+      raw =
+          std::min(section.raw_size - chunk_ * section.chunk_raw_size(), section.chunk_raw_size());
     }
     ++chunk_;
     chunk.raw_size = static_cast<std::size_t>(raw);
-    const auto taken = source_.take(static_cast<std::size_t>(stored), buffer);
+    const auto taken = source_.take(static_cast<std::size_t>(stored), buffer,
+                                    std::max(chunk.raw_size, static_cast<std::size_t>(stored)));
     if (!taken) {
       stopped_ = true;
       return taken.error();
@@ -1980,8 +1988,8 @@ class SectionDecoder {
     chunk_ = 0;
     chunks_ = section.chunk_count();
     if (section.chunk_log2 == 0) return {};
-    const auto bytes =
-        source_.take(static_cast<std::size_t>(chunks_ * directory_entry_size), buffer);
+    const auto size = static_cast<std::size_t>(chunks_ * directory_entry_size);
+    const auto bytes = source_.take(size, buffer, size);
     if (!bytes) return bytes.error();
     if (xxh64(*bytes) != section.checksum)
       return section_error(Errc::checksum, section,
@@ -1990,8 +1998,7 @@ class SectionDecoder {
     done_ += directory_.size();
     std::uint64_t sum = directory_.size();
     for (std::uint64_t c = 0; c < chunks_; ++c) {
-      const auto stored =
-          load_integer<std::uint32_t>(directory_.data() + c * directory_entry_size);
+      const auto stored = load_integer<std::uint32_t>(directory_.data() + c * directory_entry_size);
       const std::uint64_t raw =
           std::min(section.raw_size - c * section.chunk_raw_size(), section.chunk_raw_size());
       if (stored > raw || (section.codec == Codec::stored && stored != raw))
@@ -2021,7 +2028,10 @@ class SectionDecoder {
     std::span<std::byte> raw = in_one_area(target, at, chunk.raw_size);
     const bool direct = raw.size() == chunk.raw_size && !target.expand;
     if (!direct) {
-      if (worker.raw.size() < chunk.raw_size) worker.raw.resize(chunk.raw_size);
+      if (worker.raw.size() < chunk.raw_size) {
+        worker.raw = {};
+        worker.raw.resize(chunk.raw_size);
+      }
       raw = std::span(worker.raw).first(chunk.raw_size);
     }
     if (auto unpacked = decompress(section, chunk.stored, raw, worker); !unpacked) return unpacked;
@@ -2090,12 +2100,12 @@ class SectionDecoder {
   std::span<const SectionInfo> sections_;
   std::span<const SectionTarget> targets_;
   const LoadOptions& options_;
-  std::mutex mutex_;  // over all that follows
-  std::size_t section_ = 0;                  // that chunks come from, + 1
-  std::uint64_t chunk_ = 0, chunks_ = 0;     // of it: the next one, and how many it has
+  std::mutex mutex_;                      // over all that follows
+  std::size_t section_ = 0;               // that chunks come from, + 1
+  std::uint64_t chunk_ = 0, chunks_ = 0;  // of it: the next one, and how many it has
   std::uint64_t ordinal_ = 0;
-  std::vector<std::byte> directory_;         // of it
-  std::vector<std::uint64_t> remaining_;     // chunks a section that have not come yet
+  std::vector<std::byte> directory_;      // of it
+  std::vector<std::uint64_t> remaining_;  // chunks a section that have not come yet
   std::uint64_t done_ = 0;
   bool stopped_ = false;
   std::optional<Error> error_;
@@ -2142,8 +2152,8 @@ class FileBuilder {
     std::vector<std::byte> directory, chunks;
     for (std::uint64_t c = 0; c < section.chunk_count(); ++c) {
       const auto chunk = raw.subspan(static_cast<std::size_t>(c * section.chunk_raw_size()));
-      const auto stored = packed(chunk.first(std::min<std::size_t>(
-          chunk.size(), static_cast<std::size_t>(section.chunk_raw_size()))));
+      const auto stored = packed(chunk.first(
+          std::min<std::size_t>(chunk.size(), static_cast<std::size_t>(section.chunk_raw_size()))));
       append_integer(directory, static_cast<std::uint32_t>(stored.size()));
       append_integer(directory, xxh64(stored));
       chunks.insert(chunks.end(), stored.begin(), stored.end());
@@ -2853,8 +2863,8 @@ class FourBitWriter {
 
   static void append_nibbles(std::vector<std::byte>& out, std::span<const std::uint8_t> nibbles) {
     for (std::size_t c = 0; c < nibbles.size(); c += 2)
-      out.push_back(static_cast<std::byte>(
-          nibbles[c] | (c + 1 < nibbles.size() ? nibbles[c + 1] << 4 : 0)));
+      out.push_back(
+          static_cast<std::byte>(nibbles[c] | (c + 1 < nibbles.size() ? nibbles[c + 1] << 4 : 0)));
   }
 
   // Row r to best_groups_ and best_values_; returns its scale.
@@ -2926,8 +2936,7 @@ inline void expand_four_bits(std::span<const std::byte> chunk, std::size_t first
   const std::size_t columns = target.columns();
   const auto group_bytes = static_cast<std::size_t>(FourBitRows::group_bytes(columns));
   const auto value_bytes = static_cast<std::size_t>(FourBitRows::value_bytes(columns));
-  const std::size_t rows =
-      chunk.size() / static_cast<std::size_t>(FourBitRows::row_bytes(columns));
+  const std::size_t rows = chunk.size() / static_cast<std::size_t>(FourBitRows::row_bytes(columns));
   std::memcpy(target.scales().data() + first, chunk.data(), rows * sizeof(float));
   const std::byte* groups = chunk.data() + rows * sizeof(float);
   const std::byte* values = groups + rows * group_bytes;
@@ -3085,8 +3094,8 @@ struct WriteOptions {
   // is a norm or bias: small, and every row depends on it). i4: as i8, but item vectors (IVEC,
   // IINP) in 4 bits where they have at least 16 columns.
   ElementType element_type = ElementType::i8;
-  int zstd_level = 19;                     // 1 to 22; 0 writes stored sections
-  std::uint32_t chunk_bytes = 1u << 20;    // a power of two in [2^6, 2^30]; see LoadOptions
+  int zstd_level = 19;                   // 1 to 22; 0 writes stored sections
+  std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^30]; see LoadOptions
 };
 
 // The bytes of a model file. The same parts and options give the same bytes (with one zstd
@@ -4485,6 +4494,13 @@ class ContextSums {
  public:
   explicit ContextSums(std::size_t dimension) : dimension_(dimension) {}
 
+  // Takes the item's memory, so that adding to it will take none.
+  void prepare(std::uint32_t item) {
+    Stripe& stripe = stripes_[item % stripes_.size()];
+    const std::lock_guard lock{stripe.mutex};
+    row_in(stripe, item);
+  }
+
   void add_positive(std::uint32_t item, std::span<const float> query, const DecayMoment& moment) {
     add(item, query, 1.0, 0, moment);
   }
@@ -4521,12 +4537,17 @@ class ContextSums {
     std::unordered_map<std::uint32_t, Row> rows;
   };
 
+  Row& row_in(Stripe& stripe, std::uint32_t item) {
+    const auto found = stripe.rows.find(item);
+    if (found != stripe.rows.end()) return found->second;
+    return stripe.rows.emplace(item, Row{0, std::vector<float>(2 * dimension_)}).first->second;
+  }
+
   void add(std::uint32_t item, std::span<const float> query, double amount, std::size_t offset,
            const DecayMoment& moment) {
     Stripe& stripe = stripes_[item % stripes_.size()];
     const std::lock_guard lock{stripe.mutex};
-    Row& row = stripe.rows[item];
-    if (row.sums.empty()) row = {moment.half_lives, std::vector<float>(2 * dimension_)};
+    Row& row = row_in(stripe, item);
     if (moment.half_lives > row.half_lives) {
       const float scale =
           std::ldexp(1.0f, static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
@@ -4549,6 +4570,13 @@ class RecentImpressions {
  public:
   static constexpr std::size_t capacity = 64;
   static constexpr std::int64_t half_life = 7 * 86'400;
+
+  // Takes the memory that adding `more` items could need.
+  void reserve(std::size_t more) {
+    const std::size_t wanted = std::min(entries_.size() + more, capacity);
+    if (wanted > entries_.capacity())
+      entries_.reserve(std::min(std::max(wanted, 2 * entries_.capacity()), capacity));
+  }
 
   void add(std::uint32_t item, std::int64_t timestamp) {
     Entry* entry = find(item);
@@ -5298,21 +5326,23 @@ class Recommender {
   // Errors (invalid_argument): an option outside its stated range.
   static Result<Recommender> create(std::shared_ptr<const Model> model,
                                     const RecommenderOptions& options = {}) {
-    if (!model) return Error{Errc::invalid_argument, "the model is null"};
-    if (auto checked = check(options); !checked) return checked.error();
-    RecommenderOptions chosen = options;
-    if (!chosen.recommendation_key) {
-      chosen.recommendation_key = random_key();
-      if (!chosen.recommendation_key)
-        return Error{
-            Errc::io,
-            "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
-    }
-    Recommender recommender(std::make_unique<State>(std::move(model), std::move(chosen)));
-    const std::int64_t latest = recommender.state_->latest;
-    if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
-      return built.error();
-    return recommender;
+    return detail::guarded([&]() -> Result<Recommender> {
+      if (!model) return Error{Errc::invalid_argument, "the model is null"};
+      if (auto checked = check(options); !checked) return checked.error();
+      RecommenderOptions chosen = options;
+      if (!chosen.recommendation_key) {
+        chosen.recommendation_key = random_key();
+        if (!chosen.recommendation_key)
+          return Error{
+              Errc::io,
+              "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
+      }
+      Recommender recommender(std::make_unique<State>(std::move(model), std::move(chosen)));
+      const std::int64_t latest = recommender.state_->latest;
+      if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
+        return built.error();
+      return recommender;
+    });
   }
 
   // Advances the user's state by one event; O(1) in the length of the history. With a
@@ -5321,49 +5351,53 @@ class Recommender {
   // over 10,000 impressions. Where both are given, the session's earlier events become the user's
   // first.
   Result<Recorded> record(const Interaction& event) {
-    if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
-    if (auto checked = check_impressions(event.impressions); !checked) return checked.error();
-    const std::int64_t timestamp = event.timestamp.value_or(system_seconds());
-    update_if_due(timestamp);
-    Shard& shard = shard_of(event.user, event.session);
-    const Key key{event.user, event.session};
-    if (!event.event_id.empty()) {
+    return detail::guarded([&]() -> Result<Recorded> {
+      if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
+      if (auto checked = check_impressions(event.impressions); !checked) return checked.error();
+      const std::int64_t timestamp = event.timestamp.value_or(system_seconds());
+      if (auto updated = update_if_due(timestamp); !updated) return updated.error();
+      const Key key{event.user, event.session};
+      Shard& shard = shard_of(event.user, event.session);
+      EventId id{shard, event.event_id, key};
+      if (id.is_known()) return Recorded::duplicate;
+      if (!event.user.empty() && !event.session.empty()) merge(event.session, event.user);
+      const auto catalogue = state_->current();
+      const auto item = catalogue->model->find_item(event.item);
+      // All memory is taken before anything is counted.
+      UserLease lease{*this, *catalogue, shard, key};
+      if (item) lease.prepare(1, 0);
+      Recorded recorded = Recorded::learned;
+      if (state_->options.feedback)
+        recorded = learn_from(
+            *catalogue, {event.user, event.session, event.recommendation_id, event.impressions, {}},
+            timestamp, is_positive(event.event_type) ? item : std::nullopt);
+      id.keep();
+      if (!item) return Recorded::unknown_item;
+      raise(state_->latest, timestamp);
+      const auto type = catalogue->model->parts().event_types.find(event.event_type);
       const std::lock_guard lock{shard.mutex};
-      if (!shard.event_ids.insert(
-              xxh64(std::as_bytes(std::span(event.event_id)), key_hash(key, 0))))
-        return Recorded::duplicate;
-    }
-    if (!event.user.empty() && !event.session.empty()) merge(event.session, event.user);
-    const auto catalogue = state_->current();
-    const auto item = catalogue->model->find_item(event.item);
-    Recorded recorded = Recorded::learned;
-    if (state_->options.feedback)
-      recorded = learn_from(
-          *catalogue, {event.user, event.session, event.recommendation_id, event.impressions, {}},
-          timestamp, is_positive(event.event_type) ? item : std::nullopt);
-    if (!item) return Recorded::unknown_item;
-    raise(state_->latest, timestamp);
-    const auto type = catalogue->model->parts().event_types.find(event.event_type);
-    const std::lock_guard lock{shard.mutex};
-    advance(*catalogue, shard, user_in(*catalogue, shard, key),
-            {*item, type.value_or(no_event_type), timestamp});
-    return recorded;
+      advance(*catalogue, shard, user_in(*catalogue, shard, key),
+              {*item, type.value_or(no_event_type), timestamp});
+      return recorded;
+    });
   }
 
   // Counts items as seen without an event. Each pick of a slate counts once.
   // Errors (invalid_argument; nothing is changed): no user and no session, neither a recommendation
   // id nor items, an id of over 256 bytes, over 10,000 items.
   Result<Recorded> record_impression(const Impression& impression) {
-    if (auto checked = check_ids(impression.user, impression.session); !checked)
-      return checked.error();
-    if (auto checked = check_impressions(impression.items); !checked) return checked.error();
-    if (impression.recommendation_id.empty() && impression.items.empty())
-      return Error{Errc::invalid_argument,
-                   "record_impression needs a recommendation id or the items shown"};
-    const std::int64_t timestamp = impression.timestamp.value_or(system_seconds());
-    update_if_due(timestamp);
-    if (!state_->options.feedback) return Recorded::learned;
-    return learn_from(*state_->current(), impression, timestamp, std::nullopt);
+    return detail::guarded([&]() -> Result<Recorded> {
+      if (auto checked = check_ids(impression.user, impression.session); !checked)
+        return checked.error();
+      if (auto checked = check_impressions(impression.items); !checked) return checked.error();
+      if (impression.recommendation_id.empty() && impression.items.empty())
+        return Error{Errc::invalid_argument,
+                     "record_impression needs a recommendation id or the items shown"};
+      const std::int64_t timestamp = impression.timestamp.value_or(system_seconds());
+      if (auto updated = update_if_due(timestamp); !updated) return updated.error();
+      if (!state_->options.feedback) return Recorded::learned;
+      return learn_from(*state_->current(), impression, timestamp, std::nullopt);
+    });
   }
 
   // The best `count` items for the user into `slate`, whose memory is reused; fewer where fewer are
@@ -5371,47 +5405,60 @@ class Recommender {
   // events gets popular items. Errors (invalid_argument): no user and no session, an id of over 256
   // bytes, a count or a mask outside its range.
   Result<void> recommend(const Request& request, Slate& slate) {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
-    if (request.count < 1 || request.count > 10'000)
-      return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
-    const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
-    update_if_due(timestamp);
-    const auto catalogue = state_->current();
-    ScratchLease scratch{*state_, *catalogue};
-    if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-    const Key key{request.user, request.session};
-    const bool known = read_user(*catalogue, request, timestamp, true, *scratch);
-    const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
-    rank_best(*catalogue, known, std::max(request.count, normalising_items), eligibility, *scratch);
-    collect_pool(*catalogue, known, eligibility, *scratch);
-    SlotPolicy& policy = scratch->policy;
-    policy.configure(state_->options.exploration_weight, exploration_temperature,
-                     catalogue->calibration.slope);
-    const CounterRandom random{key_hash(key, state_->options.seed), scratch->request_number};
-    policy.choose(scratch->top, scratch->pool, scratch->pool_expected, request.count, random,
-                  scratch->taken, scratch->choices);
+    return detail::guarded([&]() -> Result<void> {
+      if (auto checked = check_ids(request.user, request.session); !checked) return checked;
+      if (request.count < 1 || request.count > 10'000)
+        return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
+      const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
+      if (auto updated = update_if_due(timestamp); !updated) return updated;
+      const auto catalogue = state_->current();
+      ScratchLease scratch{*state_, *catalogue};
+      if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+      const Key key{request.user, request.session};
+      SlateNumbers numbers{*this};
+      const bool known = read_user(*catalogue, request, timestamp, &numbers, *scratch);
+      const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
+      rank_best(*catalogue, known, std::max(request.count, normalising_items), eligibility,
+                *scratch);
+      collect_pool(*catalogue, known, eligibility, *scratch);
+      SlotPolicy& policy = scratch->policy;
+      policy.configure(state_->options.exploration_weight, exploration_temperature,
+                       catalogue->calibration.slope);
+      const CounterRandom random{key_hash(key, state_->options.seed), scratch->request_number};
+      policy.choose(scratch->top, scratch->pool, scratch->pool_expected, request.count, random,
+                    scratch->taken, scratch->choices);
 
-    slate.model = catalogue->model;
-    slate.items.clear();
-    slate.id.clear();
-    slate.propensity = 1;
-    for (const SlotChoice& choice : scratch->choices) {
-      const Reason reason = choice.explored ? Reason::exploration
-                            : known         ? Reason::relevance
-                                            : Reason::popular;
-      slate.items.push_back({catalogue->model->item_id(choice.pick.item),
-                             shown_score(known, exploitation_score(*scratch, choice)), reason,
-                             choice.propensity});
-      slate.propensity *= static_cast<double>(choice.propensity);
-    }
-    if (state_->options.feedback)
-      state_->slates.add(key.text, timestamp, slate.id, [&](LoggedSlate& logged) {
+      slate.model = catalogue->model;
+      slate.items.clear();
+      slate.id.clear();
+      slate.propensity = 1;
+      for (const SlotChoice& choice : scratch->choices) {
+        const Reason reason = choice.explored ? Reason::exploration
+                              : known         ? Reason::relevance
+                                              : Reason::popular;
+        slate.items.push_back({catalogue->model->item_id(choice.pick.item),
+                               shown_score(known, exploitation_score(*scratch, choice)), reason,
+                               choice.propensity});
+        slate.propensity *= static_cast<double>(choice.propensity);
+      }
+      if (state_->options.feedback) {
+        // All memory is taken before the log gives up an older slate.
+        LoggedSlate& logged = scratch->logged;
+        logged.query.clear();
+        logged.picks.clear();
         if (known) logged.query.assign(scratch->query.begin(), scratch->query.end());
         for (std::size_t place = 0; place < scratch->choices.size(); ++place)
           logged.picks.push_back(
               assess(*catalogue, known, place, scratch->choices[place], *scratch));
-      });
-    return {};
+        slate.id.reserve(32);
+        state_->slates.add(key.text(), timestamp, slate.id, [&logged](LoggedSlate& kept) {
+          kept.query.swap(logged.query);
+          kept.picks.swap(logged.picks);
+        });
+      }
+      numbers.keep();
+      return {};
+    });
   }
 
   Result<Slate> recommend(const Request& request) {
@@ -5424,61 +5471,65 @@ class Recommender {
   // catalogue, not eligible or excluded come last, in the given order, with reason unknown and
   // score 0. Request::count is not used.
   Result<void> rank(const Request& request, std::span<const std::string_view> items, Slate& slate) {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
-    const auto catalogue = state_->current();
-    ScratchLease scratch{*state_, *catalogue};
-    if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-    const bool known = read_user(*catalogue, request, request.timestamp.value_or(system_seconds()),
-                                 false, *scratch);
-    const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
-    slate.model = catalogue->model;
-    slate.items.clear();
-    slate.id.clear();
-    slate.propensity = 1;
-    scratch->top.clear();
-    for (std::uint32_t position = 0; position < items.size(); ++position) {
-      const auto item = catalogue->model->find_item(items[position]);
-      if (item && eligibility.test(*item))
-        scratch->top.push_back({position, score(*catalogue, known, *item, *scratch)});
-    }
-    std::sort(scratch->top.begin(), scratch->top.end(), ranks_before);
-    for (const ScoredItem& scored : scratch->top)
-      slate.items.push_back({items[scored.item], shown_score(known, scored.score),
-                             known ? Reason::relevance : Reason::popular});
-    for (const std::string_view id : items) {
-      const auto item = catalogue->model->find_item(id);
-      if (!item || !eligibility.test(*item)) slate.items.push_back({id, 0.0f, Reason::unknown});
-    }
-    return {};
+    return detail::guarded([&]() -> Result<void> {
+      if (auto checked = check_ids(request.user, request.session); !checked) return checked;
+      const auto catalogue = state_->current();
+      ScratchLease scratch{*state_, *catalogue};
+      if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+      const bool known = read_user(*catalogue, request,
+                                   request.timestamp.value_or(system_seconds()), nullptr, *scratch);
+      const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
+      slate.model = catalogue->model;
+      slate.items.clear();
+      slate.id.clear();
+      slate.propensity = 1;
+      scratch->top.clear();
+      for (std::uint32_t position = 0; position < items.size(); ++position) {
+        const auto item = catalogue->model->find_item(items[position]);
+        if (item && eligibility.test(*item))
+          scratch->top.push_back({position, score(*catalogue, known, *item, *scratch)});
+      }
+      std::sort(scratch->top.begin(), scratch->top.end(), ranks_before);
+      for (const ScoredItem& scored : scratch->top)
+        slate.items.push_back({items[scored.item], shown_score(known, scored.score),
+                               known ? Reason::relevance : Reason::popular});
+      for (const std::string_view id : items) {
+        const auto item = catalogue->model->find_item(id);
+        if (!item || !eligibility.test(*item)) slate.items.push_back({id, 0.0f, Reason::unknown});
+      }
+      return {};
+    });
   }
 
   // What makes up an item's score for this user now. Errors: unknown_item; as recommend.
   Result<Explanation> explain(const Request& request, std::string_view id) {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
-    const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
-    const auto catalogue = state_->current();
-    const auto item = catalogue->model->find_item(id);
-    if (!item)
-      return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
-    ScratchLease scratch{*state_, *catalogue};
-    const bool known = read_user(*catalogue, request, timestamp, false, *scratch);
-    const ItemFeedback counted = feedback_of(*catalogue, *item, timestamp);
-    Explanation parts{};
-    parts.score = score(*catalogue, known, *item, *scratch);
-    parts.discount = scratch->discount[*item];
-    parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
-    parts.taste = known ? taste(*catalogue, *item, scratch->query) : 0.0f;
-    parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
-    parts.uncertainty = posterior(prior_of(*catalogue, *item), counted).deviation;
-    parts.positive = counted.positive;
-    parts.expected = counted.expected;
-    const std::int64_t created = creation(catalogue->model->parts().statistics[*item]);
-    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
-    if (created != no_timestamp && latest != no_timestamp) parts.age = age(created, latest);
-    parts.explorable =
-        std::any_of(catalogue->pool.begin(), catalogue->pool.end(),
-                    [&](const PoolItem& p) { return p.item == *item && young(p.created, latest); });
-    return parts;
+    return detail::guarded([&]() -> Result<Explanation> {
+      if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
+      const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
+      const auto catalogue = state_->current();
+      const auto item = catalogue->model->find_item(id);
+      if (!item)
+        return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
+      ScratchLease scratch{*state_, *catalogue};
+      const bool known = read_user(*catalogue, request, timestamp, nullptr, *scratch);
+      const ItemFeedback counted = feedback_of(*catalogue, *item, timestamp);
+      Explanation parts{};
+      parts.score = score(*catalogue, known, *item, *scratch);
+      parts.discount = scratch->discount[*item];
+      parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
+      parts.taste = known ? taste(*catalogue, *item, scratch->query) : 0.0f;
+      parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
+      parts.uncertainty = posterior(prior_of(*catalogue, *item), counted).deviation;
+      parts.positive = counted.positive;
+      parts.expected = counted.expected;
+      const std::int64_t created = creation(catalogue->model->parts().statistics[*item]);
+      const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+      if (created != no_timestamp && latest != no_timestamp) parts.age = age(created, latest);
+      parts.explorable = std::any_of(
+          catalogue->pool.begin(), catalogue->pool.end(),
+          [&](const PoolItem& p) { return p.item == *item && young(p.created, latest); });
+      return parts;
+    });
   }
 
   // The item enters the catalogue, or is changed in it, at the next update: its vector from its
@@ -5487,12 +5538,14 @@ class Recommender {
   Result<void> put_item(const NewItem& item) {
     if (item.item.empty() || item.item.size() > max_id_bytes)
       return Error{Errc::invalid_argument, "an item id has 1 to 256 bytes"};
-    PendingItem pending{
-        std::string(item.item), item.creation_timestamp.value_or(system_seconds()), {}};
-    for (const auto& [name, value] : item.fields) pending.fields.emplace_back(name, value);
-    const std::lock_guard lock{state_->pending_mutex};
-    state_->pending.push_back(std::move(pending));
-    return {};
+    return detail::guarded([&]() -> Result<void> {
+      PendingItem pending{
+          std::string(item.item), item.creation_timestamp.value_or(system_seconds()), {}};
+      for (const auto& [name, value] : item.fields) pending.fields.emplace_back(name, value);
+      const std::lock_guard lock{state_->pending_mutex};
+      state_->pending.push_back(std::move(pending));
+      return {};
+    });
   }
 
   // Takes in new items and what impressions taught since the last time. Readers go on with the old
@@ -5505,7 +5558,7 @@ class Recommender {
     const std::lock_guard lock{state_->update_mutex};
     state_->next_update.store(later(timestamp, state_->options.update_interval.count()),
                               std::memory_order_relaxed);
-    return rebuild(timestamp);
+    return detail::guarded([&] { return rebuild(timestamp); });
   }
 
   // Makes an anonymous session's events the user's own, after those the user already has, and
@@ -5514,7 +5567,7 @@ class Recommender {
     if (session.empty() || user.empty())
       return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
     if (auto checked = check_ids(user, session); !checked) return checked.error();
-    return merge(session, user);
+    return detail::guarded([&]() -> Result<bool> { return merge(session, user); });
   }
 
   // Forgets a user or, with an empty user, a session. False where there was none.
@@ -5522,10 +5575,9 @@ class Recommender {
     if (user.empty() && session.empty()) return false;
     Shard& shard = shard_of(user, session);
     const std::lock_guard lock{shard.mutex};
-    const auto found = shard.users.find(Key{user, session}.text);
+    const auto found = shard.users.find(Key{user, session}.text());
     if (found == shard.users.end()) return false;
-    shard.order.erase(found->second.place);
-    shard.users.erase(found);
+    erase(shard, found);
     return true;
   }
 
@@ -5567,44 +5619,94 @@ class Recommender {
     RecentImpressions impressions;
     std::uint64_t requests = 0;
     std::list<std::string_view>::iterator place;  // in Shard::order
+
+    bool is_blank() const noexcept {
+      return history.empty() && impressions.size() == 0 && requests == 0;
+    }
   };
 
   // Users and sessions live in one map; the first byte keeps "u1" the user from "u1" the session.
-  struct Key {
-    Key(std::string_view user, std::string_view session)
-        : text(user.empty() ? std::string(1, 's').append(session)
-                            : std::string(1, 'u').append(user)) {}
-    std::string text;
+  class Key {
+   public:
+    // Ids of at most max_id_bytes.
+    Key(std::string_view user, std::string_view session) noexcept {
+      const std::string_view id = user.empty() ? session : user;
+      size_ = 1 + id.size();
+      text_[0] = user.empty() ? 's' : 'u';
+      std::copy(id.begin(), id.end(), text_.begin() + 1);
+    }
+    std::string_view text() const noexcept { return {text_.data(), size_}; }
+
+   private:
+    std::array<char, 1 + max_id_bytes> text_;
+    std::size_t size_;
   };
 
   static std::uint64_t key_hash(const Key& key, std::uint64_t seed) noexcept {
-    return xxh64(std::as_bytes(std::span(key.text)), seed);
+    return xxh64(std::as_bytes(std::span(key.text())), seed);
   }
 
-  // The last 4096 hashes.
+  struct KeyHash {
+    using is_transparent = void;
+    std::size_t operator()(std::string_view key) const noexcept {
+      return static_cast<std::size_t>(xxh64(std::as_bytes(std::span(key))));
+    }
+  };
+
+  // The last 4096 hashes; all memory is taken with the first.
   class RecentIds {
    public:
     bool insert(std::uint64_t hash) {
-      if (!known_.insert(hash).second) return false;
-      if (ring_.size() < capacity) {
-        ring_.push_back(hash);
-      } else {
-        known_.erase(std::exchange(ring_[oldest_], hash));
-        oldest_ = (oldest_ + 1) % capacity;
+      hash = std::max<std::uint64_t>(hash, 1);
+      if (ring_.empty()) {
+        std::vector<std::uint64_t> slots(slot_count), ring(capacity);
+        slots_.swap(slots);
+        ring_.swap(ring);
       }
+      std::size_t slot = slot_of(hash);
+      if (slots_[slot] != 0) return false;
+      if (const std::uint64_t oldest = std::exchange(ring_[next_], hash); oldest != 0) {
+        erase(oldest);
+        slot = slot_of(hash);  // may have moved up
+      }
+      slots_[slot] = hash;
+      next_ = (next_ + 1) % capacity;
       return true;
     }
 
+    void erase(std::uint64_t hash) noexcept {
+      std::size_t hole = slot_of(std::max<std::uint64_t>(hash, 1));
+      if (slots_[hole] == 0) return;
+      // What was pushed behind the hole moves up (linear probing: Knuth, 6.4, algorithm R).
+      for (std::size_t slot = next_slot(hole); slots_[slot] != 0; slot = next_slot(slot)) {
+        const std::size_t home = slots_[slot] % slot_count;
+        if ((slot - home) % slot_count < (slot - hole) % slot_count) continue;
+        slots_[hole] = slots_[slot];
+        hole = slot;
+      }
+      slots_[hole] = 0;
+    }
+
    private:
-    static constexpr std::size_t capacity = 4096;
-    std::unordered_set<std::uint64_t> known_;
-    std::vector<std::uint64_t> ring_;
-    std::size_t oldest_ = 0;
+    static constexpr std::size_t capacity = 4096, slot_count = 2 * capacity;
+    static_assert(std::has_single_bit(slot_count));
+
+    static std::size_t next_slot(std::size_t slot) noexcept { return (slot + 1) % slot_count; }
+    // Where the hash is, or the free slot where it would be.
+    std::size_t slot_of(std::uint64_t hash) const noexcept {
+      std::size_t slot = hash % slot_count;
+      while (slots_[slot] != 0 && slots_[slot] != hash) slot = next_slot(slot);
+      return slot;
+    }
+
+    std::vector<std::uint64_t> slots_;  // 0: free
+    std::vector<std::uint64_t> ring_;   // in the order of arrival; 0: not used yet
+    std::size_t next_ = 0;
   };
 
   struct Shard {
     std::mutex mutex;
-    std::unordered_map<std::string, User> users;
+    std::unordered_map<std::string, User, KeyHash, std::equal_to<>> users;
     std::list<std::string_view> order;  // keys, most recently used first
     RecentIds event_ids;
     Encoder::Workspace workspace;
@@ -5659,6 +5761,7 @@ class Recommender {
     SlotPolicy policy;
     std::vector<SlotChoice> choices;
     std::vector<LoggedPick> seen;
+    LoggedSlate logged;
   };
 
   struct State {
@@ -5685,6 +5788,7 @@ class Recommender {
     RecommenderOptions options;
     std::array<Shard, 64> shards;
     std::mutex scratch_mutex;
+    std::size_t scratches = 0;
     std::vector<std::unique_ptr<Scratch>> idle_scratch;
     Decay decay{14 * 86'400};
     ContextSums contexts;
@@ -5710,7 +5814,12 @@ class Recommender {
           state.idle_scratch.pop_back();
         }
       }
-      if (!scratch_) scratch_ = std::make_unique<Scratch>();
+      if (!scratch_) {
+        scratch_ = std::make_unique<Scratch>();
+        const std::lock_guard lock{state.scratch_mutex};
+        state.idle_scratch.reserve(state.scratches + 1);  // giving it back takes no memory
+        ++state.scratches;
+      }
       const std::size_t items = catalogue.model->item_count();
       scratch_->query.resize(kernels::padded(catalogue.model->dimension()));
       if (scratch_->scoring.query.empty()) scratch_->scoring = catalogue.scorer->make_workspace();
@@ -5723,6 +5832,8 @@ class Recommender {
     ~ScratchLease() {
       for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
       for (const ScoredItem& ignored : scratch_->ignored) scratch_->discount[ignored.item] = 0;
+      for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
+      scratch_->choices.clear();
       scratch_->interacted.clear();
       scratch_->ignored.clear();
       const std::lock_guard lock{state_.scratch_mutex};
@@ -5734,6 +5845,97 @@ class Recommender {
    private:
     State& state_;
     std::unique_ptr<Scratch> scratch_;
+  };
+
+  // An event id, remembered for good once the event counts.
+  class EventId {
+   public:
+    EventId(Shard& shard, std::string_view id, const Key& key) : shard_(shard) {
+      if (id.empty()) return;
+      hash_ = xxh64(std::as_bytes(std::span(id)), key_hash(key, 0));
+      const std::lock_guard lock{shard.mutex};
+      inserted_ = shard.event_ids.insert(*hash_);
+    }
+    EventId(const EventId&) = delete;
+    EventId& operator=(const EventId&) = delete;
+    ~EventId() {
+      if (!inserted_) return;
+      const std::lock_guard lock{shard_.mutex};
+      shard_.event_ids.erase(*hash_);
+    }
+    bool is_known() const noexcept { return hash_ && !inserted_; }
+    void keep() noexcept { inserted_ = false; }
+
+   private:
+    Shard& shard_;
+    std::optional<std::uint64_t> hash_;
+    bool inserted_ = false;
+  };
+
+  // Makes sure of a user and of the memory for what will be recorded. A user who was added and had
+  // nothing recorded goes again.
+  class UserLease {
+   public:
+    UserLease(Recommender& recommender, const Catalogue& catalogue, Shard& shard, const Key& key)
+        : recommender_(recommender), catalogue_(catalogue), shard_(shard), key_(key) {}
+    UserLease(const UserLease&) = delete;
+    UserLease& operator=(const UserLease&) = delete;
+    ~UserLease() {
+      if (!added_) return;
+      const std::lock_guard lock{shard_.mutex};
+      const auto found = shard_.users.find(key_.text());
+      if (found != shard_.users.end() && found->second.is_blank()) erase(shard_, found);
+      while (shard_.users.size() >
+             recommender_.state_->options.max_users / recommender_.state_->shards.size())
+        erase(shard_, shard_.users.find(shard_.order.back()));
+    }
+
+    // For so many more events and impressions.
+    void prepare(std::size_t events, std::size_t impressions) {
+      const std::lock_guard lock{shard_.mutex};
+      const std::size_t before = shard_.users.size();
+      User& user = user_in(catalogue_, shard_, key_);
+      added_ = added_ || shard_.users.size() > before;
+      const std::size_t length = recommender_.state_->options.history_length;
+      const std::size_t wanted = std::min(user.history.size() + events, length);
+      if (wanted > user.history.capacity())
+        user.history.reserve(std::min(std::max(wanted, 2 * user.history.capacity()), length));
+      user.impressions.reserve(impressions);
+    }
+
+   private:
+    Recommender& recommender_;
+    const Catalogue& catalogue_;
+    Shard& shard_;
+    const Key& key_;
+    bool added_ = false;
+  };
+
+  // The numbers that a request for a slate drew; given back where no slate came of it.
+  class SlateNumbers {
+   public:
+    explicit SlateNumbers(Recommender& recommender) : recommender_(recommender) {}
+    SlateNumbers(const SlateNumbers&) = delete;
+    SlateNumbers& operator=(const SlateNumbers&) = delete;
+    ~SlateNumbers() {
+      for (const auto& [user, session] : drawn_) {
+        if (user.empty() && session.empty()) continue;
+        Shard& shard = recommender_.shard_of(user, session);
+        const std::lock_guard lock{shard.mutex};
+        const auto found = shard.users.find(Key{user, session}.text());
+        if (found != shard.users.end() && found->second.requests > 0) --found->second.requests;
+      }
+    }
+    // The caller holds the lock on the user's shard. At most a user's and a session's.
+    std::uint64_t draw(User& of, std::string_view user, std::string_view session) noexcept {
+      drawn_[user.empty() ? 1 : 0] = {user, session};
+      return of.requests++;
+    }
+    void keep() noexcept { drawn_ = {}; }
+
+   private:
+    Recommender& recommender_;
+    std::array<std::pair<std::string_view, std::string_view>, 2> drawn_{};
   };
 
   explicit Recommender(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -6000,6 +6202,13 @@ class Recommender {
       return Recorded::learned;
     ScratchLease scratch{*state_, catalogue};
     scratch->seen.clear();
+    const Key key{shown.user, shown.session};
+    UserLease lease{*this, catalogue, shard_of(shown.user, shown.session), key};
+    // All memory is taken before anything is counted.
+    const auto prepare = [&](std::size_t picks, bool query) {
+      if (query && chosen) state_->contexts.prepare(*chosen);
+      if (picks > 0 || chosen) lease.prepare(0, picks);
+    };
     std::optional<LoggedPick> positive;
     const auto listed = [&](std::uint32_t item) {
       return std::find(shown.items.begin(), shown.items.end(), catalogue.model->item_id(item)) !=
@@ -6008,6 +6217,10 @@ class Recommender {
     bool has_query = false;
     const auto look_through = [&](LoggedSlate& slate) {
       has_query = !slate.query.empty();
+      scratch->seen.reserve(slate.picks.size());
+      prepare(slate.picks.size(), has_query);
+      if (has_query)
+        for (const LoggedPick& pick : slate.picks) state_->contexts.prepare(pick.choice.pick.item);
       std::copy(slate.query.begin(), slate.query.end(), scratch->query.begin());
       for (LoggedPick& pick : slate.picks) {
         const bool is_chosen = chosen == pick.choice.pick.item && !pick.positive;
@@ -6026,16 +6239,15 @@ class Recommender {
 
     SlateStatus status = SlateStatus::unknown;
     if (!shown.recommendation_id.empty()) {
-      status = state_->slates.use(shown.recommendation_id, Key{shown.user, shown.session}.text,
-                                  timestamp, look_through);
+      status = state_->slates.use(shown.recommendation_id, key.text(), timestamp, look_through);
       // A visitor's slate, answered after signing in.
       if (status == SlateStatus::unknown && !shown.user.empty() && !shown.session.empty())
-        status = state_->slates.use(shown.recommendation_id, Key{{}, shown.session}.text, timestamp,
-                                    look_through);
+        status = state_->slates.use(shown.recommendation_id, Key{{}, shown.session}.text(),
+                                    timestamp, look_through);
     }
     if (status != SlateStatus::found) {
       has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, timestamp,
-                            false, *scratch);
+                            nullptr, *scratch);
       if (!shown.items.empty()) {
         rank_best(catalogue, has_query, normalising_items, {}, *scratch);
         for (std::size_t place = 0; place < shown.items.size(); ++place) {
@@ -6049,6 +6261,10 @@ class Recommender {
       } else if (chosen && was_shown(shown, *chosen)) {
         positive.emplace().choice.pick.item = *chosen;
       }
+      prepare(scratch->seen.size(), has_query);
+      if (has_query)
+        for (const LoggedPick& pick : scratch->seen)
+          state_->contexts.prepare(pick.choice.pick.item);
     }
     count(catalogue, *scratch, has_query, positive, timestamp);
     remember(catalogue, shown, *scratch, chosen, timestamp);
@@ -6065,7 +6281,7 @@ class Recommender {
   bool was_shown(const Impression& shown, std::uint32_t item) {
     Shard& shard = shard_of(shown.user, shown.session);
     const std::lock_guard lock{shard.mutex};
-    const auto found = shard.users.find(Key{shown.user, shown.session}.text);
+    const auto found = shard.users.find(Key{shown.user, shown.session}.text());
     return found != shard.users.end() && found->second.impressions.contains(item);
   }
 
@@ -6110,36 +6326,40 @@ class Recommender {
 
   // Runs an update where one is due by this timestamp and there is something new. Another thread
   // that is at it is not waited for.
-  void update_if_due(std::int64_t timestamp) {
+  // Errors: out_of_memory only; the update is then due again.
+  Result<void> update_if_due(std::int64_t timestamp) {
     const std::int64_t interval = state_->options.update_interval.count();
-    if (interval == 0) return;
+    if (interval == 0) return {};
     std::int64_t due = state_->next_update.load(std::memory_order_relaxed);
     if (due == no_timestamp) {
       state_->next_update.compare_exchange_strong(due, later(timestamp, interval),
                                                   std::memory_order_relaxed);
-      return;
+      return {};
     }
-    if (timestamp < due) return;
+    if (timestamp < due) return {};
     const std::unique_lock lock{state_->update_mutex, std::try_to_lock};
-    if (!lock || state_->next_update.load(std::memory_order_relaxed) != due) return;
+    if (!lock || state_->next_update.load(std::memory_order_relaxed) != due) return {};
     state_->next_update.store(later(timestamp, interval), std::memory_order_relaxed);
     bool has_pending = false;
     {
       const std::lock_guard pending_lock{state_->pending_mutex};
       has_pending = !state_->pending.empty();
     }
+    if (!has_pending && !state_->changed.load(std::memory_order_relaxed)) return {};
+    auto rebuilt = detail::guarded([&] { return rebuild(timestamp); });
     // What is wrong with a new item is for a caller of update() to hear, not of record().
-    if (has_pending || state_->changed.load(std::memory_order_relaxed)) (void)rebuild(timestamp);
+    if (rebuilt || rebuilt.error().code != Errc::out_of_memory) return {};
+    state_->next_update.store(due, std::memory_order_relaxed);
+    return rebuilt;
   }
 
-  // The caller holds update_mutex.
+  // The caller holds update_mutex. Where it fails for want of memory, everything stays as it was.
   Result<void> rebuild(std::int64_t now) {
     std::vector<PendingItem> pending;
     {
       const std::lock_guard lock{state_->pending_mutex};
-      pending.swap(state_->pending);
+      pending = state_->pending;
     }
-    state_->changed.store(false, std::memory_order_relaxed);
     const auto previous = state_->current();
     auto next = std::make_shared<Catalogue>();
     next->model = previous->model;
@@ -6147,9 +6367,17 @@ class Recommender {
     next->counters = previous->counters;
     next->calibration = previous->calibration;
     next->second_moment = previous->second_moment;
+    const auto take_pending = [&] {
+      const std::lock_guard lock{state_->pending_mutex};
+      state_->pending.erase(state_->pending.begin(),
+                            state_->pending.begin() + static_cast<std::ptrdiff_t>(pending.size()));
+    };
     if (!pending.empty()) {
       auto model = with_items(*previous->model, pending);
-      if (!model) return model.error();
+      if (!model) {
+        if (model.error().code != Errc::out_of_memory) take_pending();
+        return model.error();
+      }
       next->model = *model;
       next->encoder = std::make_shared<const Encoder>(**model);
       if (state_->options.feedback)
@@ -6158,11 +6386,20 @@ class Recommender {
     }
     const ModelParts& parts = next->model->parts();
     next->biases = parts.biases;
-    if (state_->options.feedback) learn(*next, now);
-    next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
-                         Scorer::usual_query_length(*next->model));
-    order_by_popularity(*next);
-    choose_pool(*next, now);
+    const bool changed = state_->changed.exchange(false, std::memory_order_relaxed);
+    auto built = detail::guarded([&]() -> Result<void> {
+      if (state_->options.feedback) learn(*next, now);
+      next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
+                           Scorer::usual_query_length(*next->model));
+      order_by_popularity(*next);
+      choose_pool(*next, now);
+      return {};
+    });
+    if (!built) {
+      if (changed) state_->changed.store(true, std::memory_order_relaxed);
+      return built;
+    }
+    take_pending();
     const std::lock_guard lock{state_->catalogue_mutex};
     state_->catalogue = std::move(next);
     return {};
@@ -6365,24 +6602,29 @@ class Recommender {
   }
 
   // Finds or adds; the caller holds the shard's lock.
-  User& user_in(const Catalogue& catalogue, Shard& shard, const Key& key) {
-    auto [found, added] = shard.users.try_emplace(key.text);
-    if (!added) {
+  static User& user_in(const Catalogue& catalogue, Shard& shard, const Key& key) {
+    const std::string_view text = key.text();
+    if (const auto found = shard.users.find(text); found != shard.users.end()) {
       shard.order.splice(shard.order.begin(), shard.order, found->second.place);
       return found->second;
     }
-    shard.order.push_front(found->first);
-    found->second.place = shard.order.begin();
-    found->second.state.resize(catalogue.encoder->state_size());
-    if (key.text[0] == 'u')
-      if (const auto row =
-              catalogue.model->parts().user_ids.find(std::string_view(key.text).substr(1)))
-        catalogue.encoder->load(*row, found->second.state);
-    if (shard.users.size() > state_->options.max_users / state_->shards.size()) {
-      shard.users.erase(std::string(shard.order.back()));
-      shard.order.pop_back();
-    }
-    return found->second;
+    std::list<std::string_view> place(1);
+    User user;
+    user.state.resize(catalogue.encoder->state_size());
+    user.place = place.begin();
+    if (text[0] == 'u')
+      if (const auto row = catalogue.model->parts().user_ids.find(text.substr(1)))
+        catalogue.encoder->load(*row, user.state);
+    const auto added = shard.users.emplace(text, std::move(user)).first;
+    place.front() = added->first;
+    shard.order.splice(shard.order.begin(), place);
+    return added->second;
+  }
+
+  using UserEntry = std::unordered_map<std::string, User, KeyHash, std::equal_to<>>::iterator;
+  static void erase(Shard& shard, UserEntry user) noexcept {
+    shard.order.erase(user->second.place);
+    shard.users.erase(user);
   }
 
   void advance(const Catalogue& catalogue, Shard& shard, User& user, const RememberedEvent& event) {
@@ -6403,46 +6645,51 @@ class Recommender {
   }
 
   bool merge(std::string_view session, std::string_view user) {
-    std::vector<RememberedEvent> events;
-    RecentImpressions impressions;
+    const Key visitor_key{{}, session}, key{user, {}};
+    Shard& visitors = shard_of({}, session);
+    std::size_t events;
     {
-      Shard& shard = shard_of({}, session);
-      const std::lock_guard lock{shard.mutex};
-      const auto found = shard.users.find(Key{{}, session}.text);
-      if (found == shard.users.end()) return false;
-      User& visitor = found->second;
-      std::rotate(visitor.history.begin(),
-                  visitor.history.begin() + static_cast<std::ptrdiff_t>(visitor.oldest),
-                  visitor.history.end());
-      events = std::move(visitor.history);
-      impressions = std::move(visitor.impressions);
-      shard.order.erase(visitor.place);
-      shard.users.erase(found);
+      const std::lock_guard lock{visitors.mutex};
+      const auto found = visitors.users.find(visitor_key.text());
+      if (found == visitors.users.end()) return false;
+      events = found->second.history.size();
     }
     const auto catalogue = state_->current();
     Shard& shard = shard_of(user, {});
+    UserLease lease{*this, *catalogue, shard, key};
+    lease.prepare(events, 0);
+    User visitor;
+    {
+      const std::lock_guard lock{visitors.mutex};
+      const auto found = visitors.users.find(visitor_key.text());
+      if (found == visitors.users.end()) return false;
+      visitor = std::move(found->second);
+      erase(visitors, found);
+    }
+    std::rotate(visitor.history.begin(),
+                visitor.history.begin() + static_cast<std::ptrdiff_t>(visitor.oldest),
+                visitor.history.end());
     const std::lock_guard lock{shard.mutex};
-    User& known = user_in(*catalogue, shard, Key{user, {}});
-    for (const RememberedEvent& event : events) advance(*catalogue, shard, known, event);
-    if (known.impressions.size() == 0) known.impressions = std::move(impressions);
+    User& known = user_in(*catalogue, shard, key);
+    for (const RememberedEvent& event : visitor.history) advance(*catalogue, shard, known, event);
+    if (known.impressions.size() == 0) known.impressions = std::move(visitor.impressions);
     return true;
   }
 
   // Copies what a request needs of the user; false where no event is known of them. A request with
   // a user and a session is answered from the user where there are events, else from the session.
-  // new_slate: the next slate draws other random numbers.
+  // numbers: of a new slate, so that the next one draws other random numbers; or null.
   bool read_user(const Catalogue& catalogue, const Request& request, std::int64_t timestamp,
-                 bool new_slate, Scratch& scratch) {
+                 SlateNumbers* numbers, Scratch& scratch) {
     scratch.request_number = static_cast<std::uint64_t>(timestamp);
     const auto read = [&](std::string_view user, std::string_view session) {
       Shard& shard = shard_of(user, session);
       const std::lock_guard lock{shard.mutex};
-      const auto found = shard.users.find(Key{user, session}.text);
+      const auto found = shard.users.find(Key{user, session}.text());
       if (found == shard.users.end()) return read_stored_query(catalogue, user, scratch.query);
       shard.order.splice(shard.order.begin(), shard.order, found->second.place);
       User& known = found->second;
-      scratch.request_number = known.requests;
-      if (new_slate) ++known.requests;
+      scratch.request_number = numbers ? numbers->draw(known, user, session) : known.requests;
       const std::size_t items = catalogue.model->item_count();
       if (scratch.ignored.empty())
         known.impressions.for_each(timestamp, [&](std::uint32_t item, float count) {

@@ -50,8 +50,7 @@ nlohmann::json describe(const std::string& path) {
   out["items"] = parts->item_ids.size();
   out["dimension"] = parts->item_vectors.columns();
   for (const SectionInfo& s : *sections)
-    if (s.label() == "IVEC")
-      out["item_vectors"] = std::string(personalize::name(s.element_type));
+    if (s.label() == "IVEC") out["item_vectors"] = std::string(personalize::name(s.element_type));
   out["event_types"] = nlohmann::json::array();
   for (std::size_t e = 0; e < parts->event_types.size(); ++e)
     out["event_types"].push_back(std::string(parts->event_types[e]));

@@ -1,0 +1,359 @@
+// What takes memory, how much, and what happens where there is none. A program of its own: it
+// replaces operator new.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <new>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "small_model.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+struct Allocations {
+  std::atomic<std::int64_t> count{0}, bytes{0}, peak{0};
+  std::atomic<std::int64_t> fail_at{0};  // the how-manieth from now fails; 0: none
+
+  void reset_peak() { peak = bytes.load(); }
+};
+Allocations allocations;
+
+constexpr std::size_t header = 16;
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  ++allocations.count;
+  if (allocations.fail_at > 0 && --allocations.fail_at == 0) throw std::bad_alloc();
+  auto* p = static_cast<char*>(std::malloc(size + header));
+  if (!p) throw std::bad_alloc();
+  *reinterpret_cast<std::size_t*>(p) = size;
+  const std::int64_t now = allocations.bytes += static_cast<std::int64_t>(size);
+  std::int64_t peak = allocations.peak;
+  while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
+  }
+  return p + header;
+}
+
+// The library asks this way only where it can do without (std::stable_sort).
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  const std::int64_t fail_at = allocations.fail_at.exchange(0);
+  void* p = operator new(size);
+  allocations.fail_at = fail_at;
+  return p;
+}
+
+void operator delete(void* pointer) noexcept {
+  if (!pointer) return;
+  auto* p = static_cast<char*>(pointer) - header;
+  allocations.bytes -= static_cast<std::int64_t>(*reinterpret_cast<std::size_t*>(p));
+  std::free(p);
+}
+
+void operator delete(void* pointer, std::size_t) noexcept { operator delete(pointer); }
+
+namespace {
+
+constexpr std::int64_t start = 1'700'000'000;
+
+pz::Recommender shop_of(const std::shared_ptr<const pz::Model>& model,
+                        pz::RecommenderOptions options = {}) {
+  options.recommendation_key = {1, 2};
+  auto shop = pz::Recommender::create(model, options);
+  REQUIRE(shop);
+  return std::move(*shop);
+}
+
+// A model whose items are young enough to be explored.
+std::shared_ptr<const pz::Model> young_model() {
+  auto parts = small_model::quantised(small_model::parts({.items = 60}));
+  for (std::size_t i = 0; i < parts.statistics.size(); ++i) {
+    parts.statistics[i].creation_timestamp = start - 86'400;
+    parts.statistics[i].last_timestamp = start;
+    if (i % 2 == 0) parts.statistics[i].interactions = 0;
+  }
+  auto model = pz::Model::from_parts(std::move(parts));
+  REQUIRE(model);
+  return *model;
+}
+
+void same_slate(const pz::Slate& a, const pz::Slate& b) {
+  REQUIRE(a.items.size() == b.items.size());
+  for (std::size_t i = 0; i < a.items.size(); ++i) {
+    REQUIRE(a.items[i].item == b.items[i].item);
+    REQUIRE(a.items[i].score == b.items[i].score);
+    REQUIRE(a.items[i].propensity == b.items[i].propensity);
+  }
+}
+
+// Lets the first, the second, ... allocation of `call` fail until it gets through without; returns
+// how many failed. `call` returns a Result; after each failure, check() is called.
+template <class Call, class Check>
+int fail_every_allocation(Call call, Check check) {
+  for (int n = 1;; ++n) {
+    allocations.fail_at = n;
+    const auto result = call();
+    const bool failed = allocations.fail_at == 0;
+    allocations.fail_at = 0;
+    if (!failed) {
+      REQUIRE(result);
+      return n - 1;
+    }
+    REQUIRE_FALSE(result);
+    REQUIRE(result.error().code == pz::Errc::out_of_memory);
+    check();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("events, slates and rankings of a known user take no memory once warm") {
+  const auto model = young_model();
+  for (const float weight : {0.0f, 0.3f, 1.0f}) {
+    for (const bool feedback : {true, false}) {
+      CAPTURE(weight);
+      CAPTURE(feedback);
+      // So small that the log of slates and the user's history have gone round.
+      auto shop = shop_of(model, {.history_length = 40,
+                                  .exploration_weight = weight,
+                                  .feedback = feedback,
+                                  .update_interval = std::chrono::seconds{0},
+                                  .remembered_slates = 32});
+      const std::string user = "a user whose name does not fit into a short string";
+      const std::vector<std::string_view> some{"i3", "i5", "not in the catalogue", "i7"};
+      pz::ItemMask eligible(50, true);
+      eligible.reset(9);
+      pz::Slate slate, ranking;
+      std::string event_id(40, 'e');
+      std::int64_t now = start;
+      const auto round = [&](std::uint32_t r) {
+        event_id[0] = static_cast<char>('a' + r % 26);
+        event_id[1] = static_cast<char>('a' + r / 26 % 26);
+        now += 60;
+        bool done = static_cast<bool>(
+            shop.record({.user = user,
+                         .item = model->item_id(r * 7 % 60),
+                         .event_type = r % 2 == 0 ? "click" : "an event type that is unknown here",
+                         .timestamp = now,
+                         .recommendation_id = slate.id,
+                         .event_id = event_id}));
+        done = done && shop.record_impression({.user = user, .items = some, .timestamp = now});
+        done = done && shop.recommend({.user = user,
+                                       .count = 25,
+                                       .exclude_interacted = r % 3 == 0,
+                                       .eligible = r % 4 == 0 ? &eligible : nullptr,
+                                       .timestamp = now},
+                                      slate);
+        done = done && shop.rank({.user = user, .timestamp = now}, some, ranking);
+        if (!slate.items.empty() && !slate.id.empty())
+          done = done && shop.record({.user = user,
+                                      .item = slate.items[r % slate.items.size()].item,
+                                      .timestamp = now,
+                                      .recommendation_id = slate.id});
+        return done;
+      };
+      // Every item was seen and ignored: no slate will look through more than this one.
+      std::vector<std::string_view> all;
+      for (std::uint32_t i = 0; i < model->item_count(); ++i) all.push_back(model->item_id(i));
+      REQUIRE(shop.record_impression({.user = user, .items = all, .timestamp = now}));
+      for (std::uint32_t r = 0; r < 600; ++r) REQUIRE(round(r));
+      const std::int64_t before = allocations.count;
+      bool done = true;
+      for (std::uint32_t r = 600; r < 900; ++r) done = round(r) && done;
+      const std::int64_t taken = allocations.count - before;
+      CHECK(done);
+      CHECK(taken == 0);
+    }
+  }
+}
+
+TEST_CASE("a model is read into little more than its own memory") {
+  const auto folder = std::filesystem::temp_directory_path() / "personalize_test_allocation";
+  std::filesystem::create_directories(folder);
+  const std::string path = (folder / "m.pzm").string();
+  constexpr std::int64_t chunk = 1 << 16;
+  for (const auto type : {pz::ElementType::i8, pz::ElementType::i4}) {
+    // Noise, which does not become smaller: the file is as large as the matrix.
+    REQUIRE(pz::save_model(small_model::parts({.items = 60'000, .dimension = 48, .hidden = 16}),
+                           path, {.element_type = type, .zstd_level = 1, .chunk_bytes = chunk}));
+    for (const unsigned threads : {1u, 3u}) {
+      CAPTURE(threads);
+      const std::int64_t before = allocations.bytes;
+      allocations.reset_peak();
+      const auto model = pz::Model::load(path, {.threads = threads});
+      REQUIRE(model);
+      const std::int64_t final = allocations.bytes - before;
+      const std::int64_t beside = allocations.peak - before - final;
+      REQUIRE(final > 60'000 * (48 + 4 + 4 + 32));
+      // A chunk as stored and one decompressed for each thread, and the table of sections.
+      CHECK(beside <= threads * 2 * chunk + 16'384);
+    }
+  }
+  std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("loading survives the failure of any allocation") {
+  const auto folder = std::filesystem::temp_directory_path() / "personalize_test_allocation";
+  std::filesystem::create_directories(folder);
+  const std::string path = (folder / "n.pzm").string();
+  const auto parts = small_model::parts({.items = 40});
+  const pz::WriteOptions options{.element_type = pz::ElementType::i4, .chunk_bytes = 512};
+  REQUIRE(pz::save_model(parts, path, options));
+  const auto file = pz::write_model(parts, options);
+  REQUIRE(file);
+  const std::int64_t before = allocations.bytes;
+  CHECK(fail_every_allocation([&] { return pz::Model::from_bytes(*file); },
+                              [&] { REQUIRE(allocations.bytes == before); }) > 50);
+  CHECK(fail_every_allocation([&] { return pz::Model::load(path); },
+                              [&] { REQUIRE(allocations.bytes == before); }) > 50);
+  CHECK(fail_every_allocation([&] { return pz::Model::load(path, {.threads = 3}); },
+                              [&] { REQUIRE(allocations.bytes == before); }) > 50);
+  std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("a recommender survives the failure of any allocation, and goes on as if none had been") {
+  const auto model = young_model();
+  const pz::RecommenderOptions options{.history_length = 30,
+                                       .update_interval = std::chrono::seconds{0},
+                                       .remembered_slates = 64,
+                                       .recommendation_key = {{1, 2}}};
+  CHECK(fail_every_allocation([&] { return pz::Recommender::create(model, options); }, [] {}) > 50);
+
+  auto shop = shop_of(model, options), twin = shop_of(model, options);
+  std::int64_t now = start;
+  const auto compare = [&](std::string_view user) {
+    now += 10;
+    const pz::Request request{.user = user, .count = 20, .timestamp = now};
+    auto a = shop.recommend(request);
+    auto b = twin.recommend(request);
+    REQUIRE(a);
+    REQUIRE(b);
+    same_slate(*a, *b);
+    CHECK(shop.user_count() == twin.user_count());
+  };
+  const auto both = [&](auto call) {
+    REQUIRE(call(shop));
+    REQUIRE(call(twin));
+  };
+
+  SUBCASE("while it records new users") {
+    // Each failure is followed by a success, so every round takes another user.
+    int failures = 0;
+    for (int n = 1, got_through = 0; got_through < 3; ++n) {
+      const std::string user = "the user with the number " + std::to_string(n);
+      const std::vector<std::string_view> shown{"i1", "i2", "i4", "i6"};
+      const auto event = [&](pz::Recommender& r) {
+        return r.record({.user = user,
+                         .item = "i4",
+                         .event_type = "click",
+                         .timestamp = now,
+                         .impressions = shown,
+                         .event_id = "the event with an id of some length"});
+      };
+      allocations.fail_at = n - got_through * 2;
+      const auto result = event(shop);
+      const bool failed = allocations.fail_at == 0;
+      allocations.fail_at = 0;
+      if (failed) {
+        ++failures;
+        REQUIRE_FALSE(result);
+        REQUIRE(result.error().code == pz::Errc::out_of_memory);
+        REQUIRE(shop.user_count() == twin.user_count());
+        const auto again = event(shop);
+        REQUIRE(again);
+        REQUIRE(*again == pz::Recorded::learned);  // and not a duplicate
+      } else {
+        REQUIRE(result);
+        ++got_through;
+      }
+      REQUIRE(event(twin));
+      compare(user);
+    }
+    CHECK(failures > 8);
+    both([&](pz::Recommender& r) { return r.update(now); });
+    compare("the user with the number 1");
+  }
+  SUBCASE("while it answers, and learns from the slate") {
+    for (int n = 1; n < 40; ++n) {
+      CAPTURE(n);
+      const std::string user = "user " + std::to_string(n % 7);
+      both([&](pz::Recommender& r) {
+        return r.record({.user = user, .item = "i8", .timestamp = now});
+      });
+      now += 10;
+      const pz::Request request{.user = user, .count = 20, .timestamp = now};
+      pz::Slate slate;
+      allocations.fail_at = n;
+      const auto answered = shop.recommend(request, slate);
+      const bool failed = allocations.fail_at == 0;
+      allocations.fail_at = 0;
+      REQUIRE(answered.has_value() != failed);
+      if (failed) REQUIRE(shop.recommend(request, slate));
+      const auto other = twin.recommend(request);
+      REQUIRE(other);
+      same_slate(slate, *other);
+      const auto click = [&](pz::Recommender& r, const pz::Slate& of) {
+        return r.record(
+            {.user = user, .item = of.items[2].item, .timestamp = now, .recommendation_id = of.id});
+      };
+      allocations.fail_at = n;
+      const auto clicked = click(shop, slate);
+      const bool missed = allocations.fail_at == 0;
+      allocations.fail_at = 0;
+      REQUIRE(clicked.has_value() != missed);
+      if (missed) REQUIRE(click(shop, slate));
+      REQUIRE(click(twin, *other));
+      compare(user);
+    }
+    both([&](pz::Recommender& r) { return r.update(now); });
+    compare("user 3");
+  }
+  SUBCASE("while it grows by items and updates") {
+    both([&](pz::Recommender& r) {
+      return r.record({
+          .user = "u",
+          .item = "i8",
+          .timestamp = now,
+      });
+    });
+    const pz::NewItem item{.item = "an item that nobody has seen before",
+                           .creation_timestamp = now,
+                           .fields = {{"GENRE", "bow|sword"}, {"PRICE", "2"}}};
+    const auto unchanged = [&] { REQUIRE(shop.model()->item_count() == 60); };
+    CHECK(fail_every_allocation([&] { return shop.put_item(item); }, unchanged) > 1);
+    REQUIRE(twin.put_item(item));
+    CHECK(fail_every_allocation([&] { return shop.update(now); }, unchanged) > 50);
+    REQUIRE(twin.update(now));
+    CHECK(shop.model()->item_count() == 61);
+    compare("u");
+  }
+  SUBCASE("while a session becomes a user's") {
+    for (int n = 1; n < 30; ++n) {
+      const std::string session = "session " + std::to_string(n), user = "u" + std::to_string(n);
+      both([&](pz::Recommender& r) {
+        return r.record({.session = session, .item = "i8", .timestamp = now});
+      });
+      allocations.fail_at = n;
+      const auto merged = shop.merge_session(session, user);
+      const bool failed = allocations.fail_at == 0;
+      allocations.fail_at = 0;
+      REQUIRE(merged.has_value() != failed);
+      if (failed) {
+        const auto again = shop.merge_session(session, user);
+        REQUIRE(again);
+        REQUIRE(*again);
+      }
+      REQUIRE(twin.merge_session(session, user));
+      compare(user);
+    }
+  }
+}
