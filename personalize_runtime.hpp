@@ -1546,7 +1546,7 @@ enum class ElementType : std::uint8_t {
   i64 = 3,
   u32 = 4,
   string = 5,  // the u16 lengths of all strings, then their bytes (UTF-8)
-  // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 16 columns (room 4); by
+  // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 24 columns (room 4); by
   // chunk: the scales of its rows, their group scales, then the rows.
   i4 = 6,
 };
@@ -1595,7 +1595,7 @@ enum class Codec : std::uint8_t { stored = 0, zstd = 1 };
 
 // The file's layout of i4 rows.
 struct FourBitRows {
-  static constexpr std::size_t group = 16;  // columns that share a scale
+  static constexpr std::size_t group = 24;  // columns that share a scale
   static constexpr std::uint64_t least_columns = 16;
   static constexpr std::uint64_t group_bytes(std::uint64_t columns) noexcept {
     return ((columns + group - 1) / group + 1) / 2;
@@ -3090,9 +3090,9 @@ std::span<const std::byte> bytes_of(const std::vector<T>& values) noexcept {
 }  // namespace detail
 
 struct WriteOptions {
-  // f32: matrices as they are. i8: f32 matrices of more than one row in 8 bits (a matrix of one row
-  // is a norm or bias: small, and every row depends on it). i4: as i8, but item vectors (IVEC,
-  // IINP) in 4 bits where they have at least 16 columns.
+  // f32: matrices as they are. i8: f32 matrices of more than one row in 8 bits (one of one row is a
+  // norm or bias: small, and every row depends on it). i4: matrices of more than one row in 4 bits;
+  // in 8 where they have fewer than 16 columns, and users' states.
   ElementType element_type = ElementType::i8;
   int zstd_level = 19;                   // 1 to 22; 0 writes stored sections
   std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^30]; see LoadOptions
@@ -3115,32 +3115,34 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
                  "WriteOptions::chunk_bytes is not a power of two in [64, 2^30]"};
   if (auto checked = check_parts(parts, LoadLimits{}); !checked) return checked.error();
   FileBuilder file{options.zstd_level, chunk_log2};
-  const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix) {
-    const bool shrinks = options.element_type != ElementType::f32 &&
-                         matrix.type() == ElementType::f32 && matrix.rows() > 1;
+  const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix,
+                              ElementType type) {
+    if (matrix.rows() > 1 && type == ElementType::i4 &&
+        matrix.columns() >= FourBitRows::least_columns) {
+      file.add(tag, index, ElementType::i4, {matrix.rows(), matrix.columns()},
+               FourBitWriter{matrix}.bytes(chunk_log2));
+      return;
+    }
+    const bool shrinks =
+        type != ElementType::f32 && matrix.type() == ElementType::f32 && matrix.rows() > 1;
     const Matrix quantised = shrinks ? matrix.quantised() : Matrix{};
     const Matrix& written = shrinks ? quantised : matrix;
     file.add(tag, index, written.type(), {written.rows(), written.columns()}, written.to_bytes());
   };
-  const auto add_item_matrix = [&](std::string_view tag, const Matrix& matrix) {
-    if (options.element_type != ElementType::i4 || matrix.columns() < FourBitRows::least_columns)
-      return add_matrix(tag, 0, matrix);
-    file.add(tag, 0, ElementType::i4, {matrix.rows(), matrix.columns()},
-             FourBitWriter{matrix}.bytes(chunk_log2));
-  };
+  const ElementType type = options.element_type;
   file.add("META", 0, ElementType::u8, {parts.metadata.size()},
            std::as_bytes(std::span(parts.metadata)));
   file.add("IIDS", 0, ElementType::string, {parts.item_ids.size()}, string_bytes(parts.item_ids));
-  add_item_matrix("IVEC", parts.item_vectors);
-  if (!parts.input_vectors.empty()) add_item_matrix("IINP", parts.input_vectors);
+  add_matrix("IVEC", 0, parts.item_vectors, type);
+  if (!parts.input_vectors.empty()) add_matrix("IINP", 0, parts.input_vectors, type);
   file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, bytes_of(parts.biases));
   file.add("STAT", 0, ElementType::i64, {parts.statistics.size(), 4}, bytes_of(parts.statistics));
   if (!parts.event_types.empty()) {
     file.add("EVTY", 0, ElementType::string, {parts.event_types.size()},
              string_bytes(parts.event_types));
-    add_matrix("EVTE", 0, parts.event_type_embedding);
+    add_matrix("EVTE", 0, parts.event_type_embedding, type);
   }
-  if (!parts.time_gap_embedding.empty()) add_matrix("GAPE", 0, parts.time_gap_embedding);
+  if (!parts.time_gap_embedding.empty()) add_matrix("GAPE", 0, parts.time_gap_embedding, type);
   if (!parts.fields.empty()) {
     StringTable names;
     std::vector<std::byte> kinds;
@@ -3158,13 +3160,14 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
     else
       file.add("FVOC", f, ElementType::string, {field.vocabulary.size()},
                string_bytes(field.vocabulary));
-    add_matrix("FEMB", f, field.embedding);
+    add_matrix("FEMB", f, field.embedding, type);
   }
   file.add("ENCO", 0, ElementType::u32, {parts.operations.size(), 2}, bytes_of(parts.operations));
-  for (std::uint32_t k = 0; k < parts.weights.size(); ++k) add_matrix("ENCW", k, parts.weights[k]);
+  for (std::uint32_t k = 0; k < parts.weights.size(); ++k)
+    add_matrix("ENCW", k, parts.weights[k], type);
   if (!parts.user_ids.empty()) {
     file.add("USID", 0, ElementType::string, {parts.user_ids.size()}, string_bytes(parts.user_ids));
-    add_matrix("USTA", 0, parts.user_states);
+    add_matrix("USTA", 0, parts.user_states, type == ElementType::i4 ? ElementType::i8 : type);
   }
   return std::move(file).finish();
 }

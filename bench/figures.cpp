@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -251,6 +252,38 @@ void load() {
       });
 }
 
+// KiB of a line of /proc/self/status.
+double status_kib(const char* field) {
+  const auto status = pz::read_file("/proc/self/status", 1 << 20);
+  if (!status) std::abort();
+  const std::string text(reinterpret_cast<const char*>(status->data()), status->size());
+  return std::strtod(text.c_str() + text.find(field) + std::strlen(field), nullptr);
+}
+
+void load_memory() {
+  const std::string path =
+      "/tmp/personalize_figures_" +
+      std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()) + ".pzm";
+  if (!pz::save_model(parts_of(1'000'000, 64, pz::ElementType::i8), path, {.zstd_level = 3}))
+    std::abort();
+  const double before = status_kib("VmRSS:");
+  {
+    // The peak starts again from here.
+    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> reset(
+        std::fopen("/proc/self/clear_refs", "w"), std::fclose);
+    if (!reset || std::fputs("5", reset.get()) < 0) std::abort();
+  }
+  const auto model = pz::Model::load(path);
+  if (!model) std::abort();
+  const double peak = status_kib("VmHWM:") - before, final = status_kib("VmRSS:") - before;
+  std::remove(path.c_str());
+  line({.name = "load_memory",
+        .data = "1,000,000 x 64 int8, from a file: growth of the resident set, at most",
+        .unit = "MiB",
+        .peer = "the model once loaded"},
+       peak / 1024, peak / 1024, final / 1024, peak / final);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -263,6 +296,7 @@ int main(int count, char** arguments) {
       {"gru_step", step_128},
       {"event_and_slate", event_and_slate},
       {"load", load},
+      {"load_memory", load_memory},
   };
   std::fprintf(stderr, "kernels: %s\n", pz::kernels::chosen().name);
   for (const std::string_view name : wanted)

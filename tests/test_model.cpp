@@ -52,11 +52,11 @@ TEST_CASE("rows of 4 bits come back as int8 products of a group's scale, close t
   small_model::Random random{6};
   constexpr std::size_t columns = 70;
   pz::ModelParts parts = small_model::parts({.items = 200, .dimension = columns});
-  // Groups of 16 columns of different size, which one scale a row would not serve.
+  // Groups of 24 columns of different size, which one scale a row would not serve.
   for (std::size_t r = 0; r < 200; ++r)
     for (std::size_t c = 0; c < columns; ++c)
       parts.item_vectors.f32()[r * columns + c] =
-          r == 7 ? 0.0f : random.normal() * (c / 16 % 2 == 0 ? 1.0f : 0.3f);
+          r == 7 ? 0.0f : random.normal() * (c / 24 % 2 == 0 ? 1.0f : 0.3f);
   const auto file = pz::write_model(parts, {.element_type = pz::ElementType::i4, .zstd_level = 0});
   REQUIRE(file);
   const auto sections = pz::list_sections(*file);
@@ -64,7 +64,7 @@ TEST_CASE("rows of 4 bits come back as int8 products of a group's scale, close t
   for (const pz::SectionInfo& section : *sections)
     if (section.label() == "IVEC") {
       CHECK(section.element_type == pz::ElementType::i4);
-      CHECK(section.raw_size == 200 * (4 + 3 + 35));
+      CHECK(section.raw_size == 200 * (4 + 2 + 35));
     }
   const auto read = pz::read_model(*file);
   REQUIRE(read);
@@ -82,11 +82,11 @@ TEST_CASE("rows of 4 bits come back as int8 products of a group's scale, close t
                    p = v - step * std::nearbyint(v / step);
       plain_error += p * p;
     }
-    for (std::size_t begin = 0; begin < columns; begin += 16) {
+    for (std::size_t begin = 0; begin < columns; begin += 24) {
       bool some_scale = false;
       for (int m = 1; m <= 15 && !some_scale; ++m) {
         some_scale = true;
-        for (std::size_t c = begin; c < std::min(begin + 16, columns); ++c) {
+        for (std::size_t c = begin; c < std::min(begin + 24, columns); ++c) {
           const int value = q.i8()[r * columns + c];
           some_scale = some_scale && value % m == 0 && value / m >= -8 && value / m <= 7;
         }

@@ -190,7 +190,7 @@ void add_train(CLI::App& app) {
              {{"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}},
              "Embedding of the time since the previous event; auto: where gaps differ");
   add_choice(*command, "--element-type", o.element_type,
-             {{"int8", ElementType::i8}, {"f32", ElementType::f32}},
+             {{"int8", ElementType::i8}, {"int4", ElementType::i4}, {"f32", ElementType::f32}},
              "Of the matrices in the model file");
   command->add_option("--checkpoint", o.checkpoint, "Default: OUTPUT.checkpoint");
   command->add_flag("--resume", o.resume, "Go on from the checkpoint of an interrupted run");
