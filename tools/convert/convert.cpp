@@ -118,7 +118,7 @@ std::vector<Comparison> check(Source& source, const Options& options, std::uint6
   return comparisons;
 }
 
-// Of an f32 file only rounding may differ; an int8 file is an approximation and is reported on.
+// Of an f32 file only rounding may differ; others are approximations and are reported on.
 void require_agreement(const std::vector<Comparison>& comparisons, const Options& options) {
   constexpr double tolerance = 1e-4;
   if (options.element_type != ElementType::f32) return;
@@ -203,10 +203,12 @@ void add_convert(CLI::App& app) {
       ->add_option_function<std::string>(
           "--element-type",
           [&o](const std::string& type) {
-            o.element_type = type == "f32" ? ElementType::f32 : ElementType::i8;
+            o.element_type = type == "f32"    ? ElementType::f32
+                             : type == "int4" ? ElementType::i4
+                                              : ElementType::i8;
           },
-          "Of the matrices in the model file: int8 (default) or f32")
-      ->check(CLI::IsMember({"int8", "f32"}));
+          "Of the matrices in the model file: int8 (default), int4 or f32")
+      ->check(CLI::IsMember({"int8", "int4", "f32"}));
   command->add_option("-o,--output", o.output, "File to write")->required();
   command->add_option("--check", o.check,
                       "Run the histories of this interactions CSV through the new file and compare "
