@@ -316,8 +316,9 @@ using Default = Neon;
 using Default = Scalar;
 #endif
 
-// The scores of a panel's sixteen rows are scale * scales[r] * dot + biases[r], and bit r of a mask
-// tells whether row r's reaches the limit. Padding rows have a NaN for a bias and never do.
+// One query's way through some panels. The scores of a panel's sixteen rows are
+// scale * scales[r] * dot + biases[r], and bit r of a mask tells whether row r's reaches the limit.
+// Padding rows have a NaN for a bias and never do.
 struct PanelScan {
   const std::uint8_t* panels;  // first panel to scan
   const float* scales;         // [16] a panel
@@ -326,10 +327,13 @@ struct PanelScan {
   const std::int8_t* query;   // [padded(columns)], zero behind the last column
   std::int32_t query_offset;  // -128 * sum of query: takes back what rows were raised by
   float scale;
+  float limit = 0;
+  std::uint16_t* masks = nullptr;  // out: [1] a panel
+  float* scores = nullptr;         // out: [16] a panel
 };
 
 // The same for rows of 4 bits, of which so many are read that each byte counts: scales and biases
-// are bfloat16, and query_offset is -8 * sum of query.
+// are bfloat16, query_offset is -8 * sum of query, and there are only masks.
 struct NibbleScan {
   const std::uint8_t* panels;
   const std::uint16_t* scales;
@@ -338,6 +342,8 @@ struct NibbleScan {
   const std::int8_t* query;
   std::int32_t query_offset;
   float scale;
+  float limit;
+  std::uint16_t* masks;
 };
 
 // Integer dot products, conversion and comparison, one set an instruction set.
@@ -1258,22 +1264,30 @@ struct Kernels : Vectors<Tag> {
   // The largest magnitude that a query multiplied with rows of 8 bits may have; with 4 bits 127.
   static constexpr int query_limit = O::query_limit;
 
-  // masks[p] has bit r where row r of panel p reaches `limit`; scores: [16] a panel. See PanelScan.
-  static void scan_8bit(const PanelScan& scan, std::size_t panels, float limit,
-                        std::uint16_t* masks, float* scores) noexcept {
-    for_panels<8>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
+  // One or two queries through the same panels, two faster than one by one. See PanelScan.
+  static void scan_8bit(const PanelScan* scans, std::size_t queries, std::size_t panels) noexcept {
+    const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
+      const PanelScan& scan = scans[q];
       const std::size_t row = p * panel_rows;
-      masks[p] = static_cast<std::uint16_t>(
-          O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, limit, scores + row));
-    });
+      scan.masks[p] = static_cast<std::uint16_t>(O::scores(
+          sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit, scan.scores + row));
+    };
+    if (queries == 2)
+      for_panels<8, 2>(scans, panels, finish);
+    else
+      for_panels<8, 1>(scans, panels, finish);
   }
-  static void scan_4bit(const NibbleScan& scan, std::size_t panels, float limit,
-                        std::uint16_t* masks) noexcept {
-    for_panels<4>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
+  static void scan_4bit(const NibbleScan* scans, std::size_t queries, std::size_t panels) noexcept {
+    const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
+      const NibbleScan& scan = scans[q];
       const std::size_t row = p * panel_rows;
-      masks[p] = static_cast<std::uint16_t>(
-          O::at_least(sums, scan.scale, scan.scales + row, scan.biases + row, limit));
-    });
+      scan.masks[p] = static_cast<std::uint16_t>(
+          O::at_least(sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit));
+    };
+    if (queries == 2)
+      for_panels<4, 2>(scans, panels, finish);
+    else
+      for_panels<4, 1>(scans, panels, finish);
   }
 
   // out[i] = row items[i] . query, in integers. rows: [.., columns] row-major; query:
@@ -1287,10 +1301,11 @@ struct Kernels : Vectors<Tag> {
 
   // y[r] = scale * scales[r] * dot(row r, x) + bias[r] for the rows of `panels` panels of 8 bits.
   static void matrix_vector_i8(const PanelScan& scan, std::size_t panels, float* y) noexcept {
-    for_panels<8>(scan, panels, [=, &scan](std::size_t p, const typename O::Sums& sums) {
-      const std::size_t row = p * panel_rows;
-      O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, 0.0f, y + row);
-    });
+    for_panels<8, 1>(
+        &scan, panels, [=, &scan](std::size_t, std::size_t p, const typename O::Sums& sums) {
+          const std::size_t row = p * panel_rows;
+          O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, 0.0f, y + row);
+        });
   }
 
   // q = x * (limit / largest |x|), rounded; x, q: [padded(size)], x zero beyond size. Returns the
@@ -1346,36 +1361,40 @@ struct Kernels : Vectors<Tag> {
     }
   }
 
-  // finish(p, dot products of panel p with the query)
-  template <int Bits, class Scan, class Finish>
-  static void for_panels(const Scan& scan, std::size_t panels, const Finish& finish) noexcept {
+  // finish(q, p, dot products of panel p with query q)
+  template <int Bits, std::size_t Queries, class Scan, class Finish>
+  static void for_panels(const Scan* scans, std::size_t panels, const Finish& finish) noexcept {
+    constexpr std::size_t some = O::panels > Queries ? O::panels / Queries : 1;
     std::size_t p = 0;
-    for (; p + O::panels <= panels; p += O::panels)
-      multiply_panels<Bits, O::panels>(scan, p, finish);
-    for (; p < panels; ++p) multiply_panels<Bits, 1>(scan, p, finish);
+    for (; p + some <= panels; p += some) multiply_panels<Bits, Queries, some>(scans, p, finish);
+    for (; p < panels; ++p) multiply_panels<Bits, Queries, 1>(scans, p, finish);
   }
 
-  template <int Bits, std::size_t Panels, class Scan, class Finish>
-  static void multiply_panels(const Scan& scan, std::size_t p, const Finish& finish) noexcept {
+  template <int Bits, std::size_t Queries, std::size_t Panels, class Scan, class Finish>
+  static void multiply_panels(const Scan* scans, std::size_t p, const Finish& finish) noexcept {
     constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
-    const std::size_t count = (scan.columns + columns_a_step - 1) / columns_a_step;
+    const std::size_t count = (scans->columns + columns_a_step - 1) / columns_a_step;
     const std::size_t stride = count * step_bytes;
-    typename O::Sums sums[Panels];
+    typename O::Sums sums[Queries][Panels];
     PERSONALIZE_UNROLL
-    for (auto& sum : sums) O::start(sum, scan.query_offset);
-    const std::uint8_t* rows = scan.panels + p * stride;
+    for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
+    for (std::size_t b = 0; b < Panels; ++b) O::start(sums[q][b], scans[q].query_offset);
+    const std::uint8_t* rows = scans->panels + p * stride;
     for (std::size_t s = 0; s < count; ++s) {
-      const std::int8_t* query = scan.query + s * columns_a_step;
       PERSONALIZE_UNROLL
+      for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
       for (std::size_t b = 0; b < Panels; ++b) {
+        const std::int8_t* query = scans[q].query + s * columns_a_step;
+        const std::uint8_t* row = rows + b * stride + s * step_bytes;
         if constexpr (Bits == 8)
-          O::step(sums[b], rows + b * stride + s * step_bytes, query);
+          O::step(sums[q][b], row, query);
         else
-          O::step_4bit(sums[b], rows + b * stride + s * step_bytes, query);
+          O::step_4bit(sums[q][b], row, query);
       }
     }
     PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b) finish(p + b, sums[b]);
+    for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
+    for (std::size_t b = 0; b < Panels; ++b) finish(q, p + b, sums[q][b]);
   }
 };
 
@@ -4064,55 +4083,87 @@ class Scorer {
   }
 
   void scan(std::vector<Search*>& active) const {
-    for (std::size_t chunk = 0; chunk < panels_.chunks.size() && !active.empty(); ++chunk)
+    std::array<Search*, 2> pair;
+    for (std::size_t chunk = 0; chunk < panels_.chunks.size() && !active.empty(); ++chunk) {
+      std::size_t waiting = 0;
       for (std::size_t i = 0; i < active.size();) {
-        if (visit(chunk, *active[i])) {
-          ++i;
-        } else {
+        if (!reaches(*active[i], from_[chunk])) {
           active[i] = active.back();
           active.pop_back();
+          continue;
         }
+        if (reaches(*active[i], panels_.chunks[chunk])) pair[waiting++] = active[i];
+        ++i;
+        if (waiting == 2) scan_chunk(chunk, {pair.data(), std::exchange(waiting, 0)});
       }
+      if (waiting > 0) scan_chunk(chunk, {pair.data(), waiting});
+    }
   }
 
-  // False where neither this chunk nor a later one can hold one of the k best.
-  bool visit(std::size_t chunk, Search& search) const {
-    const auto reaches = [&](const Bounds& b) {
-      return search.norm * b.norm + b.bias + search.slack >= search.threshold;
-    };
-    if (!reaches(from_[chunk])) return false;
+  static bool reaches(const Search& search, const Bounds& b) noexcept {
+    return search.norm * b.norm + b.bias + search.slack >= search.threshold;
+  }
+
+  void scan_chunk(std::size_t chunk, std::span<Search* const> searches) const {
     const Bounds& bounds = panels_.chunks[chunk];
-    if (!reaches(bounds)) return true;
-    const bool again = panels_.bits == 4;
     const std::size_t first = chunk * chunk_panels, row = first * kernels::panel_rows;
     const std::size_t count = std::min(chunk_panels, order_.size() / kernels::panel_rows - first);
     const std::uint8_t* bytes = panels_.bytes.data() + first * panels_.bytes_a_panel;
-    float margin = search.error * (bounds.norm + bounds.residual) + search.slack;
-    std::array<std::uint16_t, chunk_panels> masks{};
-    std::array<float, chunk_rows> scores;
-    if (again) {
-      const float longer = search.norm - length_;
-      margin += longer * (longer > 0 ? bounds.residual : bounds.least_residual);
-      table_->scan_4bit(
-          {bytes, panels_.short_scales.data() + row, panels_.raised_biases.data() + row,
-           vectors_->columns(), search.quantised.data(), -8 * search.sum, search.step},
-          count, search.threshold - margin, masks.data());
-    } else {
-      margin += search.norm * bounds.residual;
-      table_->scan_8bit(
-          {bytes, panels_.scales.data() + row, panels_.biases.data() + row, vectors_->columns(),
-           search.quantised.data(), -128 * search.sum, search.step},
-          count, search.threshold - margin, masks.data(), scores.data());
+    std::array<std::array<std::uint16_t, chunk_panels>, 2> masks{};
+    std::array<std::array<float, chunk_rows>, 2> scores;
+    std::array<float, 2> margins;
+    std::array<kernels::PanelScan, 2> scans;
+    std::array<kernels::NibbleScan, 2> nibble_scans;
+    for (std::size_t q = 0; q < searches.size(); ++q) {
+      const Search& s = *searches[q];
+      float& margin = margins[q];
+      margin = s.error * (bounds.norm + bounds.residual) + s.slack;
+      if (panels_.bits == 8) {
+        margin += s.norm * bounds.residual;
+        scans[q] = {bytes,
+                    panels_.scales.data() + row,
+                    panels_.biases.data() + row,
+                    vectors_->columns(),
+                    s.quantised.data(),
+                    -128 * s.sum,
+                    s.step,
+                    s.threshold - margin,
+                    masks[q].data(),
+                    scores[q].data()};
+      } else {
+        const float longer = s.norm - length_;
+        margin += longer * (longer > 0 ? bounds.residual : bounds.least_residual);
+        nibble_scans[q] = {bytes,
+                           panels_.short_scales.data() + row,
+                           panels_.raised_biases.data() + row,
+                           vectors_->columns(),
+                           s.quantised.data(),
+                           -8 * s.sum,
+                           s.step,
+                           s.threshold - margin,
+                           masks[q].data()};
+      }
     }
-    const float second_margin = search.error * bounds.norm + search.slack;
+    if (panels_.bits == 8)
+      table_->scan_8bit(scans.data(), searches.size(), count);
+    else
+      table_->scan_4bit(nibble_scans.data(), searches.size(), count);
+    for (std::size_t q = 0; q < searches.size(); ++q)
+      collect(chunk, masks[q], scores[q], margins[q], *searches[q]);
+  }
+
+  // What the scan of a chunk found, as candidates or for a second look.
+  void collect(std::size_t chunk, const std::array<std::uint16_t, chunk_panels>& masks,
+               const std::array<float, chunk_rows>& scores, float margin, Search& search) const {
+    const float second_margin = search.error * panels_.chunks[chunk].norm + search.slack;
     for (std::size_t word = 0; word < chunk_rows; word += 64) {
       std::uint64_t mask;
       std::memcpy(&mask, masks.data() + word / kernels::panel_rows, sizeof mask);
       for (; mask != 0; mask &= mask - 1) {
         const std::size_t r = word + static_cast<std::size_t>(std::countr_zero(mask));
-        const std::uint32_t item = order_[row + r];
+        const std::uint32_t item = order_[chunk * chunk_rows + r];
         if (!search.eligibility.test(item)) continue;
-        if (again) {
+        if (panels_.bits == 4) {
           prefetch(item);
           search.waiting_items[search.waiting] = item;
           search.waiting_margins[search.waiting++] = second_margin;
@@ -4123,7 +4174,6 @@ class Scorer {
     }
     if (search.waiting >= second_look) second_looks(search);
     if (search.found >= search.next_raise) raise(search);
-    return true;
   }
 
   // In 8 bits where the rows are of 8 bits, exactly otherwise.
@@ -4186,6 +4236,7 @@ class Scorer {
     std::array<float, 64> scores;
     const std::span<const std::uint32_t> items(search.items.data(), search.found);
     search.best.clear();
+    for (const std::uint32_t item : items) prefetch(item);
     for (std::size_t begin = 0; begin < items.size(); begin += scores.size()) {
       const auto some = items.subspan(begin, std::min(scores.size(), items.size() - begin));
       exact(search.query.data(), some, scores.data());

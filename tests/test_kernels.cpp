@@ -64,24 +64,50 @@ struct Panels {
   pz::kernels::PanelScan scan(const std::vector<std::int8_t>& query, std::int32_t sum) const {
     return {bytes.data(), scales.data(), biases.data(), columns, query.data(), -128 * sum, 0.02f};
   }
-  // masks of the rows that reach `limit`
+  // The masks of the rows that reach `limit`, alone and as the second of two queries.
   void scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
             std::vector<std::uint16_t>& masks) const {
+    std::vector<std::uint16_t> other(count), second(count);
+    const std::vector<std::int8_t> zero(query.size());
     if constexpr (Bits == 8) {
-      std::vector<float> scores(count * pz::kernels::panel_rows);
-      Fast::scan_8bit(scan(query, sum), count, limit, masks.data(), scores.data());
-      std::vector<float> plain(scores.size());
+      const std::size_t all = count * pz::kernels::panel_rows;
+      std::vector<float> scores(all), other_scores(all), second_scores(all), plain(all);
+      const auto one = [&](const std::vector<std::int8_t>& q, std::int32_t s, auto& m, auto& y) {
+        pz::kernels::PanelScan wanted = scan(q, s);
+        wanted.limit = limit;
+        wanted.masks = m.data();
+        wanted.scores = y.data();
+        return wanted;
+      };
+      const pz::kernels::PanelScan alone = one(query, sum, masks, scores);
+      const pz::kernels::PanelScan both[]{one(zero, 0, other, other_scores),
+                                          one(query, sum, second, second_scores)};
+      Fast::scan_8bit(&alone, 1, count);
+      Fast::scan_8bit(both, 2, count);
       Fast::matrix_vector_i8(scan(query, sum), count, plain.data());
-      for (std::size_t r = 0; r < scores.size(); ++r)
-        REQUIRE(std::memcmp(&scores[r], &plain[r], sizeof(float)) == 0);
+      REQUIRE(std::memcmp(scores.data(), plain.data(), all * sizeof(float)) == 0);
+      REQUIRE(std::memcmp(scores.data(), second_scores.data(), all * sizeof(float)) == 0);
     } else {
       std::vector<std::uint16_t> short_scales, short_biases;
       for (const float v : scales) short_scales.push_back(upper_half(v));
       for (const float v : biases) short_biases.push_back(upper_half(v));
-      Fast::scan_4bit({bytes.data(), short_scales.data(), short_biases.data(), columns,
-                       query.data(), -8 * sum, 0.02f},
-                      count, limit, masks.data());
+      const auto one = [&](const std::vector<std::int8_t>& q, std::int32_t s, auto& m) {
+        return pz::kernels::NibbleScan{bytes.data(),
+                                       short_scales.data(),
+                                       short_biases.data(),
+                                       columns,
+                                       q.data(),
+                                       -8 * s,
+                                       0.02f,
+                                       limit,
+                                       m.data()};
+      };
+      const pz::kernels::NibbleScan alone = one(query, sum, masks);
+      const pz::kernels::NibbleScan both[]{one(zero, 0, other), one(query, sum, second)};
+      Fast::scan_4bit(&alone, 1, count);
+      Fast::scan_4bit(both, 2, count);
     }
+    REQUIRE(masks == second);
   }
   static std::uint16_t upper_half(float v) {
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
