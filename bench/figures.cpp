@@ -171,6 +171,57 @@ void top_100(std::size_t items, float spread, bool against_read) {
 #endif
 }
 
+// 64 users in one pass against one by one, a user.
+void batch_of_64() {
+  const auto model = model_of(100'000, 64, pz::ElementType::i8);
+  const pz::Scorer scorer(*model);
+  const auto queries = random_queries(64);
+  auto workspace = scorer.make_workspace();
+  std::vector<std::vector<pz::ScoredItem>> tops(64);
+  std::vector<pz::Scorer::Query> batch;
+  for (std::size_t i = 0; i < tops.size(); ++i) batch.push_back({queries[i], 100, {}, &tops[i]});
+  measure(
+      {.name = "top_100_batch",
+       .data = "64 users together, N=100000 d=64 int8, norms alike, time a user",
+       .peer = "64 single queries",
+       .calls = 5,
+       .per_call = 64},
+      [&] { scorer.top_k(batch, workspace); },
+      [&] {
+        for (std::size_t i = 0; i < tops.size(); ++i)
+          scorer.top_k(queries[i], 100, {}, workspace, tops[i]);
+      });
+}
+
+void avx2_against_avx512() {
+#if defined(PERSONALIZE_DISPATCH)
+  std::size_t count = 0;
+  const pz::kernels::Table* const* tables = pz::kernels::available(count);
+  const auto named = [&](std::string_view name) -> const pz::kernels::Table* {
+    for (std::size_t t = 0; t < count; ++t)
+      if (tables[t]->name == name) return tables[t];
+    return nullptr;
+  };
+  const auto *newest = named("avx512+vnni"), *older = named("avx2+fma");
+  if (!newest || !older) {
+    std::fprintf(stderr, "avx2: this processor has no AVX-512 with VNNI to compare with\n");
+    return;
+  }
+  const auto model = model_of(100'000, 64, pz::ElementType::i8);
+  const pz::Scorer fast(*model, *newest), slow(*model, *older);
+  const auto queries = random_queries(64);
+  auto workspace = fast.make_workspace();
+  std::vector<pz::ScoredItem> top;
+  std::size_t next = 0, next_peer = 0;
+  measure(
+      {.name = "top_100_avx2",
+       .data = "N=100000 d=64 int8, norms alike, AVX2 without VNNI",
+       .peer = "AVX-512 with VNNI"},
+      [&] { slow.top_k(queries[next++ % queries.size()], 100, {}, workspace, top); },
+      [&] { fast.top_k(queries[next_peer++ % queries.size()], 100, {}, workspace, top); });
+#endif
+}
+
 void step_128() {
   for (const auto type : {pz::ElementType::i8, pz::ElementType::f32}) {
     const auto model = model_of(10'000, 128, type);
@@ -293,6 +344,8 @@ int main(int count, char** arguments) {
       {"top_100_100k", [] { top_100(100'000, 0, false); }},
       {"top_100_1m", [] { top_100(1'000'000, 0, true); }},
       {"top_100_1m_varied", [] { top_100(1'000'000, 0.35f, true); }},
+      {"top_100_batch", batch_of_64},
+      {"top_100_avx2", avx2_against_avx512},
       {"gru_step", step_128},
       {"event_and_slate", event_and_slate},
       {"load", load},
