@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "small_model.hpp"
@@ -191,7 +192,7 @@ TEST_CASE("int8 weights leave the hidden state of a GRU where f32 weights take i
       b += static_cast<double>(want[c]) * want[c];
     }
     const double cosine = product / std::sqrt(a * b);
-    MESSAGE(table->name, ": cosine ", cosine);
+    MESSAGE(std::string(table->name), ": cosine ", cosine);
     // AVX2 without VNNI rounds inputs to 63 steps.
     CHECK(cosine >= (table->query_limit == 127 ? 0.9999 : 0.9997));
   }
