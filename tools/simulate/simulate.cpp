@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "command/command.hpp"
@@ -185,6 +186,7 @@ struct Options {
   std::optional<std::uint32_t> users, items, days;
   std::uint32_t slates = 2000, seeds = 1;
   std::uint64_t seed = 1;
+  unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double weight = 0.3;
   bool json = false;
 };
@@ -217,8 +219,9 @@ void compare_policies(const Options& options) {
     return;
   }
   Progress progress("simulating");
-  const Comparison result = compare(options.policies.empty() ? policy_names() : options.policies,
-                                    world, options.weight, options.seeds, &progress);
+  const Comparison result =
+      compare(options.policies.empty() ? policy_names() : options.policies, world, options.weight,
+              options.seeds, options.threads, &progress);
   progress.finish("");
   if (!options.svg.empty()) write_file(options.svg, to_svg(result));
   if (options.json)
@@ -243,6 +246,7 @@ void add_simulate(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
       ->capture_default_str();
+  command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u));
   command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
   command->add_option("--svg", options->svg, "Plot reward and discovery into this file");
   command->add_flag("--json", options->json, "Print JSON");
