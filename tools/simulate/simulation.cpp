@@ -117,7 +117,7 @@ void draw(std::ostringstream& out, const Panel& panel, double left) {
 }  // namespace
 
 PolicyRun run_policy(const std::string& name, const WorldOptions& options,
-                     const PolicyOptions& policy_options) {
+                     const PolicyOptions& policy_options, const Seen& seen) {
   World world(options);
   const auto policy = make_policy(name, world, policy_options);
   std::vector<std::uint32_t> impressions, slate;
@@ -135,6 +135,7 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
         policy->choose(visit, slate);
         const std::vector<bool> clicked = world.show(visit, slate);
         policy->learn(visit, slate, clicked);
+        if (seen) seen(world, visit, slate, clicked);
         run.reward.back() += static_cast<double>(std::count(clicked.begin(), clicked.end(), true));
         for (const std::uint32_t item : slate)
           if (++impressions[item] == discovered_at)

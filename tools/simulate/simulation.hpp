@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -31,8 +32,11 @@ struct Comparison {
 // An item is good where its appeal is among the highest tenth of the new items, and discovered with
 // its 100th impression. Items that arrive in the last third of the days are left out: they have no
 // time to be found.
+// `seen` is called after every visit with what was shown and what of it was clicked.
+using Seen = std::function<void(const World&, const World::Visit&,
+                                const std::vector<std::uint32_t>&, const std::vector<bool>&)>;
 PolicyRun run_policy(const std::string& name, const WorldOptions& options,
-                     const PolicyOptions& policy);
+                     const PolicyOptions& policy, const Seen& seen = {});
 
 // Worlds with seeds from options.seed on. The number of threads changes no figure.
 Comparison compare(const std::vector<std::string>& policies, const WorldOptions& options,
