@@ -144,7 +144,7 @@ void for_each_impression(const std::string& path, Visit visit) {
   }
 }
 
-constexpr WorldOptions small_world{.users = 200, .items = 400, .days = 6, .slates = 400, .seed = 3};
+const WorldOptions small_world{.users = 200, .items = 400, .days = 6, .slates = 400, .seed = 3};
 
 }  // namespace
 
@@ -241,13 +241,14 @@ TEST_CASE(
     return std::accumulate(reward.begin(), reward.end(), 0.0);
   };
   for (std::size_t seed = 0; seed < 2; ++seed) {
-    CHECK(json["policies"][1]["first_policy_over_this"]["by_seed"][seed] ==
+    CHECK(json["policies"][1]["first_policy_over_this"]["by_seed"][seed].get<double>() ==
           doctest::Approx(total(0, seed) / total(1, seed)));
     // Weight 0 is the runtime as well, not another policy.
-    CHECK(json["first_policy_over_best_other"]["by_seed"][seed] ==
+    CHECK(json["first_policy_over_best_other"]["by_seed"][seed].get<double>() ==
           doctest::Approx(total(0, seed) / std::max(total(2, seed), total(3, seed))));
-    CHECK(json["policies"][2]["first_policy_over_this_on_first_day"]["by_seed"][seed] ==
-          doctest::Approx(one.runs[0][seed].reward[0] / one.runs[2][seed].reward[0]));
+    CHECK(
+        json["policies"][2]["first_policy_over_this_on_first_day"]["by_seed"][seed].get<double>() ==
+        doctest::Approx(one.runs[0][seed].reward[0] / one.runs[2][seed].reward[0]));
   }
   const std::string svg = to_svg(one);
   std::size_t lines = 0;

@@ -317,8 +317,8 @@ std::string to_svg(const Comparison& c) {
   const double step = std::pow(10, std::floor(std::log10(reward.y_max)));
   reward.y_max = std::ceil(reward.y_max / step) * step;
   std::ostringstream out;
-  out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1120 400' "
-         "font-family='sans-serif' font-size='12'>\n<rect width='1120' height='400' "
+  out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1150 400' "
+         "font-family='sans-serif' font-size='12'>\n<rect width='1150' height='400' "
          "fill='white'/>\n";
   draw(out, reward, 80);
   draw(out, discovery, 540);
