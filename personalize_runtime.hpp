@@ -5604,7 +5604,7 @@ class Recommender {
 
  private:
   static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
-  static constexpr double explored_enough = 5;     // expected positive events
+  static constexpr double explored_enough = 3;     // expected positive events
   static constexpr std::size_t max_pool = 4096;    // the newest
   static constexpr std::uint32_t normalising_items = 32;
   static constexpr std::uint64_t well_known = 10;          // interactions

@@ -12,7 +12,7 @@ namespace personalize::tools {
 namespace {
 
 constexpr std::int64_t cold_age = 30 * World::day;
-constexpr double cold_expected = 5;
+constexpr double cold_expected = 3;
 constexpr std::size_t slate_length = World::slate_length;
 constexpr std::size_t normalising_items = 32;  // as in the runtime
 
