@@ -5350,7 +5350,8 @@ struct RecommenderOptions {
   // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
   // first interaction) to the latest interaction of all.
   std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
-  // Learn from impressions. Off: scores are the model's own, and slates have no id.
+  // Learn from impressions. Off: the slate is the model's own ranking, without exploration, which
+  // could not end, and has no id.
   bool feedback = true;
   // Event types that count as a choice of the item; empty: all of them.
   std::vector<std::string> positive_event_types = {};
@@ -5373,7 +5374,7 @@ struct RecommenderOptions {
 // any thread. Users are spread over 64 locks; scoring runs outside of them.
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
-// with feedback on, what impressions taught (room 8) in units of the score. rho = 0.2 (impression
+// with feedback on, what impressions taught (room 8) in units of the score. rho = 0.4 (impression
 // discounting: Lee et al. 2014).
 class Recommender {
  public:
@@ -5384,6 +5385,7 @@ class Recommender {
       if (!model) return Error{Errc::invalid_argument, "the model is null"};
       if (auto checked = check(options); !checked) return checked.error();
       RecommenderOptions chosen = options;
+      if (!chosen.feedback) chosen.exploration_weight = 0;
       if (!chosen.recommendation_key) {
         chosen.recommendation_key = random_key();
         if (!chosen.recommendation_key)
@@ -5652,8 +5654,8 @@ class Recommender {
   std::shared_ptr<const Model> model() const { return state_->current()->model; }
 
  private:
-  static constexpr float ignored_discount = 0.2f;  // rho, in log clicks an impression
-  static constexpr double explored_enough = 5;     // expected positive events
+  static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
+  static constexpr double explored_enough = 3;     // expected positive events
   static constexpr std::size_t max_pool = 4096;    // the newest
   static constexpr std::uint32_t normalising_items = 32;
   static constexpr std::uint64_t well_known = 10;          // interactions

@@ -1,9 +1,15 @@
 // The figures of the README: one JSON line each, with a peer measured in the same run where there
 // is one. Rounds of ours and the peer's alternate; value and peer_value are medians of all calls,
 // ratio the median of the rounds' ratios. usage: figures [NAME...]
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #include <zstd.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -17,6 +23,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "personalize_runtime.hpp"
@@ -335,6 +342,109 @@ void load_memory() {
        peak / 1024, peak / 1024, final / 1024, peak / final);
 }
 
+// What exploration at weight 0.3, its propensities and its entry in the slate log add to a slate at
+// weight 0: medians of rounds that alternate.
+void exploration_added() {
+  constexpr std::size_t items = 10'000, young = 1'000;
+  constexpr std::int64_t now = 1'700'000'000, day = 86'400;
+  pz::ModelParts parts = parts_of(items, 64, pz::ElementType::i8);
+  for (std::size_t i = 0; i < items; ++i) {
+    parts.statistics[i].interactions = i < young ? 0 : 100;
+    parts.statistics[i].creation_timestamp = now - (i < young ? day : 365 * day);
+    parts.statistics[i].last_timestamp = now;
+  }
+  auto model = pz::Model::from_parts(std::move(parts));
+  if (!model) std::abort();
+  std::vector<pz::Recommender> shops;
+  for (const float weight : {0.3f, 0.0f}) {
+    auto shop =
+        pz::Recommender::create(*model, {.exploration_weight = weight, .update_interval = {}});
+    if (!shop) std::abort();
+    for (int user = 0; user < 100; ++user)
+      for (int event = 0; event < 10; ++event)
+        if (!shop->record({.user = "u" + std::to_string(user),
+                           .item = (*model)->item_id(static_cast<std::uint32_t>(
+                               (user * 7919 + event * 104'729) % static_cast<int>(items))),
+                           .timestamp = now}))
+          std::abort();
+    shops.push_back(std::move(*shop));
+  }
+  pz::Slate slate;
+  std::array<std::vector<double>, 2> times;
+  std::vector<double> added;
+  for (int round = 0; round < 40; ++round) {
+    std::array<std::vector<double>, 2> now_times;
+    for (int call = 0; call < 100; ++call)
+      for (std::size_t shop = 0; shop < 2; ++shop) {
+        const std::string user = "u" + std::to_string(call);
+        now_times[shop].push_back(microseconds([&] {
+          if (!shops[shop].recommend({.user = user, .count = 25, .timestamp = now}, slate))
+            std::abort();
+        }));
+      }
+    if (round < 4) continue;  // warms caches and pages
+    added.push_back(quantile(now_times[0], 0.5) - quantile(now_times[1], 0.5));
+    for (std::size_t shop = 0; shop < 2; ++shop)
+      times[shop].insert(times[shop].end(), now_times[shop].begin(), now_times[shop].end());
+  }
+  std::printf(R"({"name": "exploration_added", "data": "slate of 25, pool of 1,000, 10,000 items, )"
+              R"(d=64, weight 0.3 less weight 0", "value": %.4g, "unit": "us", "with": %.4g, )"
+              R"("without": %.4g})"
+              "\n",
+              quantile(added, 0.5), quantile(times[0], 0.5), quantile(times[1], 0.5));
+  std::fflush(stdout);
+}
+
+// Impressions as they come: slates of 25 random items, on two threads at once.
+void counter_increments() {
+  constexpr std::uint32_t items = 100'000;
+  constexpr std::size_t slate = 25, slates = 40'000, threads = 2;
+  pz::ItemCounters counters(items);
+  const pz::DecayMoment moment = pz::Decay(14 * 86'400).at(1'700'000'000);
+  std::array<std::vector<std::uint32_t>, threads> shown;
+  for (std::size_t t = 0; t < threads; ++t) {
+    std::mt19937 random(static_cast<unsigned>(t));
+    for (std::size_t i = 0; i < slate * slates; ++i)
+      shown[t].push_back(static_cast<std::uint32_t>(random() % items));
+  }
+  std::vector<double> rates;
+  for (int round = 0; round < 21; ++round) {
+    std::array<double, threads> seconds{};
+    std::atomic<std::size_t> ready{0};
+    std::vector<std::thread> writers;
+    for (std::size_t t = 0; t < threads; ++t)
+      writers.emplace_back([&, t] {
+#if defined(__linux__)
+        // bench/run pins the process to one core; this figure is of two.
+        cpu_set_t core;
+        CPU_ZERO(&core);
+        CPU_SET(t, &core);
+        pthread_setaffinity_np(pthread_self(), sizeof core, &core);
+#endif
+        ++ready;
+        while (ready < threads) {
+        }
+        const auto begin = std::chrono::steady_clock::now();
+        for (std::size_t s = 0; s < slates; ++s) {
+          const std::uint32_t* slate_items = shown[t].data() + s * slate;
+          for (std::size_t i = 0; i < slate; ++i) counters.prefetch(slate_items[i]);
+          for (std::size_t i = 0; i < slate; ++i)
+            counters.add(pz::ItemCounters::Kind::expected, slate_items[i], 0.25, moment);
+        }
+        seconds[t] =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      });
+    for (std::thread& writer : writers) writer.join();
+    if (round == 0) continue;
+    rates.push_back(static_cast<double>(threads * slate * slates) /
+                    *std::max_element(seconds.begin(), seconds.end()) / 1e6);
+  }
+  line({.name = "counter_increments",
+        .data = "100,000 items, 2 threads, slates of 25; p99: the slowest round",
+        .unit = "million/s"},
+       quantile(rates, 0.5), quantile(rates, 0.0), 0, 0);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -350,6 +460,8 @@ int main(int count, char** arguments) {
       {"event_and_slate", event_and_slate},
       {"load", load},
       {"load_memory", load_memory},
+      {"exploration_added", exploration_added},
+      {"counter_increments", counter_increments},
   };
   std::fprintf(stderr, "kernels: %s\n", pz::kernels::chosen().name);
   for (const std::string_view name : wanted)

@@ -57,6 +57,30 @@ users=$(($(tail -n +2 data/interactions.csv | cut -d, -f1 | sort -u | wc -l)))
 "$examples/first_slate" model.pzm u1 i1 i2 | grep -q '^i'
 refuses 1 'missing.pzm: cannot open' "$examples/first_slate" missing.pzm u1 i1
 
+head -n 1 data/interactions.csv | grep -qx 'USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE,IMPRESSION'
+"$examples/exploration" model.pzm new_game GENRES Puzzle log.csv >hours.txt
+grep -q '^hour  0: in .* explored' hours.txt || fail "exploration printed: $(cat hours.txt)"
+python3 - <<CHECK || fail "the new item was not explored, or did not rise: $(cat hours.txt)"
+import re
+hours = [list(map(int, re.findall(r"in +(\d+) of 100 slates \( *(\d+) explored", l)[0])) for l in open("hours.txt")]
+assert hours[0][1] > 0 and hours[-1][0] > hours[0][0] and hours[-1][1] == 0, hours
+CHECK
+"$personalize" evaluate --protocol off-policy --log log.csv --target-weight 0.2 --json >off.json
+(($(field off.json "['decisions']") == 1200)) || fail "off-policy evaluation lost decisions"
+python3 -c "import json; v = json.load(open('off.json'))['doubly_robust']; assert v['low'] < v['mean'] < v['high']"
+refuses 2 'needs --log' "$personalize" evaluate --protocol off-policy
+refuses 1 'has neither RECOMMENDATION_ID' "$personalize" evaluate --protocol off-policy --log slates.csv
+"$personalize" simulate --scenario fast-catalogue --users 50 --items 200 --days 2 --slates 100 \
+  --policy runtime --policy greedy --svg plot.svg --json >simulated.json
+(($(field simulated.json "['policies'].__len__()") == 2)) || fail "simulate left out a policy"
+python3 -c "import xml.dom.minidom; xml.dom.minidom.parse('plot.svg')" || fail "plot.svg is not XML"
+"$personalize" simulate --scenario no-fatigue --users 50 --items 200 --days 2 --slates 100 --write-dataset world
+"$personalize" simulate --users 50 --items 200 --days 1 --slates 100 --write-log world.csv
+"$personalize" evaluate --protocol off-policy --log world.csv | grep -q 'doubly robust'
+refuses 2 'none of default' "$personalize" simulate --scenario x
+refuses 2 'none of runtime' "$personalize" simulate --policy x
+refuses 2 '\[0, 1\]' "$personalize" simulate --weight 2
+
 refuses 2 'personalize --help' "$personalize"
 refuses 2 'personalize.*--help' "$personalize" trian
 refuses 2 '\[0, 0.9\]' "$personalize" train data/interactions.csv -o x.pzm --dropout 1.5

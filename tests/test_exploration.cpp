@@ -421,6 +421,36 @@ TEST_CASE("weight 0 is the ranking by u, which explain takes apart") {
   }
 }
 
+TEST_CASE("explain gives relevance, quality, discount, uncertainty and age as they are defined") {
+  auto shop = make({.exploration_weight = 0.5f});
+  auto bare = make({.exploration_weight = 0, .feedback = false});
+  for (auto* each : {&shop, &bare}) learn(*each, "u", "i3");
+  REQUIRE(shop.put_item({.item = "new", .creation_timestamp = start - day}));
+  REQUIRE(shop.update(start));
+  const std::vector<std::string_view> shown{"i7", "i9"};
+  for (int n = 0; n < 3; ++n)
+    REQUIRE(shop.record_impression({.user = "u", .items = shown, .timestamp = start}));
+  const pz::Request request{.user = "u", .timestamp = start};
+  const auto i7 = shop.explain(request, "i7"), i8 = shop.explain(request, "i8");
+  const auto fresh = shop.explain(request, "new");
+  REQUIRE(fresh);
+  for (const char* item : {"i7", "i8"})
+    CHECK(shop.explain(request, item)->relevance ==
+          doctest::Approx(static_cast<double>(bare.explain(request, item)->score)).epsilon(1e-3));
+  // Not updated since: slope 1, and nothing learnt yet but what this user ignored.
+  CHECK(i7->discount == doctest::Approx(3 * 0.4));
+  CHECK(i8->discount == 0);
+  CHECK(i7->taste == 0);
+  CHECK(i7->positive == 0);
+  CHECK(i7->expected > 0);
+  CHECK(i8->expected == 0);
+  // sqrt(ln(1 + 1 / (a mu + C))) with the priors before any feedback: a = 2 for the new item.
+  CHECK(fresh->uncertainty == doctest::Approx(std::sqrt(std::log(1.5))).epsilon(1e-4));
+  CHECK(fresh->age == day);
+  CHECK(fresh->explorable);
+  CHECK_FALSE(shop.explain(request, "no such item"));
+}
+
 TEST_CASE("weight 1 explores every place while the pool lasts, for cold users too") {
   auto shop = make({.exploration_weight = 1});
   learn(shop, "u", "i3");
@@ -603,7 +633,7 @@ TEST_CASE("the log has every impression and positive event with its propensity")
         std::count(pz::log_csv_header.begin(), pz::log_csv_header.end(), ',') + 1);
 }
 
-TEST_CASE("recording, recommending, updating and growing at once") {
+TEST_CASE("recording, recommending, decaying, updating and growing at once") {
   std::atomic<int> logged{0};
   auto shop = pz::Recommender::create(small_model::model(),
                                       {.exploration_weight = 0.5f,
@@ -617,7 +647,8 @@ TEST_CASE("recording, recommending, updating and growing at once") {
     threads.emplace_back([&, t] {
       pz::Slate slate;
       for (int n = 0; n < 300; ++n) {
-        const std::int64_t time = start + n * 60;
+        // Over 75 days: counters age by five half-lives while others add to them.
+        const std::int64_t time = start + n * day / 4;
         const std::string user = "u" + std::to_string((n + t) % 5);
         if (!shop->recommend({.user = user, .count = 10, .timestamp = time}, slate)) ++failures;
         if (!shop->record({.user = user,
@@ -635,7 +666,7 @@ TEST_CASE("recording, recommending, updating and growing at once") {
     for (int n = 0; n < 20; ++n) {
       const std::string item = "new" + std::to_string(n);
       if (!shop->put_item({.item = item, .creation_timestamp = start})) ++failures;
-      if (!shop->update(start + n * 900)) ++failures;
+      if (!shop->update(start + n * 4 * day)) ++failures;
     }
   });
   for (std::thread& thread : threads) thread.join();

@@ -474,6 +474,15 @@ TEST_CASE("with feedback off slates have no id and the ranking stays the model's
     CHECK(before->items[i].score == after->items[i].score);
   }
   CHECK(counts(shop, "i1").expected == 0);
+
+  // Without impressions nothing would ever be explored enough.
+  auto default_weight = make({.feedback = false});
+  REQUIRE(default_weight.record({.user = "u", .item = "i3", .timestamp = now}));
+  const auto same = default_weight.recommend({.user = "u", .count = 50, .timestamp = now});
+  for (std::size_t i = 0; i < 50; ++i) {
+    CHECK(same->items[i].item == before->items[i].item);
+    CHECK(same->items[i].propensity == 1);
+  }
 }
 
 TEST_CASE("hostile impressions are refused or harmless") {

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "command/command.hpp"
@@ -44,7 +45,7 @@ struct Item {
 class GeneratedCatalogue {
  public:
   explicit GeneratedCatalogue(const SimulationOptions& options)
-      : options_(options), random_(options.seed) {
+      : options_(options), random_(options.seed), impressions_(~options.seed) {
     for (std::size_t series = 0; items_.size() < options.items; ++series) {
       const std::size_t genre = random_.below(genres.size()), second = random_.below(genres.size());
       const std::size_t parts = 1 + random_.below(5);
@@ -74,6 +75,7 @@ class GeneratedCatalogue {
     std::int64_t timestamp;
     std::uint32_t user;
     std::size_t item;
+    std::vector<std::size_t> shown;  // first place first; the item is among them
   };
 
   std::vector<Event> events() {
@@ -90,16 +92,16 @@ class GeneratedCatalogue {
         if (random_.uniform() < 0.4) mood = likes[random_.below(likes.size())];
         if (random_.uniform() < 0.05)
           likes[random_.below(likes.size())] = random_.below(genres.size());
-        std::size_t item = pick(mood, now, seen);
+        std::size_t item = pick(random_, mood, now, seen);
         for (std::size_t step = 2 + random_.below(9); step > 0 && item < items_.size() && now < end;
              --step) {
           seen[item] = 1;
-          events.push_back({now, user, item});
+          events.push_back({now, user, item, slate_with(item, mood, now, seen)});
           now += 60 + static_cast<std::int64_t>(random_.below(1800));
           const std::size_t next = item + 1;
           const bool follows = next < items_.size() && items_[next].series == items_[item].series &&
                                items_[next].created <= now && !seen[next];
-          item = follows && random_.uniform() < 0.7 ? next : pick(mood, now, seen);
+          item = follows && random_.uniform() < 0.7 ? next : pick(random_, mood, now, seen);
         }
         now +=
             day / 2 + static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
@@ -113,16 +115,40 @@ class GeneratedCatalogue {
  private:
   // An item of the genre that exists by now and is new to the user; items_.size() where none is
   // found.
-  std::size_t pick(std::size_t genre, std::int64_t now, const std::vector<char>& seen) {
+  std::size_t pick(Random& random, std::size_t genre, std::int64_t now,
+                   const std::vector<char>& seen) const {
     for (int attempt = 0; attempt < 50; ++attempt) {
-      const std::size_t item = random_.draw(by_genre_[genre]);
+      const std::size_t item = random.draw(by_genre_[genre]);
       if (items_[item].created <= now && !seen[item]) return item;
     }
     return items_.size();
   }
 
+  // The chosen item among others that the user might have chosen; further up more often, as users
+  // look there more often (1 / log2(place + 1)).
+  std::vector<std::size_t> slate_with(std::size_t chosen, std::size_t genre, std::int64_t now,
+                                      const std::vector<char>& seen) {
+    static const std::vector<double> cumulative = [] {
+      std::vector<double> sums;
+      for (std::size_t place = 1; place <= shown_items; ++place)
+        sums.push_back((sums.empty() ? 0.0 : sums.back()) +
+                       1 / std::log2(static_cast<double>(place) + 1));
+      return sums;
+    }();
+    std::vector<std::size_t> slate;
+    for (std::size_t place = 1; place < shown_items; ++place) {
+      const std::size_t other = pick(impressions_, genre, now, seen);
+      if (other == items_.size()) break;
+      if (std::find(slate.begin(), slate.end(), other) == slate.end()) slate.push_back(other);
+    }
+    const std::size_t place = std::min(impressions_.draw(cumulative), slate.size());
+    slate.insert(slate.begin() + static_cast<std::ptrdiff_t>(place), chosen);
+    return slate;
+  }
+
+  static constexpr std::size_t shown_items = 6;
   SimulationOptions options_;
-  Random random_;
+  Random random_, impressions_;  // apart, so that what is shown does not change what is chosen
   std::vector<Item> items_;
   std::array<std::vector<double>, genres.size()> by_genre_;  // cumulative appeal
 };
@@ -137,6 +163,22 @@ std::string title(const Item& item) {
   return text + std::string(numerals[item.part]);
 }
 
+constexpr const char* interactions_header = "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE,IMPRESSION\n";
+
+// "i3|i17\n", of item numbers from 0.
+template <class Items>
+void append_impression(const Items& items, std::string& text) {
+  for (std::size_t i = 0; i < items.size(); ++i)
+    text += (i > 0 ? "|i" : "i") + std::to_string(items[i] + 1);
+  text += '\n';
+}
+
+void make_folder(const std::string& directory) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw Failure(directory + ": cannot create: " + error.message());
+}
+
 void write_file(const std::string& path, const std::string& text) {
   std::ofstream out(path, std::ios::binary);
   out << text;
@@ -147,9 +189,7 @@ void write_file(const std::string& path, const std::string& text) {
 }  // namespace
 
 void write_dataset(const SimulationOptions& options, const std::string& directory) {
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (error) throw Failure(directory + ": cannot create: " + error.message());
+  make_folder(directory);
   GeneratedCatalogue world(options);
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE\n";
   for (std::size_t i = 0; i < world.items().size(); ++i) {
@@ -160,10 +200,12 @@ void write_dataset(const SimulationOptions& options, const std::string& director
     const std::string cents = std::to_string(100 + item.price % 100).substr(1);
     items += "," + std::to_string(item.price / 100) + "." + cents + "," + title(item) + "\n";
   }
-  std::string interactions = "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE\n";
-  for (const GeneratedCatalogue::Event& event : world.events())
+  std::string interactions = interactions_header;
+  for (const GeneratedCatalogue::Event& event : world.events()) {
     interactions += "u" + std::to_string(event.user + 1) + ",i" + std::to_string(event.item + 1) +
-                    "," + std::to_string(event.timestamp) + ",play\n";
+                    "," + std::to_string(event.timestamp) + ",play,";
+    append_impression(event.shown, interactions);
+  }
   std::string users = "USER_ID,PLATFORM\n";
   Random random(options.seed + 1);
   for (std::uint32_t user = 0; user < options.users; ++user)
@@ -177,21 +219,59 @@ void write_dataset(const SimulationOptions& options, const std::string& director
   write_file(directory + "/users.csv", users);
 }
 
+void write_world(const std::string& policy, const WorldOptions& options, double weight,
+                 const std::string& directory) {
+  make_folder(directory);
+  std::string interactions = interactions_header;
+  std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRE\n", users = "USER_ID\n";
+  const auto row = [&](std::uint32_t user, std::size_t item, std::int64_t timestamp) {
+    interactions += "u" + std::to_string(user + 1) + ",i" + std::to_string(item + 1) + "," +
+                    std::to_string(timestamp) + ",click,";
+  };
+  std::size_t written = 0;
+  (void)run_policy(policy, options, {.weight = weight, .seed = options.seed},
+                   [&](const World& world, const World::Visit& visit,
+                       const std::vector<std::uint32_t>& slate, const std::vector<bool>& clicked) {
+                     if (written == 0)
+                       for (const World::Event& event : world.history()) {
+                         row(event.user, event.item, event.timestamp);
+                         interactions += '\n';
+                       }
+                     for (; written < world.items().size(); ++written) {
+                       const World::Item& item = world.items()[written];
+                       items += world.item_id(written) + "," + std::to_string(item.created) + "," +
+                                world.genre_name(item.genre) + "\n";
+                     }
+                     for (std::size_t place = 0; place < slate.size(); ++place) {
+                       if (!clicked[place]) continue;
+                       row(visit.user, slate[place], visit.timestamp);
+                       append_impression(slate, interactions);
+                     }
+                   });
+  for (std::uint32_t user = 0; user < options.users; ++user)
+    users += "u" + std::to_string(user + 1) + "\n";
+  write_file(directory + "/interactions.csv", interactions);
+  write_file(directory + "/items.csv", items);
+  write_file(directory + "/users.csv", users);
+}
+
 namespace {
 
 struct Options {
-  std::string directory, scenario = "default", svg, log;
+  std::string directory, svg, log;
+  std::optional<std::string> scenario;
   std::vector<std::string> policies;
   std::optional<std::uint32_t> users, items, days;
   std::uint32_t slates = 2000, seeds = 1;
   std::uint64_t seed = 1;
+  unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double weight = 0.3;
   bool json = false;
 };
 
-void compare_policies(const Options& options) {
+void run_worlds(const Options& options) {
   WorldOptions world;
-  world.scenario = scenario_of(options.scenario);
+  world.scenario = scenario_of(options.scenario.value_or("default"));
   world.users = options.users.value_or(world.users);
   world.items = options.items.value_or(world.items);
   world.days = options.days.value_or(world.days);
@@ -201,6 +281,9 @@ void compare_policies(const Options& options) {
   require_range("--seeds", options.seeds, 1, 10'000);
   require_range("--slates", world.slates, 1, 100'000'000);
   require_range("--weight", options.weight, 0, 1);
+  if (!options.directory.empty())
+    return write_world(options.policies.empty() ? "runtime" : options.policies.front(), world,
+                       options.weight, options.directory);
   if (!options.log.empty()) {
     std::ofstream file(options.log, std::ios::binary);
     file << log_csv_header;
@@ -217,8 +300,9 @@ void compare_policies(const Options& options) {
     return;
   }
   Progress progress("simulating");
-  const Comparison result = compare(options.policies.empty() ? policy_names() : options.policies,
-                                    world, options.weight, options.seeds, &progress);
+  const Comparison result =
+      compare(options.policies.empty() ? policy_names() : options.policies, world, options.weight,
+              options.seeds, options.threads, &progress);
   progress.finish("");
   if (!options.svg.empty()) write_file(options.svg, to_svg(result));
   if (options.json)
@@ -235,14 +319,13 @@ void add_simulate(CLI::App& app) {
       "simulate", "Compare recommendation policies in a simulated world, or generate a data set");
   command->add_option("--policy", options->policies,
                       "Policies to compare, the first with all others (default: every one)");
-  command
-      ->add_option("--scenario", options->scenario,
-                   "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue")
-      ->capture_default_str();
+  command->add_option("--scenario", options->scenario,
+                      "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue");
   command->add_option("--weight", options->weight, "Exploration weight, 0 to 1")
       ->capture_default_str();
   command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
       ->capture_default_str();
+  command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u));
   command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
   command->add_option("--svg", options->svg, "Plot reward and discovery into this file");
   command->add_flag("--json", options->json, "Print JSON");
@@ -251,20 +334,23 @@ void add_simulate(CLI::App& app) {
                                   "(for evaluate --protocol off-policy)");
   command
       ->add_option("--write-dataset", options->directory,
-                   "Instead generate interactions.csv, items.csv, users.csv in this directory")
+                   "Generate interactions.csv (with IMPRESSION), items.csv and users.csv in this "
+                   "directory: series that users follow or, with --scenario, the clicks of that "
+                   "world on the slates of the first --policy")
       ->excludes(log);
   command->add_option("--users", options->users, "2 to 10000000 (default: 1000)");
-  command->add_option("--items", options->items,
-                      "Items at the start, 10 to 1000000 (default: 2000; of a data set: 500)");
+  command->add_option(
+      "--items", options->items,
+      "Items at the start, 10 to 1000000 (default: 2000; of a data set of series: 500)");
   command->add_option("--days", options->days,
-                      "Simulated days, 1 to 3650 (default: 30; of a data set: 60)");
+                      "Simulated days, 1 to 3650 (default: 30; of a data set of series: 60)");
   command->add_option("--seed", options->seed, "The same seed gives the same result")
       ->capture_default_str();
   command->callback([options] {
     if (options->users) require_range("--users", *options->users, 2, 10'000'000);
     if (options->items) require_range("--items", *options->items, 10, 1'000'000);
     if (options->days) require_range("--days", *options->days, 1, 3650);
-    if (options->directory.empty()) return compare_policies(*options);
+    if (options->directory.empty() || options->scenario) return run_worlds(*options);
     SimulationOptions dataset;
     dataset.users = options->users.value_or(dataset.users);
     dataset.items = options->items.value_or(dataset.items);

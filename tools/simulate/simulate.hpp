@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "simulate/world.hpp"
+
 namespace personalize::tools {
 
 struct SimulationOptions {
@@ -17,8 +19,13 @@ struct SimulationOptions {
 //
 // Items come in series within genres and appear over time; a user likes a few genres, drifts
 // between them, and mostly goes on with the next part of a series just begun: order matters, not
-// only taste.
+// only taste. IMPRESSION holds the items among which the user chose.
 void write_dataset(const SimulationOptions& options, const std::string& directory);
+
+// The same files of a world in which policies are compared (world.hpp): the events before its
+// start, then every click on the slates of `policy`, with the slate as its IMPRESSION.
+void write_world(const std::string& policy, const WorldOptions& options, double weight,
+                 const std::string& directory);
 
 void add_simulate(CLI::App& app);
 

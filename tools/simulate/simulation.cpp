@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <exception>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <sstream>
+#include <thread>
 
 #include "command/command.hpp"
 
@@ -53,12 +57,19 @@ std::vector<double> first_days(const std::vector<PolicyRun>& runs) {
   return values;
 }
 
-// Seed by seed: the first policy's reward over the other's.
-std::vector<double> paired(const Comparison& c, std::size_t other) {
+// Seed by seed: the first policy's figure over the other's.
+std::vector<double> paired(const std::vector<double>& first, const std::vector<double>& other) {
   std::vector<double> ratios;
-  for (std::size_t s = 0; s < c.seeds.size(); ++s)
-    ratios.push_back(total(c.runs[0][s]) / total(c.runs[other][s]));
+  for (std::size_t s = 0; s < first.size(); ++s) ratios.push_back(first[s] / other[s]);
   return ratios;
+}
+
+nlohmann::json to_json(const std::vector<double>& ratios) {
+  const Estimate e = estimate(ratios);
+  return {{"mean", e.mean},
+          {"half_width", e.half_width},
+          {"least", *std::min_element(ratios.begin(), ratios.end())},
+          {"by_seed", ratios}};
 }
 
 std::string fixed(double value, int digits) {
@@ -106,7 +117,7 @@ void draw(std::ostringstream& out, const Panel& panel, double left) {
 }  // namespace
 
 PolicyRun run_policy(const std::string& name, const WorldOptions& options,
-                     const PolicyOptions& policy_options) {
+                     const PolicyOptions& policy_options, const Seen& seen) {
   World world(options);
   const auto policy = make_policy(name, world, policy_options);
   std::vector<std::uint32_t> impressions, slate;
@@ -124,6 +135,7 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
         policy->choose(visit, slate);
         const std::vector<bool> clicked = world.show(visit, slate);
         policy->learn(visit, slate, clicked);
+        if (seen) seen(world, visit, slate, clicked);
         run.reward.back() += static_cast<double>(std::count(clicked.begin(), clicked.end(), true));
         for (const std::uint32_t item : slate)
           if (++impressions[item] == discovered_at)
@@ -146,21 +158,39 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
 }
 
 Comparison compare(const std::vector<std::string>& policies, const WorldOptions& options,
-                   double weight, std::uint32_t seeds, Progress* progress) {
+                   double weight, std::uint32_t seeds, unsigned threads, Progress* progress) {
   Comparison result{options, weight, {}, policies, {}};
   for (std::uint32_t s = 0; s < seeds; ++s) result.seeds.push_back(options.seed + s);
-  result.runs.resize(policies.size());
-  const auto all = static_cast<double>(policies.size()) * seeds;
-  double done = 0;
-  for (const std::uint64_t seed : result.seeds) {
-    WorldOptions world = options;
-    world.seed = seed;
-    for (std::size_t p = 0; p < policies.size(); ++p) {
+  result.runs.assign(policies.size(), std::vector<PolicyRun>(seeds));
+  const std::size_t all = policies.size() * seeds;
+  std::atomic<std::size_t> next{0};
+  std::size_t done = 0;
+  std::mutex mutex;  // of done, progress and failure
+  std::exception_ptr failure;
+  const auto work = [&] {
+    for (std::size_t job; (job = next.fetch_add(1)) < all;) {
+      const std::size_t s = job / policies.size(), p = job % policies.size();
+      WorldOptions world = options;
+      world.seed = result.seeds[s];
+      try {
+        result.runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
+      } catch (const std::exception&) {
+        const std::lock_guard lock{mutex};
+        failure = std::current_exception();
+        next = all;
+        return;
+      }
+      const std::lock_guard lock{mutex};
       if (progress)
-        progress->update(done++ / all, "seed " + std::to_string(seed) + ", " + policies[p]);
-      result.runs[p].push_back(run_policy(policies[p], world, {.weight = weight, .seed = seed}));
+        progress->update(static_cast<double>(++done) / static_cast<double>(all),
+                         "seed " + std::to_string(world.seed) + ", " + policies[p]);
     }
-  }
+  };
+  std::vector<std::thread> others;
+  for (unsigned t = 1; t < threads; ++t) others.emplace_back(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+  if (failure) std::rethrow_exception(failure);
   return result;
 }
 
@@ -180,6 +210,16 @@ Estimate estimate(const std::vector<double>& values) {
   return e;
 }
 
+std::optional<std::vector<double>> over_best_other(const Comparison& c) {
+  std::vector<double> best(c.seeds.size(), 0);
+  for (std::size_t p = 1; p < c.policies.size(); ++p) {
+    if (c.policies[p].starts_with("runtime")) continue;
+    for (std::size_t s = 0; s < best.size(); ++s) best[s] = std::max(best[s], total(c.runs[p][s]));
+  }
+  if (best.empty() || best[0] == 0) return std::nullopt;
+  return paired(rewards(c.runs[0]), best);
+}
+
 nlohmann::json to_json(const Comparison& c) {
   nlohmann::json out;
   out["scenario"] = c.world.scenario.name;
@@ -190,6 +230,7 @@ nlohmann::json to_json(const Comparison& c) {
   out["slates_per_day"] = c.world.slates;
   out["exploration_weight"] = c.weight;
   out["seeds"] = c.seeds;
+  if (const auto best = over_best_other(c)) out["first_policy_over_best_other"] = to_json(*best);
   for (std::size_t p = 0; p < c.policies.size(); ++p) {
     const auto& runs = c.runs[p];
     const Estimate reward = estimate(rewards(runs)), first = estimate(first_days(runs));
@@ -204,11 +245,9 @@ nlohmann::json to_json(const Comparison& c) {
     const auto median = median_days(runs);
     policy["median_days_to_discover"] = median ? nlohmann::json(*median) : nlohmann::json();
     if (p > 0) {
-      const std::vector<double> ratios = paired(c, p);
-      const Estimate ratio = estimate(ratios);
-      policy["first_policy_over_this"] = ratio.mean;
-      policy["first_policy_over_this_half_width"] = ratio.half_width;
-      policy["first_policy_over_this_lowest"] = *std::min_element(ratios.begin(), ratios.end());
+      policy["first_policy_over_this"] = to_json(paired(rewards(c.runs[0]), rewards(runs)));
+      policy["first_policy_over_this_on_first_day"] =
+          to_json(paired(first_days(c.runs[0]), first_days(runs)));
     }
     out["policies"].push_back(std::move(policy));
   }
@@ -229,7 +268,7 @@ void print_text(const Comparison& c) {
     std::printf("%-24s %10.0f +- %4.0f %9.0f +- %3.0f", c.policies[p].c_str(), reward.mean,
                 reward.half_width, first.mean, first.half_width);
     if (p > 0) {
-      const std::vector<double> ratios = paired(c, p);
+      const std::vector<double> ratios = paired(rewards(c.runs[0]), rewards(runs));
       std::printf(" %8.3f (least %5.3f)", estimate(ratios).mean,
                   *std::min_element(ratios.begin(), ratios.end()));
     } else {
@@ -238,6 +277,12 @@ void print_text(const Comparison& c) {
     const auto median = median_days(runs);
     std::printf(" %6.1f %% %7s\n", 100 * found_share(runs),
                 median ? fixed(*median, 2).c_str() : "-");
+  }
+  if (const auto best = over_best_other(c)) {
+    const Estimate ratio = estimate(*best);
+    std::printf("%s / best other policy of the same seed: %.3f +- %.3f (least %.3f)\n",
+                c.policies[0].c_str(), ratio.mean, ratio.half_width,
+                *std::min_element(best->begin(), best->end()));
   }
   std::printf(
       "found: good new items (highest tenth by appeal) with 100 impressions; days: until half of "
@@ -272,8 +317,8 @@ std::string to_svg(const Comparison& c) {
   const double step = std::pow(10, std::floor(std::log10(reward.y_max)));
   reward.y_max = std::ceil(reward.y_max / step) * step;
   std::ostringstream out;
-  out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1120 400' "
-         "font-family='sans-serif' font-size='12'>\n<rect width='1120' height='400' "
+  out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1150 400' "
+         "font-family='sans-serif' font-size='12'>\n<rect width='1150' height='400' "
          "fill='white'/>\n";
   draw(out, reward, 80);
   draw(out, discovery, 540);

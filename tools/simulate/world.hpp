@@ -25,7 +25,7 @@ struct Scenario {
 Scenario scenario_of(const std::string& name);
 
 struct WorldOptions {
-  Scenario scenario;
+  Scenario scenario = {};
   std::uint32_t users = 1000, items = 2000, days = 30;
   std::uint32_t slates = 2000;  // a day
   std::uint64_t seed = 1;
