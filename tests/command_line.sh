@@ -63,7 +63,8 @@ grep -q '^hour  0: in .* explored' hours.txt || fail "exploration printed: $(cat
 python3 - <<CHECK || fail "the new item was not explored, or did not rise: $(cat hours.txt)"
 import re
 hours = [list(map(int, re.findall(r"in +(\d+) of 100 slates \( *(\d+) explored", l)[0])) for l in open("hours.txt")]
-assert hours[0][1] > 0 and hours[-1][0] > hours[0][0] and hours[-1][1] == 0, hours
+# In the end it stands in most slates by its score, not by exploration.
+assert hours[0][1] > 0 and hours[-1][0] - hours[-1][1] > 50 > hours[0][0], hours
 CHECK
 "$personalize" evaluate --protocol off-policy --log log.csv --target-weight 0.2 --json >off.json
 (($(field off.json "['decisions']") == 1200)) || fail "off-policy evaluation lost decisions"

@@ -212,7 +212,7 @@ TEST_CASE("a batch gives each query what it gets alone") {
     for (int twice = 0; twice < 2; ++twice) {
       scorer.top_k(batch, workspace);
       for (std::size_t i = 0; i < tops.size(); ++i) {
-        CAPTURE(items);
+        CAPTURE(vectors.rows());
         CAPTURE(i);
         same(tops[i], top_k(scorer, queries[i], batch[i].k, batch[i].eligibility));
         if (twice == 0 && items < 100'000)

@@ -144,6 +144,8 @@ class Gru4RecSeparate(Gru4Rec):
 
 
 class GruEmbedding(nn.Module):
+    """Older versions: the reset gate applies to the state."""
+
     def __init__(self, width):
         super().__init__()
         self.Wx0 = nn.Embedding(ITEMS, 3 * width)
@@ -158,10 +160,26 @@ class GruEmbedding(nn.Module):
         return (1 - z) * h + z * torch.tanh((r * h) @ self.Wh0 + x)
 
 
-class Gru4RecOneHot(Case):
-    def __init__(self):
+class GruEmbeddingResetAfter(nn.Module):
+    """Newer versions: one matrix, and the reset gate applies to its product."""
+
+    def __init__(self, width):
         super().__init__()
-        self.GE = GruEmbedding(36)
+        self.Wx0 = nn.Embedding(ITEMS, 3 * width)
+        self.Wh0 = nn.Parameter(torch.randn(width, 3 * width) * width ** -0.5)
+        self.Bh0 = nn.Parameter(torch.randn(3 * width) * 0.3)
+
+    def forward(self, item, h):
+        x, x_r, x_z = (self.Wx0(item) + self.Bh0).chunk(3, 1)
+        h_x, h_r, h_z = (h @ self.Wh0).chunk(3, 1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        return (1 - z) * h + z * torch.tanh(r * h_x + x)
+
+
+class Gru4RecOneHot(Case):
+    def __init__(self, embedding=GruEmbedding):
+        super().__init__()
+        self.GE = embedding(36)
         self.G = nn.ModuleList([nn.GRUCell(36, 28)])
         self.Wy = nn.Embedding(ITEMS, 28)
         self.By = nn.Embedding(ITEMS, 1)
@@ -172,6 +190,11 @@ class Gru4RecOneHot(Case):
             first = self.GE(event.unsqueeze(0), first)
             second = self.G[0](first, second)
         return second, (second @ self.Wy.weight.T + self.By.weight.T)[0]
+
+
+class Gru4RecOneHotResetAfter(Gru4RecOneHot):
+    def __init__(self):
+        super().__init__(GruEmbeddingResetAfter)
 
 
 class RecBole(Case):
@@ -374,7 +397,7 @@ class KerasResetBefore(Keras):
 
 
 CASES = [TorchGru, TorchGruHalf, TorchGruSeparate, TorchGruCells, Gru4Rec, Gru4RecSeparate,
-         Gru4RecOneHot, RecBole, Trainer, MatrixFactorisation, LruRec, Keras, KerasResetBefore]
+         Gru4RecOneHot, Gru4RecOneHotResetAfter, RecBole, Trainer, MatrixFactorisation, LruRec, Keras, KerasResetBefore]
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.complex64: "C64"}
 

@@ -99,12 +99,15 @@ std::optional<Mapping> gru4rec(Names& names) {
     mapping.embedding = names.part("GE.Wx0.weight");
     Layer layer{.type = Type::gru};
     layer.gate_order = "nrz";
-    layer.reset_after = false;
     layer.update_keeps = false;
     layer.gate_input = true;
-    TensorPart candidate = names.part("GE.Wh0"), gates = names.part("GE.Wrz0");
-    candidate.transpose = gates.transpose = true;
-    layer.weights["w_hh"] = {candidate, gates};
+    // Newer versions keep one matrix for all gates and reset its product; older ones reset the
+    // state, with a matrix of its own for the candidate.
+    layer.reset_after = !names.find("GE.Wrz0");
+    Weight& recurrent = layer.weights["w_hh"];
+    recurrent = {names.part("GE.Wh0")};
+    if (!layer.reset_after) recurrent.push_back(names.part("GE.Wrz0"));
+    for (TensorPart& part : recurrent) part.transpose = true;
     names.give(layer, "b_ih", "GE.Bh0");
     mapping.layers.push_back(layer);
   }
