@@ -354,8 +354,8 @@ class Thompson : public ModelPolicy {
   std::size_t served_ = 0;
 };
 
-// Widths and bonuses of this policy and the next are the best of a search on a seed that is not
-// among the reported ones; the discount is the runtime's own.
+// Widths and bonuses of this policy and the next come from a search on a seed that is not among the
+// reported ones; the discount is the runtime's own.
 //
 // expected + theta . context + width sqrt(context A^-1 context), less the impression discount;
 // context: 1 and the user's query at length 1.
