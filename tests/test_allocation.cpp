@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "small_model.hpp"
+#include "temporary_folder.hpp"
 
 namespace pz = personalize;
 
@@ -177,9 +178,8 @@ TEST_CASE("events, slates and rankings of a known user take no memory once warm"
 }
 
 TEST_CASE("a model is read into little more than its own memory") {
-  const auto folder = std::filesystem::temp_directory_path() / "personalize_test_allocation";
-  std::filesystem::create_directories(folder);
-  const std::string path = (folder / "m.pzm").string();
+  const TemporaryFolder folder;
+  const std::string path = folder.file("m.pzm");
   constexpr std::int64_t chunk = 1 << 16;
   for (const auto type : {pz::ElementType::i8, pz::ElementType::i4}) {
     // Noise, which does not become smaller: the file is as large as the matrix.
@@ -198,13 +198,11 @@ TEST_CASE("a model is read into little more than its own memory") {
       CHECK(beside <= threads * 2 * chunk + 16'384);
     }
   }
-  std::filesystem::remove_all(folder);
 }
 
 TEST_CASE("loading survives the failure of any allocation") {
-  const auto folder = std::filesystem::temp_directory_path() / "personalize_test_allocation";
-  std::filesystem::create_directories(folder);
-  const std::string path = (folder / "n.pzm").string();
+  const TemporaryFolder folder;
+  const std::string path = folder.file("n.pzm");
   const auto parts = small_model::parts({.items = 40});
   const pz::WriteOptions options{.element_type = pz::ElementType::i4, .chunk_bytes = 512};
   REQUIRE(pz::save_model(parts, path, options));
@@ -217,7 +215,6 @@ TEST_CASE("loading survives the failure of any allocation") {
                               [&] { REQUIRE(allocations.bytes == before); }) > 50);
   CHECK(fail_every_allocation([&] { return pz::Model::load(path, {.threads = 3}); },
                               [&] { REQUIRE(allocations.bytes == before); }) > 50);
-  std::filesystem::remove_all(folder);
 }
 
 TEST_CASE("a recommender survives the failure of any allocation, and goes on as if none had been") {

@@ -11,6 +11,7 @@
 #include <optional>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "command/command.hpp"
 
@@ -159,9 +160,9 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
 
 Comparison compare(const std::vector<std::string>& policies, const WorldOptions& options,
                    double weight, std::uint32_t seeds, unsigned threads, Progress* progress) {
-  Comparison result{options, weight, {}, policies, {}};
-  for (std::uint32_t s = 0; s < seeds; ++s) result.seeds.push_back(options.seed + s);
-  result.runs.assign(policies.size(), std::vector<PolicyRun>(seeds));
+  std::vector<std::uint64_t> world_seeds;
+  for (std::uint32_t s = 0; s < seeds; ++s) world_seeds.push_back(options.seed + s);
+  std::vector<std::vector<PolicyRun>> runs(policies.size(), std::vector<PolicyRun>(seeds));
   const std::size_t all = policies.size() * seeds;
   std::atomic<std::size_t> next{0};
   std::size_t done = 0;
@@ -171,9 +172,9 @@ Comparison compare(const std::vector<std::string>& policies, const WorldOptions&
     for (std::size_t job; (job = next.fetch_add(1)) < all;) {
       const std::size_t s = job / policies.size(), p = job % policies.size();
       WorldOptions world = options;
-      world.seed = result.seeds[s];
+      world.seed = world_seeds[s];
       try {
-        result.runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
+        runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
       } catch (const std::exception&) {
         const std::lock_guard lock{mutex};
         failure = std::current_exception();
@@ -191,7 +192,7 @@ Comparison compare(const std::vector<std::string>& policies, const WorldOptions&
   work();
   for (std::thread& thread : others) thread.join();
   if (failure) std::rethrow_exception(failure);
-  return result;
+  return {options, weight, std::move(world_seeds), policies, std::move(runs)};
 }
 
 Estimate estimate(const std::vector<double>& values) {
