@@ -250,8 +250,9 @@ void TensorReader::convert(std::span<const std::byte> bytes, std::span<float> ou
 }
 
 std::vector<float> read_values(TensorFile& file, const Tensor& tensor) {
+  TensorReader reader(file, tensor);  // refuses what holds no numbers, whose shape nothing bounds
   std::vector<float> values(static_cast<std::size_t>(tensor.elements()));
-  TensorReader(file, tensor).read(values);
+  reader.read(values);
   return values;
 }
 
