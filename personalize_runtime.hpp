@@ -2151,14 +2151,93 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
 
 namespace detail {
 
-// Collects sections and lays them out as a file.
+// Where a file's bytes go, front to back; what was written can be written over.
+class ByteSink {
+ public:
+  virtual ~ByteSink() = default;
+  virtual void append(std::span<const std::byte> bytes) = 0;
+  virtual void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) = 0;
+};
+
+class MemorySink final : public ByteSink {
+ public:
+  void append(std::span<const std::byte> more) override {
+    bytes.insert(bytes.end(), more.begin(), more.end());
+  }
+  void overwrite(std::uint64_t offset, std::span<const std::byte> with) override {
+    std::copy(with.begin(), with.end(), bytes.begin() + static_cast<std::ptrdiff_t>(offset));
+  }
+  std::vector<std::byte> bytes;
+};
+
+// A file that replaces `path` at once or not at all: written beside it, synced, renamed.
+class FileSink final : public ByteSink {
+ public:
+  explicit FileSink(const std::string& path)
+      : path_(path), part_(path + ".part"), file_(std::fopen(part_.c_str(), "wb")) {
+    if (!file_) error_ = io_error(part_, "cannot create");
+  }
+  FileSink(const FileSink&) = delete;
+  FileSink& operator=(const FileSink&) = delete;
+  ~FileSink() override {
+    if (!file_) return;
+    file_.reset();
+    std::remove(part_.c_str());
+  }
+
+  void append(std::span<const std::byte> bytes) override {
+    if (!error_ && std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) != bytes.size())
+      error_ = io_error(path_, "cannot write");
+  }
+  void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) override {
+    seek(static_cast<long>(offset), SEEK_SET);
+    append(bytes);
+    seek(0, SEEK_END);
+  }
+
+  Result<void> commit() {
+    if (error_) return *error_;
+    bool written = std::fflush(file_.get()) == 0;
+#if PERSONALIZE_HAS_FSYNC
+    written = written && ::fsync(::fileno(file_.get())) == 0;
+#endif
+    written = std::fclose(file_.release()) == 0 && written;
+    if (written && std::rename(part_.c_str(), path_.c_str()) == 0) return {};
+    const Error error = io_error(path_, "cannot write");
+    std::remove(part_.c_str());
+    return error;
+  }
+
+ private:
+  void seek(long offset, int from) {
+    if (!error_ && std::fseek(file_.get(), offset, from) != 0)
+      error_ = io_error(path_, "cannot write");
+  }
+
+  std::string path_, part_;
+  File file_;
+  std::optional<Error> error_;
+};
+
+#ifndef PERSONALIZE_NO_ZSTD
+struct FreeZstdCompression {
+  void operator()(ZSTD_CCtx* context) const noexcept { ZSTD_freeCCtx(context); }
+};
+#endif
+
+// Lays sections out as a file, a chunk at a time.
 class FileBuilder {
  public:
-  FileBuilder(int zstd_level, unsigned chunk_log2) noexcept
-      : zstd_level_(zstd_level), chunk_log2_(static_cast<std::uint8_t>(chunk_log2)) {}
+  FileBuilder(ByteSink& sink, int zstd_level, unsigned chunk_log2) noexcept
+      : sink_(&sink), zstd_level_(zstd_level), chunk_log2_(static_cast<std::uint8_t>(chunk_log2)) {}
 
+  // A section's raw bytes go, in their order and pieces of any size, to the function it is given.
+  using Append = std::function<void(std::span<const std::byte>)>;
+
+  // write: called by finish(), once; appends raw_size bytes.
   void add(std::string_view tag, std::uint32_t index, ElementType type,
-           std::initializer_list<std::uint64_t> shape, std::span<const std::byte> raw) {
+           std::initializer_list<std::uint64_t> shape, std::uint64_t raw_size,
+           std::function<void(const Append&)> write) {
     SectionInfo section;
     std::copy_n(tag.begin(), 4, section.tag.begin());
     section.index = index;
@@ -2166,28 +2245,23 @@ class FileBuilder {
     section.element_type = type;
     section.rank = static_cast<std::uint8_t>(shape.size());
     std::copy(shape.begin(), shape.end(), section.shape.begin());
-    section.raw_size = raw.size();
+    section.raw_size = raw_size;
     section.chunk_log2 = chunk_log2_;
-    std::vector<std::byte> directory, chunks;
-    for (std::uint64_t c = 0; c < section.chunk_count(); ++c) {
-      const auto chunk = raw.subspan(static_cast<std::size_t>(c * section.chunk_raw_size()));
-      const auto stored = packed(chunk.first(
-          std::min<std::size_t>(chunk.size(), static_cast<std::size_t>(section.chunk_raw_size()))));
-      append_integer(directory, static_cast<std::uint32_t>(stored.size()));
-      append_integer(directory, xxh64(stored));
-      chunks.insert(chunks.end(), stored.begin(), stored.end());
-    }
-    section.stored_size = directory.size() + chunks.size();
-    section.checksum = xxh64(directory);
-    sections_.push_back(section);
-    payload_.insert(payload_.end(), directory.begin(), directory.end());
-    payload_.insert(payload_.end(), chunks.begin(), chunks.end());
+    sections_.push_back({section, std::move(write)});
   }
 
-  std::vector<std::byte> finish() && {
+  // The same of bytes that outlive finish().
+  void add(std::string_view tag, std::uint32_t index, ElementType type,
+           std::initializer_list<std::uint64_t> shape, std::span<const std::byte> raw) {
+    add(tag, index, type, shape, raw.size(), [raw](const Append& append) { append(raw); });
+  }
+
+  void finish() {
+    put(std::vector<std::byte>(header_size + sections_.size() * entry_size));
     std::vector<std::byte> table;
-    std::uint64_t offset = header_size + sections_.size() * entry_size;
-    for (const SectionInfo& section : sections_) {
+    for (Section& planned : sections_) {
+      write(planned);
+      const SectionInfo& section = planned.info;
       for (const char c : section.tag) table.push_back(static_cast<std::byte>(c));
       append_integer(table, section.index);
       append_integer(table, static_cast<std::uint8_t>(section.codec));
@@ -2196,28 +2270,69 @@ class FileBuilder {
       append_integer(table, section.chunk_log2);
       table.insert(table.end(), 4, std::byte{0});
       for (const std::uint64_t d : section.shape) append_integer(table, d);
-      append_integer(table, offset);
+      append_integer(table, section.offset);
       append_integer(table, section.stored_size);
       append_integer(table, section.raw_size);
       append_integer(table, section.checksum);
-      offset += section.stored_size;
     }
-    std::vector<std::byte> file;
-    file.reserve(static_cast<std::size_t>(offset));
-    for (const unsigned char c : model_magic) file.push_back(static_cast<std::byte>(c));
-    append_integer(file, format_major);
-    append_integer(file, format_minor);
-    append_integer(file, static_cast<std::uint32_t>(sections_.size()));
-    append_integer(file, offset);
-    append_integer(file, xxh64(table));
-    file.insert(file.end(), 24, std::byte{0});
-    append_integer(file, xxh64(file));
-    file.insert(file.end(), table.begin(), table.end());
-    file.insert(file.end(), payload_.begin(), payload_.end());
-    return file;
+    std::vector<std::byte> head;
+    for (const unsigned char c : model_magic) head.push_back(static_cast<std::byte>(c));
+    append_integer(head, format_major);
+    append_integer(head, format_minor);
+    append_integer(head, static_cast<std::uint32_t>(sections_.size()));
+    append_integer(head, size_);
+    append_integer(head, xxh64(table));
+    head.insert(head.end(), 24, std::byte{0});
+    append_integer(head, xxh64(head));
+    head.insert(head.end(), table.begin(), table.end());
+    sink_->overwrite(0, head);
   }
 
  private:
+  struct Section {
+    SectionInfo info;
+    std::function<void(const Append&)> write;
+  };
+
+  void put(std::span<const std::byte> bytes) {
+    sink_->append(bytes);
+    size_ += bytes.size();
+  }
+
+  void write(Section& section) {
+    SectionInfo& info = section.info;
+    info.offset = size_;
+    put(std::vector<std::byte>(static_cast<std::size_t>(info.chunk_count()) *
+                               directory_entry_size));
+    std::vector<std::byte> directory, gathered;
+    const auto chunk_size =
+        static_cast<std::size_t>(std::min(info.chunk_raw_size(), info.raw_size));
+    const auto store = [&](std::span<const std::byte> raw) {
+      const auto stored = packed(raw);
+      append_integer(directory, static_cast<std::uint32_t>(stored.size()));
+      append_integer(directory, xxh64(stored));
+      put(stored);
+    };
+    section.write([&](std::span<const std::byte> raw) {
+      while (!raw.empty()) {
+        const auto part = raw.first(std::min(raw.size(), chunk_size - gathered.size()));
+        raw = raw.subspan(part.size());
+        if (part.size() == chunk_size) {
+          store(part);
+          continue;
+        }
+        gathered.insert(gathered.end(), part.begin(), part.end());
+        if (gathered.size() < chunk_size) continue;
+        store(gathered);
+        gathered.clear();
+      }
+    });
+    if (!gathered.empty()) store(gathered);
+    sink_->overwrite(info.offset, directory);
+    info.stored_size = size_ - info.offset;
+    info.checksum = xxh64(directory);
+  }
+
   Codec codec() const noexcept {
 #ifndef PERSONALIZE_NO_ZSTD
     if (zstd_level_ != 0) return Codec::zstd;
@@ -2229,19 +2344,25 @@ class FileBuilder {
   std::span<const std::byte> packed(std::span<const std::byte> raw) {
 #ifndef PERSONALIZE_NO_ZSTD
     if (zstd_level_ != 0) {
+      if (!zstd_) zstd_.reset(ZSTD_createCCtx());
       packed_.resize(ZSTD_compressBound(raw.size()));
-      const std::size_t size =
-          ZSTD_compress(packed_.data(), packed_.size(), raw.data(), raw.size(), zstd_level_);
+      const std::size_t size = ZSTD_compressCCtx(zstd_.get(), packed_.data(), packed_.size(),
+                                                 raw.data(), raw.size(), zstd_level_);
       if (!ZSTD_isError(size) && size < raw.size()) return std::span(packed_).first(size);
     }
 #endif
     return raw;
   }
 
+  ByteSink* sink_;
   [[maybe_unused]] int zstd_level_;  // not used in a build without zstd
   std::uint8_t chunk_log2_;
-  std::vector<SectionInfo> sections_;
-  std::vector<std::byte> payload_, packed_;
+  std::uint64_t size_ = 0;
+  std::vector<Section> sections_;
+  std::vector<std::byte> packed_;
+#ifndef PERSONALIZE_NO_ZSTD
+  std::unique_ptr<ZSTD_CCtx, FreeZstdCompression> zstd_;
+#endif
 };
 
 }  // namespace detail
@@ -2269,21 +2390,9 @@ inline Result<std::vector<std::byte>> read_file(const std::string& path, std::ui
 
 // Replaces `path` by `bytes` or leaves it as it was: writes beside it, syncs, renames.
 inline Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
-  const std::string part = path + ".part";
-  detail::File file{std::fopen(part.c_str(), "wb")};
-  if (!file) return detail::io_error(part, "cannot create");
-  bool written = std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size() &&
-                 std::fflush(file.get()) == 0;
-#if PERSONALIZE_HAS_FSYNC
-  written = written && ::fsync(::fileno(file.get())) == 0;
-#endif
-  written = std::fclose(file.release()) == 0 && written;
-  if (!written || std::rename(part.c_str(), path.c_str()) != 0) {
-    const Error error = detail::io_error(path, "cannot write");
-    std::remove(part.c_str());
-    return error;
-  }
-  return {};
+  detail::FileSink file{path};
+  file.append(bytes);
+  return file.commit();
 }
 
 // ============================================================================================
@@ -2561,17 +2670,13 @@ class Matrix {
 
   bool finite() const noexcept { return detail::all_finite(f32_) && detail::all_finite(scales_); }
 
-  // As sections of type() hold it.
-  std::vector<std::byte> to_bytes() const {
-    std::vector<std::byte> bytes;
-    const auto append = [&bytes](auto values) {
-      const auto raw = std::as_bytes(values);
-      bytes.insert(bytes.end(), raw.begin(), raw.end());
-    };
-    append(scales());
-    append(i8());
-    append(f32());
-    return bytes;
+  friend bool operator==(const Matrix&, const Matrix&) = default;
+
+  // Its bytes as sections of type() hold them, to append(std::span<const std::byte>).
+  void write(const auto& append) const {
+    append(std::as_bytes(scales()));
+    append(std::as_bytes(i8()));
+    append(std::as_bytes(f32()));
   }
 
  private:
@@ -2832,14 +2937,17 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
   return check_encoder(parts);
 }
 
-inline std::vector<std::byte> string_bytes(const StringTable& table) {
-  std::vector<std::byte> bytes;
+// The bytes of a section of strings, and how many there are.
+void write_strings(const StringTable& table, const auto& append) {
+  std::vector<std::byte> lengths;
   for (std::size_t i = 0; i < table.size(); ++i)
-    append_integer(bytes, static_cast<std::uint16_t>(table[i].size()));
-  for (std::size_t i = 0; i < table.size(); ++i) {
-    const auto text = std::as_bytes(std::span(table[i]));
-    bytes.insert(bytes.end(), text.begin(), text.end());
-  }
+    append_integer(lengths, static_cast<std::uint16_t>(table[i].size()));
+  append(std::span<const std::byte>(lengths));
+  for (std::size_t i = 0; i < table.size(); ++i) append(std::as_bytes(std::span(table[i])));
+}
+inline std::uint64_t string_bytes(const StringTable& table) {
+  std::uint64_t bytes = 0;
+  for (std::size_t i = 0; i < table.size(); ++i) bytes += 2 + table[i].size();
   return bytes;
 }
 
@@ -2860,21 +2968,19 @@ class FourBitWriter {
         groups_((columns_ + FourBitRows::group - 1) / FourBitRows::group),
         best_groups_(groups_.size()) {}
 
-  std::vector<std::byte> bytes(unsigned chunk_log2) {
-    std::vector<std::byte> out, groups, values;
+  void write(const FileBuilder::Append& append, unsigned chunk_log2) {
+    std::array<std::vector<std::byte>, 3> parts;  // scales, groups, values
     const std::size_t in_chunk = FourBitRows::rows_in_chunk(columns_, chunk_log2);
     for (std::size_t r = 0; r < matrix_->rows(); ++r) {
-      append_integer(out, quantise(r));
-      append_nibbles(groups, std::span<const std::uint8_t>(best_groups_));
-      append_nibbles(values, std::span<const std::uint8_t>(best_values_));
-      if ((r + 1) % in_chunk == 0 || r + 1 == matrix_->rows()) {
-        for (std::vector<std::byte>* part : {&groups, &values}) {
-          out.insert(out.end(), part->begin(), part->end());
-          part->clear();
-        }
+      append_integer(parts[0], quantise(r));
+      append_nibbles(parts[1], std::span<const std::uint8_t>(best_groups_));
+      append_nibbles(parts[2], std::span<const std::uint8_t>(best_values_));
+      if ((r + 1) % in_chunk != 0 && r + 1 != matrix_->rows()) continue;
+      for (std::vector<std::byte>& part : parts) {
+        append(part);
+        part.clear();
       }
     }
-    return out;
   }
 
  private:
@@ -3117,11 +3223,10 @@ struct WriteOptions {
   std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^30]; see LoadOptions
 };
 
-// The bytes of a model file. The same parts and options give the same bytes (with one zstd
-// version). Errors: parts that contradict one another.
-inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
-                                                  const WriteOptions& options = {}) {
-  using namespace detail;
+namespace detail {
+
+inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& options,
+                                ByteSink& sink) {
   if (options.element_type != ElementType::i8 && options.element_type != ElementType::f32 &&
       options.element_type != ElementType::i4)
     return Error{Errc::invalid_argument, "WriteOptions::element_type is i4, i8 or f32"};
@@ -3133,43 +3238,61 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
     return Error{Errc::invalid_argument,
                  "WriteOptions::chunk_bytes is not a power of two in [64, 2^30]"};
   if (auto checked = check_parts(parts, LoadLimits{}); !checked) return checked.error();
-  FileBuilder file{options.zstd_level, chunk_log2};
+  FileBuilder file{sink, options.zstd_level, chunk_log2};
   const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix,
                               ElementType type) {
-    if (matrix.rows() > 1 && type == ElementType::i4 &&
-        matrix.columns() >= FourBitRows::least_columns) {
-      file.add(tag, index, ElementType::i4, {matrix.rows(), matrix.columns()},
-               FourBitWriter{matrix}.bytes(chunk_log2));
-      return;
+    if (type == ElementType::i4 && matrix.columns() < FourBitRows::least_columns)
+      type = ElementType::i8;
+    if (matrix.rows() <= 1 || (type == ElementType::f32 && matrix.type() == ElementType::i8))
+      type = matrix.type();
+    const std::uint64_t rows = matrix.rows(), columns = matrix.columns();
+    switch (type) {
+      case ElementType::i4:
+        file.add(tag, index, type, {rows, columns}, rows * FourBitRows::row_bytes(columns),
+                 [&matrix, chunk_log2](const FileBuilder::Append& append) {
+                   FourBitWriter{matrix}.write(append, chunk_log2);
+                 });
+        break;
+      case ElementType::i8:
+        file.add(tag, index, type, {rows, columns}, rows * (sizeof(float) + columns),
+                 [&matrix](const FileBuilder::Append& append) {
+                   if (matrix.type() == ElementType::i8)
+                     matrix.write(append);
+                   else
+                     matrix.quantised().write(append);
+                 });
+        break;
+      default:
+        file.add(tag, index, type, {rows, columns}, rows * columns * sizeof(float),
+                 [&matrix](const FileBuilder::Append& append) { matrix.write(append); });
     }
-    const bool shrinks =
-        type != ElementType::f32 && matrix.type() == ElementType::f32 && matrix.rows() > 1;
-    const Matrix quantised = shrinks ? matrix.quantised() : Matrix{};
-    const Matrix& written = shrinks ? quantised : matrix;
-    file.add(tag, index, written.type(), {written.rows(), written.columns()}, written.to_bytes());
+  };
+  const auto add_strings = [&](std::string_view tag, std::uint32_t index,
+                               const StringTable& table) {
+    file.add(tag, index, ElementType::string, {table.size()}, string_bytes(table),
+             [&table](const FileBuilder::Append& append) { write_strings(table, append); });
   };
   const ElementType type = options.element_type;
   file.add("META", 0, ElementType::u8, {parts.metadata.size()},
            std::as_bytes(std::span(parts.metadata)));
-  file.add("IIDS", 0, ElementType::string, {parts.item_ids.size()}, string_bytes(parts.item_ids));
+  add_strings("IIDS", 0, parts.item_ids);
   add_matrix("IVEC", 0, parts.item_vectors, type);
   if (!parts.input_vectors.empty()) add_matrix("IINP", 0, parts.input_vectors, type);
   file.add("BIAS", 0, ElementType::f32, {parts.biases.size()}, bytes_of(parts.biases));
   file.add("STAT", 0, ElementType::i64, {parts.statistics.size(), 4}, bytes_of(parts.statistics));
   if (!parts.event_types.empty()) {
-    file.add("EVTY", 0, ElementType::string, {parts.event_types.size()},
-             string_bytes(parts.event_types));
+    add_strings("EVTY", 0, parts.event_types);
     add_matrix("EVTE", 0, parts.event_type_embedding, type);
   }
   if (!parts.time_gap_embedding.empty()) add_matrix("GAPE", 0, parts.time_gap_embedding, type);
+  StringTable names;
+  std::vector<std::byte> kinds;
+  for (const MetadataField& field : parts.fields) {
+    if (auto added = names.add(field.name); !added) return added.error();
+    kinds.push_back(static_cast<std::byte>(field.numeric ? 1 : 0));
+  }
   if (!parts.fields.empty()) {
-    StringTable names;
-    std::vector<std::byte> kinds;
-    for (const MetadataField& field : parts.fields) {
-      if (auto added = names.add(field.name); !added) return added.error();
-      kinds.push_back(static_cast<std::byte>(field.numeric ? 1 : 0));
-    }
-    file.add("FLDN", 0, ElementType::string, {names.size()}, string_bytes(names));
+    add_strings("FLDN", 0, names);
     file.add("FLDK", 0, ElementType::u8, {kinds.size()}, kinds);
   }
   for (std::uint32_t f = 0; f < parts.fields.size(); ++f) {
@@ -3177,26 +3300,38 @@ inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
     if (field.numeric)
       file.add("FBND", f, ElementType::f32, {field.boundaries.size()}, bytes_of(field.boundaries));
     else
-      file.add("FVOC", f, ElementType::string, {field.vocabulary.size()},
-               string_bytes(field.vocabulary));
+      add_strings("FVOC", f, field.vocabulary);
     add_matrix("FEMB", f, field.embedding, type);
   }
   file.add("ENCO", 0, ElementType::u32, {parts.operations.size(), 2}, bytes_of(parts.operations));
   for (std::uint32_t k = 0; k < parts.weights.size(); ++k)
     add_matrix("ENCW", k, parts.weights[k], type);
   if (!parts.user_ids.empty()) {
-    file.add("USID", 0, ElementType::string, {parts.user_ids.size()}, string_bytes(parts.user_ids));
+    add_strings("USID", 0, parts.user_ids);
     add_matrix("USTA", 0, parts.user_states, type == ElementType::i4 ? ElementType::i8 : type);
   }
-  return std::move(file).finish();
+  file.finish();
+  return {};
 }
 
-// Writes the model file, replacing `path` at once or not at all.
+}  // namespace detail
+
+// The bytes of a model file. The same parts and options give the same bytes (with one zstd
+// version). Errors: parts that contradict one another.
+inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
+                                                  const WriteOptions& options = {}) {
+  detail::MemorySink sink;
+  if (auto written = detail::write_parts(parts, options, sink); !written) return written.error();
+  return std::move(sink.bytes);
+}
+
+// Writes the model file, replacing `path` at once or not at all. Takes memory for two chunks and,
+// where f32 matrices are to be written in 8 bits, for the largest of them in that form.
 inline Result<void> save_model(const ModelParts& parts, const std::string& path,
                                const WriteOptions& options = {}) {
-  auto bytes = write_model(parts, options);
-  if (!bytes) return bytes.error();
-  return write_file(path, *bytes);
+  detail::FileSink file{path};
+  if (auto written = detail::write_parts(parts, options, file); !written) return written.error();
+  return file.commit();
 }
 
 namespace detail {

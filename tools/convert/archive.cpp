@@ -45,11 +45,10 @@ class Writer {
                         }});
   }
   void strings(std::string name, const StringTable& table) {
-    auto bytes = std::make_shared<std::vector<std::byte>>(detail::string_bytes(table));
-    tensors_.push_back(
-        {std::move(name), "U8", {bytes->size()}, bytes->size(), [bytes](const auto& sink) {
-           sink(*bytes);
-         }});
+    const std::uint64_t bytes = detail::string_bytes(table);
+    tensors_.push_back({std::move(name), "U8", {bytes}, bytes, [&table](const auto& sink) {
+                          detail::write_strings(table, sink);
+                        }});
   }
 
   void save(const std::string& path, const std::string& metadata) const {
