@@ -77,12 +77,12 @@ SlateMetrics metrics_of(const Strings& slate, const std::set<std::string>& relev
 Dataset random_events(std::size_t users, std::uint32_t items, std::uint64_t seed) {
   Random random{seed};
   Dataset data;
-  for (std::uint32_t i = 0; i < items; ++i) data.item_ids.push_back("i" + std::to_string(i));
-  data.item_ids.push_back("unknown");
+  for (std::uint32_t i = 0; i < items; ++i) REQUIRE(data.item_ids.add("i" + std::to_string(i)));
+  REQUIRE(data.item_ids.add("unknown"));
   data.items.resize(data.item_ids.size());
   data.event_types = {"buy", "click", "view"};
   for (std::size_t u = 0; u < users; ++u) {
-    data.user_ids.push_back("user" + std::to_string(u));
+    REQUIRE(data.user_ids.add("user" + std::to_string(u)));
     auto& history = data.histories.emplace_back();
     std::int64_t now = 1'600'000'000;
     // Skewed, so that users come back to items and that relevant items repeat.
@@ -146,7 +146,7 @@ Evaluation direct_evaluation(const pz::Model& model, const Dataset& data,
       slate.emplace_back(model.item_id(ranking[r].second));
     std::set<std::string> relevant;
     for (std::size_t e = split.test_begin; e < history.size(); ++e)
-      relevant.insert(data.item_ids[history[e].item]);
+      relevant.emplace(data.item_ids[history[e].item]);
 
     covered.insert(slate.begin(), slate.end());
     result.mean += direct_metrics(slate, relevant);

@@ -84,7 +84,8 @@ TEST_CASE("generated files are a data set of the size asked for, within the days
       ids.emplace(users.field(id));
       platforms.emplace(users.field(platform));
     }
-    CHECK(ids == std::set<std::string>(data.user_ids.begin(), data.user_ids.end()));
+    CHECK(ids.size() == data.user_ids.size());
+    for (const std::string& user : ids) CHECK(data.user_ids.find(user));
     CHECK(platforms == std::set<std::string>{"console", "pc", "phone"});
   }
 }
@@ -105,7 +106,9 @@ TEST_CASE("the next part of a series follows far more often than chance would ha
   write_dataset({}, folder.path.string());
   const Dataset data = read(folder);
   // Parts of a series are numbered one behind the other.
-  const auto number = [&](const Event& e) { return std::stoi(data.item_ids[e.item].substr(1)); };
+  const auto number = [&](const Event& e) {
+    return std::stoi(std::string(data.item_ids[e.item].substr(1)));
+  };
   double follows = 0, precedes = 0, pairs = 0;
   for (const auto& history : data.histories)
     for (std::size_t e = 1; e < history.size(); ++e) {
@@ -154,7 +157,7 @@ TEST_CASE("each generated event has its impressions: the item among others that 
   const Dataset data = read(folder);
   std::map<std::string, std::int64_t> created;
   for (std::size_t i = 0; i < data.item_ids.size(); ++i)
-    created[data.item_ids[i]] = data.items[i].creation_timestamp.value();
+    created[std::string(data.item_ids[i])] = data.items[i].creation_timestamp.value();
   std::vector<double> chosen(6);
   double rows = 0, shown_items = 0;
   for_each_impression(folder.file("interactions.csv"), [&](const std::string& item,

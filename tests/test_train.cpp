@@ -60,11 +60,11 @@ struct GruWeights {
 Dataset cycle(std::uint32_t items, std::size_t users, std::uint32_t length) {
   Dataset data{};
   for (std::uint32_t i = 0; i < items; ++i) {
-    data.item_ids.push_back("item" + std::to_string(i));
+    REQUIRE(data.item_ids.add("item" + std::to_string(i)));
     data.items.push_back({.creation_timestamp = {}, .interactions = 1, .first = 0, .last = 0});
   }
   for (std::size_t u = 0; u < users; ++u) {
-    data.user_ids.push_back("user" + std::to_string(u));
+    REQUIRE(data.user_ids.add("user" + std::to_string(u)));
     std::vector<Event> history;
     const auto begin = static_cast<std::uint32_t>(mix(u) % items);
     for (std::uint32_t i = 0; i < length; ++i)
@@ -124,7 +124,7 @@ Dataset varied(std::uint32_t items, std::size_t users) {
       .name = "PRICE", .numeric = true, .vocabulary = {}, .boundaries = {1, 5}, .values = {}};
   for (std::uint32_t i = 0; i < items + 5; ++i) {
     if (i >= items) {
-      data.item_ids.push_back("cold" + std::to_string(i));
+      REQUIRE(data.item_ids.add("cold" + std::to_string(i)));
       data.items.push_back({.creation_timestamp = 5, .interactions = 0, .first = {}, .last = {}});
       data.metadata[0].values.push_back({i % 2});
     }
@@ -412,7 +412,7 @@ TEST_CASE("items that have only metadata and histories of unequal length train w
   const TemporaryFolder folder;
   Dataset data = cycle(40, 60, 9);
   for (int i = 0; i < 5; ++i) {
-    data.item_ids.push_back("cold" + std::to_string(i));
+    REQUIRE(data.item_ids.add("cold" + std::to_string(i)));
     data.items.push_back({.creation_timestamp = 5, .interactions = 0, .first = {}, .last = {}});
     data.metadata[0].values.push_back({1});
   }

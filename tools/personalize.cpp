@@ -1,9 +1,16 @@
-// The `personalize` command: one subcommand a folder.
+// The `personalize` command: one subcommand a folder. Built twice: libtorch takes half a second and
+// 100 MB to load, so what needs it is in personalize-train, which `personalize train` becomes.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <filesystem>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "command/command.hpp"
 #include "convert/convert.hpp"
@@ -12,9 +19,7 @@
 #include "personalize_runtime.hpp"
 #include "recommend/recommend.hpp"
 #include "simulate/simulate.hpp"
-#ifdef PERSONALIZE_TRAINER
 #include "train/train.hpp"
-#endif
 
 namespace {
 
@@ -27,6 +32,16 @@ int fail(const CLI::App& app, int status, const std::string& text) {
                status == 2 ? (" (see " + command + " --help)").c_str() : "");
   return status;
 }
+
+#ifdef PERSONALIZE_TRAINER_PROGRAM
+// Goes on as the program that can train; it lies beside this one.
+void become_trainer(char** argv) {
+  const std::filesystem::path self = std::filesystem::canonical("/proc/self/exe");
+  const std::string trainer = self.parent_path() / PERSONALIZE_TRAINER_PROGRAM;
+  ::execv(trainer.c_str(), argv);
+  throw personalize::tools::Failure(trainer + ": cannot run: " + std::strerror(errno));
+}
+#endif
 
 }  // namespace
 
@@ -41,12 +56,17 @@ int main(int argc, char** argv) {
   try {
 #ifdef PERSONALIZE_TRAINER
     add_train(app);
+#else
+#ifdef PERSONALIZE_TRAINER_PROGRAM
+    app.add_subcommand("train", train_description);
+    if (argc > 1 && std::string_view(argv[1]) == "train") become_trainer(argv);
 #endif
     add_evaluate(app);
     add_recommend(app);
     add_inspect(app);
     add_convert(app);
     add_simulate(app);
+#endif
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::Success& help) {  // --help, --version

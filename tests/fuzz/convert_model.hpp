@@ -24,7 +24,7 @@ inline int convert_model(std::span<const std::uint8_t> data,
       }
     }
     Catalogue catalogue;
-    catalogue.items.item_ids = {"a", "b", "c", "d"};
+    for (const char* id : {"a", "b", "c", "d"}) (void)catalogue.items.item_ids.add(id);
     catalogue.items.items.resize(4);
     const Mapping mapping = file.graph ? trace_graph(file) : recognise(file);
     (void)build_model(file, mapping, catalogue, personalize::ElementType::i8);

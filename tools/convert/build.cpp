@@ -21,11 +21,11 @@ std::string shape_text(std::uint64_t rows, std::uint64_t columns) {
   return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
 }
 
-StringTable string_table(const std::vector<std::string>& strings, const char* what) {
+StringTable string_table(const std::vector<std::string>& strings) {
   StringTable table;
   for (const std::string& text : strings)
     if (const auto added = table.add(text); !added)
-      throw Failure(std::string(what) + " '" + text + "': " + added.error().message);
+      throw Failure("metadata value '" + text + "': " + added.error().message);
   return table;
 }
 
@@ -43,8 +43,7 @@ class Builder {
       : file_(file), mapping_(mapping), type_(type) {}
 
   void add_items(const Catalogue& catalogue) {
-    const std::vector<std::string>& ids = catalogue.items.item_ids;
-    parts_.item_ids = string_table(ids, "item");
+    const StringTable& ids = parts_.item_ids = catalogue.items.item_ids;
     const Shape input = shape_of(mapping_.embedding);
     choose_rows(input.rows, ids.size());
     const bool separate = mapping_.output && !same(*mapping_.output, mapping_.embedding);
@@ -91,7 +90,7 @@ class Builder {
     }
   }
 
-  void add_users(const std::vector<std::string>& ids) {
+  void add_users(const StringTable& ids) {
     if (!mapping_.users) return;
     if (mapping_.layers.size() != 1 || mapping_.layers[0].type != Layer::Type::decay)
       throw Failure(file_.name + ": users are for a model whose only layer is decay");
@@ -105,7 +104,7 @@ class Builder {
       throw Failure(file_.name + ": users have shape " + shape_text(shape.rows, shape.columns) +
                     ", expected " + shape_text(ids.size() + offset, d) +
                     "; check --users and user_index_offset");
-    parts_.user_ids = string_table(ids, "user");
+    parts_.user_ids = ids;
     std::vector<std::uint64_t> rows(ids.size());
     std::iota(rows.begin(), rows.end(), offset);
     // The hidden state of decay, then the query: before the first event, both are the vector.
@@ -128,7 +127,7 @@ class Builder {
       field.name = column.name;
       field.numeric = column.numeric;
       field.boundaries = column.boundaries;
-      field.vocabulary = string_table(column.vocabulary, "metadata value");
+      field.vocabulary = string_table(column.vocabulary);
       const std::size_t values =
           column.numeric ? column.boundaries.size() + 1 : column.vocabulary.size();
       field.embedding = Matrix::zeros(values, d);
@@ -242,13 +241,17 @@ class Builder {
     }
     TensorReader reader(file_, tensor);
     const std::uint64_t first = part.slice ? part.slice->first : 0;
-    std::uint64_t at = 0;
-    for (; at < first; ++at) reader.read(values);
-    for (std::size_t n = 0; n < rows.size(); ++n)
-      for (; at <= first + rows[n]; ++at) {
-        reader.read(values);
-        if (at == first + rows[n]) row(n, std::span(values));
-      }
+    const std::size_t columns = values.size();
+    const std::uint64_t in_block = std::max<std::uint64_t>(1, (1u << 16) / columns);
+    std::size_t n = 0;
+    for (std::uint64_t at = 0; n < rows.size();) {
+      const std::uint64_t count = std::min(in_block, first + rows.back() + 1 - at);
+      values.resize(static_cast<std::size_t>(count) * columns);
+      reader.read(values);
+      for (at += count; n < rows.size() && first + rows[n] < at; ++n)
+        row(n, std::span(values).subspan(
+                   static_cast<std::size_t>(first + rows[n] + count - at) * columns, columns));
+    }
   }
 
   Matrix item_rows(const TensorPart& part, const std::vector<std::uint64_t>& rows,

@@ -11,8 +11,8 @@
 namespace personalize::tools {
 
 struct Catalogue {
-  Dataset items;                      // item_ids, items and metadata
-  std::vector<std::string> user_ids;  // of the model's users
+  Dataset items;         // item_ids, items and metadata
+  StringTable user_ids;  // of the model's users
 };
 
 struct Built {

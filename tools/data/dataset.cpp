@@ -8,7 +8,6 @@
 #include <numeric>
 #include <set>
 #include <string_view>
-#include <unordered_map>
 
 #include "command/command.hpp"
 #include "data/csv.hpp"
@@ -26,26 +25,19 @@ struct Row {
   std::int64_t timestamp;
 };
 
-// Numbers strings in order of first appearance.
-class Index {
- public:
-  std::uint32_t of(std::string_view text) {
-    const auto [found, added] =
-        index_.try_emplace(std::string(text), static_cast<std::uint32_t>(names_.size()));
-    if (added) names_.push_back(found->first);
-    return found->second;
-  }
-  std::optional<std::uint32_t> find(std::string_view text) const {
-    const auto found = index_.find(std::string(text));
-    if (found == index_.end()) return std::nullopt;
-    return found->second;
-  }
-  const std::vector<std::string>& names() const { return names_; }
+// The number of a string of 1 to 256 bytes, which joins the table where it is new.
+std::uint32_t number_of(StringTable& table, std::string_view text) {
+  if (const auto found = table.find(text)) return *found;
+  const auto added = table.add(text);
+  if (!added) throw Failure(added.error().message);
+  return *added;
+}
 
- private:
-  std::unordered_map<std::string, std::uint32_t> index_;
-  std::vector<std::string> names_;
-};
+std::vector<std::string> names(const StringTable& table) {
+  std::vector<std::string> names(table.size());
+  for (std::size_t i = 0; i < names.size(); ++i) names[i] = table[i];
+  return names;
+}
 
 std::string_view id_field(const CsvReader& reader, std::size_t column) {
   const std::string_view id = reader.field(column);
@@ -93,8 +85,8 @@ void for_each_row(CsvReader& reader, bool skip_bad_rows, Dataset& data, Function
   }
 }
 
-std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data, Index& users,
-                                   Index& items, Index& types, Progress* progress) {
+std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data, StringTable& users,
+                                   StringTable& items, StringTable& types, Progress* progress) {
   CsvReader reader(options.interactions);
   const std::size_t user = reader.require("USER_ID"), item = reader.require("ITEM_ID"),
                     time = reader.require("TIMESTAMP");
@@ -108,8 +100,8 @@ std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data,
     const std::int64_t timestamp = timestamp_field(reader, time, 0);
     const std::string_view type_name = type ? id_field(reader, *type) : std::string_view{};
     if (!options.event_type_filter.empty() && type_name != options.event_type_filter) return;
-    rows.push_back(
-        {users.of(user_id), items.of(item_id), type ? types.of(type_name) : 0, timestamp});
+    rows.push_back({number_of(users, user_id), number_of(items, item_id),
+                    type ? number_of(types, type_name) : 0, timestamp});
     if (progress && rows.size() % 65536 == 0)
       progress->update(0, std::to_string(rows.size()) + " interactions");
   });
@@ -159,24 +151,24 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
                                    " distinct values for " + std::to_string(items) + " items)");
     return;
   }
-  Index vocabulary;
+  StringTable vocabulary;
   for (const auto& [item, value] : raw.values) {
     for (std::size_t begin = 0; begin <= value.size();) {
       const std::size_t end = std::min(value.find('|', begin), value.size());
       if (end > begin && end - begin <= max_id_bytes)
         column.values[item].push_back(
-            vocabulary.of(std::string_view(value).substr(begin, end - begin)));
+            number_of(vocabulary, std::string_view(value).substr(begin, end - begin)));
       begin = end + 1;
     }
   }
-  column.vocabulary = vocabulary.names();
+  column.vocabulary = names(vocabulary);
   if (column.vocabulary.empty())
     data.ignored_columns.push_back(raw.name + " (no values)");
   else
     data.metadata.push_back(std::move(column));
 }
 
-void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Index& items) {
+void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, StringTable& items) {
   CsvReader reader(path);
   const std::size_t id = reader.require("ITEM_ID");
   const auto creation = reader.column("CREATION_TIMESTAMP");
@@ -194,16 +186,19 @@ void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Inde
     std::optional<std::int64_t> created;
     if (creation && !reader.field(*creation).empty())
       created = timestamp_field(reader, *creation, earliest_creation);
-    const std::uint32_t item = items.of(item_id);
+    const std::uint32_t item = number_of(items, item_id);
     if (item >= seen.size()) seen.resize(std::max<std::size_t>(item + 1, 2 * seen.size()));
     if (seen[item]) reader.refuse(id, "'" + std::string(item_id) + "' stands twice");
     seen[item] = 1;
-    if (item >= data.items.size()) data.items.resize(item + 1);
-    data.items[item].creation_timestamp = created;
+    if (created) {
+      if (item >= data.items.size()) data.items.resize(item + 1);
+      data.items[item].creation_timestamp = created;
+    }
     for (std::size_t c = 0; c < columns.size(); ++c)
       if (c != id && (!creation || c != *creation) && !reader.field(c).empty())
         columns[c].values.emplace_back(item, reader.field(c));
   });
+  data.items.resize(items.size());
   for (std::size_t c = 0; c < columns.size(); ++c)
     if (c != id && (!creation || c != *creation))
       add_column(std::move(columns[c]), data.items.size(), data);
@@ -213,7 +208,7 @@ void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Inde
 
 Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   Dataset data;
-  Index users, items_as_read, types;
+  StringTable users, items_as_read, types;
   std::vector<Row> rows = read_interactions(options, data, users, items_as_read, types, progress);
   if (rows.empty())
     throw Failure(options.interactions + ": holds no interactions" +
@@ -222,14 +217,14 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
                        : " whose EVENT_TYPE is '" + options.event_type_filter + "'"));
   std::stable_sort(rows.begin(), rows.end(),
                    [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
-  Index items, ordered_users;
+  StringTable items, ordered_users;
   for (Row& row : rows) {
-    row.item = items.of(items_as_read.names()[row.item]);
-    row.user = ordered_users.of(users.names()[row.user]);
+    row.item = number_of(items, items_as_read[row.item]);
+    row.user = number_of(ordered_users, users[row.user]);
   }
-  data.user_ids = ordered_users.names();
-  data.event_types = types.names();
-  data.items.resize(items.names().size());
+  data.user_ids = std::move(ordered_users);
+  data.event_types = names(types);
+  data.items.resize(items.size());
   data.histories.resize(data.user_ids.size());
   data.interactions = rows.size();
   data.first_timestamp = rows.front().timestamp;
@@ -242,26 +237,26 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
     data.histories[row.user].push_back({row.item, row.event_type, row.timestamp});
   }
   if (data.user_ids.size() < 2)
-    throw Failure(options.interactions + ": only one user (" + data.user_ids[0] +
+    throw Failure(options.interactions + ": only one user (" + std::string(data.user_ids[0]) +
                   "); a model needs the interactions of at least two");
   if (std::none_of(data.histories.begin(), data.histories.end(),
                    [](const auto& history) { return history.size() >= 2; }))
     throw Failure(options.interactions +
                   ": no user has two interactions; there is no sequence to learn from");
   if (!options.items.empty()) read_items(options.items, options.skip_bad_rows, data, items);
-  data.item_ids = items.names();
+  data.item_ids = std::move(items);
   return data;
 }
 
 Dataset read_catalogue(const CatalogueFiles& files) {
   Dataset data;
-  Index items;
-  if (files.order != files.items)
-    for (const std::string& id : read_ids(files.order, "ITEM_ID")) items.of(id);
-  const std::size_t ordered = items.names().size();
-  if (!files.items.empty()) read_items(files.items, files.skip_bad_rows, data, items);
-  data.item_ids = items.names();
-  if (files.order != files.items) data.item_ids.resize(ordered);
+  if (files.order == files.items) {
+    read_items(files.items, files.skip_bad_rows, data, data.item_ids);
+  } else {
+    data.item_ids = read_ids(files.order, "ITEM_ID");
+    StringTable items = data.item_ids;  // and those that the model does not have, behind them
+    if (!files.items.empty()) read_items(files.items, files.skip_bad_rows, data, items);
+  }
   if (data.item_ids.empty()) throw Failure(files.order + ": holds no items");
   data.items.resize(data.item_ids.size());
   for (MetadataColumn& column : data.metadata) column.values.resize(data.item_ids.size());
@@ -270,9 +265,9 @@ Dataset read_catalogue(const CatalogueFiles& files) {
   CsvReader reader(files.interactions);
   const std::size_t id = reader.require("ITEM_ID"), time = reader.require("TIMESTAMP");
   for_each_row(reader, files.skip_bad_rows, data, [&] {
-    const auto item = items.find(id_field(reader, id));
+    const auto item = data.item_ids.find(id_field(reader, id));
     const std::int64_t timestamp = timestamp_field(reader, time, 0);
-    if (!item || *item >= data.items.size()) return;
+    if (!item) return;
     ItemInfo& info = data.items[*item];
     ++info.interactions;
     info.first = std::min(info.first.value_or(timestamp), timestamp);
@@ -284,21 +279,21 @@ Dataset read_catalogue(const CatalogueFiles& files) {
   return data;
 }
 
-std::vector<std::string> read_ids(const std::string& path, std::string_view column) {
+StringTable read_ids(const std::string& path, std::string_view column) {
   CsvReader reader(path);
   const std::size_t id = reader.require(column);
-  Index ids;
+  StringTable ids;
   try {
     while (reader.next()) {
-      const std::size_t before = ids.names().size();
-      ids.of(id_field(reader, id));
-      if (ids.names().size() == before)
+      const std::size_t before = ids.size();
+      number_of(ids, id_field(reader, id));
+      if (ids.size() == before)
         reader.refuse(id, "'" + std::string(reader.field(id)) + "' stands twice");
     }
   } catch (const BadRow& bad) {
     throw Failure(path + ":" + std::to_string(bad.line) + ": " + bad.what());
   }
-  return ids.names();
+  return ids;
 }
 
 void report_skipped_rows(const Dataset& data, std::string_view command) {

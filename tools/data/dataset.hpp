@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "personalize_runtime.hpp"
+
 namespace personalize::tools {
 
 class Progress;
@@ -33,10 +35,10 @@ struct ItemInfo {
 };
 
 struct Dataset {
-  std::vector<std::string> user_ids;          // in order of first appearance in time
+  StringTable user_ids;                       // in order of first appearance in time
   std::vector<std::vector<Event>> histories;  // per user, by timestamp; ties in file order
   // Items of interactions in order of first appearance in time, then those of the items file alone.
-  std::vector<std::string> item_ids;
+  StringTable item_ids;
   std::vector<ItemInfo> items;
   std::vector<std::string> event_types;  // empty where there is no EVENT_TYPE column
   std::vector<MetadataColumn> metadata;
@@ -72,7 +74,7 @@ struct CatalogueFiles {
 Dataset read_catalogue(const CatalogueFiles& files);
 
 // One column of a CSV of ids. Throws Failure: unreadable, an empty id or one that stands twice.
-std::vector<std::string> read_ids(const std::string& path, std::string_view column);
+StringTable read_ids(const std::string& path, std::string_view column);
 
 // One line on standard error, where rows were skipped.
 void report_skipped_rows(const Dataset& data, std::string_view command);

@@ -42,7 +42,7 @@ class Evaluator {
       : recommender_(recommender), data_(data), exclude_(options.exclusion_window > 0) {}
 
   SlateMetrics user(const Task& task, std::vector<std::string_view>& slate_items) {
-    const std::string& id = data_.user_ids[task.user];
+    const std::string id(data_.user_ids[task.user]);
     const auto& history = data_.histories[task.user];
     for (std::size_t e = 0; e < task.given; ++e) {
       const Event& event = history[e];

@@ -78,14 +78,13 @@ void print_user(Recommender& recommender, const Dataset& data, const Options& op
     const auto found = titles.find(std::string(item));
     return found == titles.end() ? std::string() : found->second;
   };
-  const auto found = std::find(data.user_ids.begin(), data.user_ids.end(), options.user);
+  const auto user = data.user_ids.find(options.user);
   nlohmann::json out{{"user", options.user},
                      {"recent", nlohmann::json::array()},
                      {"slate", nlohmann::json::array()}};
-  if (found != data.user_ids.end()) {
-    const auto user = static_cast<std::size_t>(found - data.user_ids.begin());
-    record_history(recommender, data, user);
-    const auto& history = data.histories[user];
+  if (user) {
+    record_history(recommender, data, *user);
+    const auto& history = data.histories[*user];
     const std::size_t shown = std::min<std::size_t>(options.recent, history.size());
     for (std::size_t e = history.size() - shown; e < history.size(); ++e)
       out["recent"].push_back({{"timestamp", history[e].timestamp},
@@ -103,7 +102,7 @@ void print_user(Recommender& recommender, const Dataset& data, const Options& op
     std::cout << out.dump(2) << '\n';
     return;
   }
-  if (found == data.user_ids.end())
+  if (!user)
     std::cout << "user " << options.user << " has no interactions: popular items\n";
   else
     std::cout << "user " << options.user << ", last " << out["recent"].size() << " interactions:\n";

@@ -45,7 +45,7 @@ ModelParts export_network(const Network& network, const Dataset& dataset, std::s
   const NetworkShape& shape = network.shape();
   ModelParts parts;
   parts.metadata = std::move(metadata);
-  parts.item_ids = string_table(dataset.item_ids);
+  parts.item_ids = dataset.item_ids;
   parts.item_vectors = matrix(network.all_item_vectors());
   const at::Tensor biases = network.biases().detach().contiguous();
   parts.biases.assign(biases.data_ptr<float>(), biases.data_ptr<float>() + biases.numel());

@@ -138,7 +138,7 @@ void add_choice(CLI::App& command, const std::string& name, T& value,
 }  // namespace
 
 void add_train(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("train", "Train a recommender on a file of interactions");
+  CLI::App* command = app.add_subcommand("train", train_description);
   auto arguments = std::make_shared<Arguments>();
   DatasetOptions& data = arguments->data;
   TrainOptions& o = arguments->train;

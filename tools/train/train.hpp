@@ -6,6 +6,8 @@ class App;
 
 namespace personalize::tools {
 
+inline constexpr const char* train_description = "Train a recommender on a file of interactions";
+
 void add_train(CLI::App& app);
 
 }  // namespace personalize::tools
