@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tools" / "convert"))
+from example import save_safetensors  # noqa: E402
+
 ITEMS, HISTORIES, LONGEST = 150, 200, 30
 gelu = nn.functional.gelu
 
@@ -399,23 +402,6 @@ class KerasResetBefore(Keras):
 CASES = [TorchGru, TorchGruHalf, TorchGruSeparate, TorchGruCells, Gru4Rec, Gru4RecSeparate,
          Gru4RecOneHot, Gru4RecOneHotResetAfter, RecBole, Trainer, MatrixFactorisation, LruRec, Keras, KerasResetBefore]
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.complex64: "C64"}
-
-
-def save_safetensors(tensors, path):
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy().tobytes())
-
-
 def read_safetensors(path):
     data = path.read_bytes()
     length, = struct.unpack_from("<Q", data)
@@ -450,18 +436,22 @@ def save(case, folder):
 
 
 def sections(path):
-    """{(tag, index): the rest of its table entry but the offset, stored bytes}, metadata apart."""
+    """{(tag, index): the rest of its table entry but the offset, stored bytes}; of the metadata,
+    what it says but for the provenance."""
     data = path.read_bytes()
     count, = struct.unpack_from("<I", data, 12)
-    found, metadata = {}, None
+    inspected = subprocess.run([sys.argv[1], "inspect", "--json", path], capture_output=True,
+                               check=True)
+    metadata = json.loads(inspected.stdout)["metadata"]
+    assert metadata.pop("provenance")["source"]
+    found = {"metadata": metadata}
     for at in range(64, 64 + 72 * count, 72):
         tag, index = struct.unpack_from("<4sI", data, at)
         offset, size = struct.unpack_from("<QQ", data, at + 40)
         if tag == b"META":
-            metadata = True
             continue
         found[tag, index] = data[at + 8:at + 40], data[offset:offset + size]
-    assert metadata and len(found) > 4
+    assert len(found) > 5
     return found
 
 

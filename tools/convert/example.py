@@ -80,12 +80,15 @@ def train(model, histories, epochs, window):
         print(f"epoch {epoch + 1}: loss {total / count:.4f}", flush=True)
 
 
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.complex64: "C64"}
+
+
 def save_safetensors(tensors, path):
     """The whole format, for where the safetensors package is not installed."""
     header, at = {}, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -137,4 +140,5 @@ def main():
             check=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
