@@ -12,8 +12,6 @@
 namespace personalize::tools {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
 // A tensor to write: its bytes come in pieces, so that no second copy of a matrix is needed.
 struct Outgoing {
   std::string name;
@@ -52,7 +50,7 @@ class Writer {
   }
 
   void save(const std::string& path, const std::string& metadata) const {
-    Json header;
+    nlohmann::ordered_json header;
     header["__metadata__"] = {{"format", "personalize"}, {"version", "1"}, {"metadata", metadata}};
     std::uint64_t at = 0;
     for (const Outgoing& tensor : tensors_) {

@@ -234,7 +234,7 @@ double deviation(std::span<const float> state, const Vector& expected) {
 }  // namespace
 
 std::vector<History> read_histories(const std::string& path, const ModelParts& parts) {
-  struct Event {
+  struct Row {
     std::size_t user;
     std::int64_t timestamp;
     EncoderInput input;
@@ -244,12 +244,12 @@ std::vector<History> read_histories(const std::string& path, const ModelParts& p
   const auto time = reader.column("TIMESTAMP"), type = reader.column("EVENT_TYPE");
   std::unordered_map<std::string, std::size_t> users;
   std::vector<History> histories;
-  std::vector<Event> events;
+  std::vector<Row> events;
   try {
     while (reader.next()) {
       const auto index = parts.item_ids.find(reader.field(item));
       if (!index) reader.refuse(item, "'" + std::string(reader.field(item)) + "' is not an item");
-      Event event{0, 0, {.item = *index}};
+      Row event{0, 0, {.item = *index}};
       if (type)
         event.input.event_type =
             parts.event_types.find(reader.field(*type)).value_or(no_event_type);
@@ -271,10 +271,10 @@ std::vector<History> read_histories(const std::string& path, const ModelParts& p
   }
   if (events.empty()) throw Failure(path + ": holds no interactions");
   std::stable_sort(events.begin(), events.end(),
-                   [](const Event& a, const Event& b) { return a.timestamp < b.timestamp; });
+                   [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
   const auto buckets = static_cast<std::uint32_t>(parts.time_gap_embedding.rows());
   std::vector<std::optional<std::int64_t>> previous(histories.size());
-  for (Event& event : events) {
+  for (Row& event : events) {
     if (buckets > 0)
       event.input.time_gap = time_gap_bucket(previous[event.user], event.timestamp, buckets);
     previous[event.user] = event.timestamp;

@@ -79,7 +79,7 @@ struct Storage {
   std::string_view name;
   DType dtype;
 };
-constexpr Storage storages[] = {
+constexpr Storage storage_types[] = {
     {"torch.DoubleStorage", DType::f64},      {"torch.FloatStorage", DType::f32},
     {"torch.HalfStorage", DType::f16},        {"torch.BFloat16Storage", DType::bf16},
     {"torch.LongStorage", DType::i64},        {"torch.IntStorage", DType::i32},
@@ -107,7 +107,7 @@ bool known_global(std::string_view name) {
                                                  "torch.uint8",
                                                  "torch.bool"};
   return others.count(name) > 0 ||
-         std::any_of(std::begin(storages), std::end(storages),
+         std::any_of(std::begin(storage_types), std::end(storage_types),
                      [&](const Storage& storage) { return storage.name == name; });
 }
 
@@ -243,9 +243,9 @@ PickleValue* Unpickler::storage(const PickleValue& id) {
     refuse("refers to something that is no tensor storage");
   if (id.items.size() > 5 && id.items[5]->kind != Kind::none)
     refuse("has a storage that is a view of another; save it with a newer PyTorch");
-  const auto* type = std::find_if(std::begin(storages), std::end(storages),
+  const auto* type = std::find_if(std::begin(storage_types), std::end(storage_types),
                                   [&](const Storage& s) { return s.name == id.items[1]->text; });
-  if (type == std::end(storages)) refuse("has a storage of unknown type " + id.items[1]->text);
+  if (type == std::end(storage_types)) refuse("has a storage of unknown type " + id.items[1]->text);
   PickleValue* value = make(Kind::storage);
   value->text = id.items[2]->text;
   value->dtype = type->dtype;
