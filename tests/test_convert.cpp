@@ -279,10 +279,10 @@ TEST_CASE("a check agrees with the model it is made from and notices another") {
   CHECK(histories.size() == 5);
   const auto model = pz::Model::from_parts(parts);
   REQUIRE(model);
-  const Comparison same = compare_with_source(**model, parts, histories);
+  const Agreement same = compare_with_source(**model, parts, histories);
   CHECK(same.hidden_deviation.value() < 1e-5);
   CHECK(same.same_top20.value() == 1);
   parts.weights.back().f32()[0] += 1;
-  const Comparison other = compare_with_source(**model, parts, histories);
+  const Agreement other = compare_with_source(**model, parts, histories);
   CHECK(other.hidden_deviation.value() > 1e-3);
 }

@@ -283,10 +283,10 @@ std::vector<History> read_histories(const std::string& path, const ModelParts& p
   return histories;
 }
 
-Comparison compare_with_source(const Model& model, const ModelParts& source,
-                               const std::vector<History>& histories) {
-  Comparison result{.with = "the source's weights in double precision",
-                    .histories = histories.size()};
+Agreement compare_with_source(const Model& model, const ModelParts& source,
+                              const std::vector<History>& histories) {
+  Agreement result{.with = "the source's weights in double precision",
+                   .histories = histories.size()};
   DirectEncoder direct(source);
   double worst = 0;
   std::size_t same = 0;
@@ -307,9 +307,9 @@ Comparison compare_with_source(const Model& model, const ModelParts& source,
   return result;
 }
 
-Comparison compare_with_graph(const Model& model, TensorFile& file, std::uint64_t first_row,
-                              const std::vector<History>& histories) {
-  Comparison result{.with = "the ONNX graph, run node by node", .histories = histories.size()};
+Agreement compare_with_graph(const Model& model, TensorFile& file, std::uint64_t first_row,
+                             const std::vector<History>& histories) {
+  Agreement result{.with = "the ONNX graph, run node by node", .histories = histories.size()};
   GraphRunner graph(file);
   std::size_t same = 0;
   const std::size_t items = model.item_count();
@@ -325,9 +325,9 @@ Comparison compare_with_graph(const Model& model, TensorFile& file, std::uint64_
   return result;
 }
 
-Comparison compare_with_reference(const Model& model, TensorFile& reference,
-                                  const std::vector<History>& histories) {
-  Comparison result{.with = reference.name, .histories = histories.size()};
+Agreement compare_with_reference(const Model& model, TensorFile& reference,
+                                 const std::vector<History>& histories) {
+  Agreement result{.with = reference.name, .histories = histories.size()};
   const auto rows_of = [&](const char* name, std::size_t columns) -> std::vector<float> {
     const Tensor* tensor = reference.find(name);
     if (!tensor) return {};

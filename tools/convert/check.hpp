@@ -20,7 +20,7 @@ struct History {
 // unknown item, or no history at all.
 std::vector<History> read_histories(const std::string& path, const ModelParts& parts);
 
-struct Comparison {
+struct Agreement {
   std::string with;  // what the model was compared with
   std::size_t histories = 0;
   // Of the hidden states: the largest difference over the largest magnitude in a history's state.
@@ -30,15 +30,15 @@ struct Comparison {
 };
 
 // With an encoder and scores in double precision from the parts as they were read, in f32.
-Comparison compare_with_source(const Model& model, const ModelParts& source,
-                               const std::vector<History>& histories);
-
-// With the ONNX graph itself, run node by node.
-Comparison compare_with_graph(const Model& model, TensorFile& file, std::uint64_t first_row,
+Agreement compare_with_source(const Model& model, const ModelParts& source,
                               const std::vector<History>& histories);
 
+// With the ONNX graph itself, run node by node.
+Agreement compare_with_graph(const Model& model, TensorFile& file, std::uint64_t first_row,
+                             const std::vector<History>& histories);
+
 // With tensors "hidden" [histories, d] or "scores" [histories, N] of a file in any format.
-Comparison compare_with_reference(const Model& model, TensorFile& reference,
-                                  const std::vector<History>& histories);
+Agreement compare_with_reference(const Model& model, TensorFile& reference,
+                                 const std::vector<History>& histories);
 
 }  // namespace personalize::tools

@@ -89,14 +89,14 @@ Built read_source(Source& source, const Options& options, ElementType type) {
   return {std::move(*parts), 0};
 }
 
-nlohmann::json report(const Comparison& comparison) {
+nlohmann::json report(const Agreement& comparison) {
   nlohmann::json json{{"with", comparison.with}, {"histories", comparison.histories}};
   if (comparison.hidden_deviation) json["hidden_deviation"] = *comparison.hidden_deviation;
   if (comparison.same_top20) json["same_top20"] = *comparison.same_top20;
   return json;
 }
 
-void print(const Comparison& comparison) {
+void print(const Agreement& comparison) {
   std::printf("checked %zu histories against %s:", comparison.histories, comparison.with.c_str());
   if (comparison.hidden_deviation)
     std::printf(" hidden states within %.2g of theirs", *comparison.hidden_deviation);
@@ -106,11 +106,11 @@ void print(const Comparison& comparison) {
   std::printf("\n");
 }
 
-std::vector<Comparison> check(Source& source, const Options& options, std::uint64_t first_row) {
+std::vector<Agreement> check(Source& source, const Options& options, std::uint64_t first_row) {
   const auto model = Model::load(options.output);
   if (!model) throw Failure(model.error().message);
   const auto histories = read_histories(options.check, (*model)->parts());
-  std::vector<Comparison> comparisons;
+  std::vector<Agreement> comparisons;
   comparisons.push_back(compare_with_source(
       **model, read_source(source, options, ElementType::f32).parts, histories));
   if (source.tensors && source.tensors->graph)
@@ -123,10 +123,10 @@ std::vector<Comparison> check(Source& source, const Options& options, std::uint6
 }
 
 // Of an f32 file only rounding may differ; others are approximations and are reported on.
-void require_agreement(const std::vector<Comparison>& comparisons, const Options& options) {
+void require_agreement(const std::vector<Agreement>& comparisons, const Options& options) {
   constexpr double tolerance = 1e-4;
   if (options.element_type != ElementType::f32) return;
-  for (const Comparison& c : comparisons)
+  for (const Agreement& c : comparisons)
     if (c.hidden_deviation.value_or(0) > tolerance || c.same_top20.value_or(1) < 1)
       throw Failure(options.output + " does not agree with " + c.with +
                     "; is the mapping right, and the items file in the model's order?");
@@ -161,19 +161,18 @@ void run(const Options& options) {
                {"users", parts.user_ids.size()},
                {"bytes", Input{options.output}.open()->size()}};
   }
-  std::vector<Comparison> comparisons;
+  std::vector<Agreement> comparisons;
   if (!options.check.empty()) comparisons = check(source, options, first_row);
   if (options.json) {
     summary["checks"] = nlohmann::json::array();
-    for (const Comparison& comparison : comparisons)
-      summary["checks"].push_back(report(comparison));
+    for (const Agreement& comparison : comparisons) summary["checks"].push_back(report(comparison));
     std::cout << summary.dump(2) << '\n';
   } else {
     std::printf("%s: %s (%s), %zu items, %zu dimensions, %llu bytes\n", options.output.c_str(),
                 source.architecture.c_str(), source.format.c_str(),
                 summary["items"].get<std::size_t>(), summary["dimension"].get<std::size_t>(),
                 summary["bytes"].get<unsigned long long>());
-    for (const Comparison& comparison : comparisons) print(comparison);
+    for (const Agreement& comparison : comparisons) print(comparison);
   }
   require_agreement(comparisons, options);
 }
