@@ -964,6 +964,20 @@ struct Ops<NeonDot> : Ops<Neon> {
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
 
+// Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
+// reach low. The tag keeps each instruction set's copy apart.
+template <class Tag, class Count>
+float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
+  for (int step = 0; step < 20; ++step) {
+    const float middle = low + 0.5f * (high - low);
+    if (!(middle > low && middle < high)) break;
+    const std::size_t count = count_at_least(middle);
+    (count >= k ? low : high) = middle;
+    if (count >= k && count <= k + k / 16) break;
+  }
+  return low;
+}
+
 // The f32 vector work of the encoder and the scorer, in batches where there is xsimd.
 template <class Tag>
 struct Vectors;
@@ -1041,7 +1055,7 @@ struct Vectors<Scalar> {
       high = x[j] > high ? x[j] : high;
       least = x[j] < least && x[j] > -__builtin_inff() ? x[j] : least;
     }
-    return halve(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Scalar>(k, low > least ? low : least, high, [&](float limit) {
       std::size_t count = 0;
       for (std::size_t j = 0; j < size; ++j) count += x[j] >= limit;
       return count;
@@ -1059,18 +1073,6 @@ struct Vectors<Scalar> {
 
  private:
   static float logistic(float x) noexcept { return 1.0f / (1.0f + __builtin_expf(-x)); }
-
-  template <class Count>
-  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
-    for (int step = 0; step < 20; ++step) {
-      const float middle = low + 0.5f * (high - low);
-      if (!(middle > low && middle < high)) break;
-      const std::size_t count = count_at_least(middle);
-      (count >= k ? low : high) = middle;
-      if (count >= k && count <= k + k / 16) break;
-    }
-    return low;
-  }
 };
 
 #ifndef PERSONALIZE_NO_XSIMD
@@ -1165,7 +1167,7 @@ struct Vectors {
       high = highs[l] > high ? highs[l] : high;
       least = lows[l] < least ? lows[l] : least;
     }
-    return halve(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Tag>(k, low > least ? low : least, high, [&](float limit) {
       Batch counts(0.0f);
       for (std::size_t j = 0; j < size; j += width)
         counts +=
@@ -1200,18 +1202,6 @@ struct Vectors {
 
   static Batch logistic(const Batch& x) noexcept {
     return Batch(1.0f) / (Batch(1.0f) + xsimd::exp(-x));
-  }
-
-  template <class Count>
-  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
-    for (int step = 0; step < 20; ++step) {
-      const float middle = low + 0.5f * (high - low);
-      if (!(middle > low && middle < high)) break;
-      const std::size_t count = count_at_least(middle);
-      (count >= k ? low : high) = middle;
-      if (count >= k && count <= k + k / 16) break;
-    }
-    return low;
   }
 
   template <std::size_t Blocks>
