@@ -1452,6 +1452,11 @@ const Table& chosen() noexcept;
 const Table* const* available(std::size_t& count) noexcept;
 #else
 inline const Table& chosen() noexcept { return table_of<Default>; }
+inline const Table* const* available(std::size_t& count) noexcept {
+  static constexpr const Table* tables[]{&table_of<Default>, &table_of<Scalar>};
+  count = std::is_same_v<Default, Scalar> ? 1 : 2;
+  return tables;
+}
 #endif
 
 }  // namespace kernels
@@ -5358,6 +5363,10 @@ struct RecommenderOptions {
   std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
   // Called for every impression and positive event, on the recording thread, which holds no lock.
   std::function<void(const LogEntry&)> log = {};
+  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
+  // program and run on this processor. Empty: kernels::chosen(), the best, or with
+  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
+  std::string instruction_set = {};
 };
 
 // Serves a model to any number of threads: every member function may be called at any time from
@@ -5383,7 +5392,10 @@ class Recommender {
               Errc::io,
               "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
       }
-      Recommender recommender(std::make_unique<State>(std::move(model), std::move(chosen)));
+      const auto table = find_kernels(options.instruction_set);
+      if (!table) return table.error();
+      Recommender recommender(
+          std::make_unique<State>(std::move(model), std::move(chosen), **table));
       const std::int64_t latest = recommender.state_->latest;
       if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
         return built.error();
@@ -5610,7 +5622,7 @@ class Recommender {
   }
 
   // Of the kernels in use: "avx512+vnni", "avx2+fma", "sse2", "neon", "scalar" and so on.
-  static const char* instruction_set() noexcept { return kernels::chosen().name; }
+  const char* instruction_set() const noexcept { return state_->table.name; }
 
   // Users and sessions remembered now.
   std::size_t user_count() const {
@@ -5794,13 +5806,15 @@ class Recommender {
   };
 
   struct State {
-    State(std::shared_ptr<const Model> model, RecommenderOptions chosen)
+    State(std::shared_ptr<const Model> model, RecommenderOptions chosen,
+          const kernels::Table& kernel_table)
         : options(std::move(chosen)),
+          table(kernel_table),
           contexts(model->dimension()),
           slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(),
                  *options.recommendation_key) {
       auto first = std::make_shared<Catalogue>();
-      first->encoder = std::make_shared<const Encoder>(*model);
+      first->encoder = std::make_shared<const Encoder>(*model, table);
       first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
       for (const ItemStatistics& s : model->parts().statistics)
         if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
@@ -5815,6 +5829,7 @@ class Recommender {
     }
 
     RecommenderOptions options;
+    const kernels::Table& table;
     std::array<Shard, 64> shards;
     std::mutex scratch_mutex;
     std::size_t scratches = 0;
@@ -6009,6 +6024,19 @@ class Recommender {
       return error("remembered_slates is outside [1, 2^28]");
     if (options.slate_expiry.count() <= 0) return error("slate_expiry is not above 0");
     return {};
+  }
+
+  static Result<const kernels::Table*> find_kernels(const std::string& name) {
+    if (name.empty()) return &kernels::chosen();
+    std::size_t count = 0;
+    const kernels::Table* const* tables = kernels::available(count);
+    std::string names;
+    for (std::size_t t = 0; t < count; ++t) {
+      if (name == tables[t]->name) return tables[t];
+      names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
+    }
+    return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
+                                             "'; this program has for this processor: " + names};
   }
 
   static Result<void> check_ids(std::string_view user, std::string_view session) {
@@ -6284,9 +6312,9 @@ class Recommender {
     // After the scores of the whole pool come those that are kept; the front is written last.
     scratch.pool_scores.resize(items);
     if (known) {
-      kernels::chosen().rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
-                                    catalogue.model->dimension(), items, scratch.query.data(),
-                                    scratch.pool_scores.data());
+      state_->table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
+                                catalogue.model->dimension(), items, scratch.query.data(),
+                                scratch.pool_scores.data());
     } else {
       for (std::size_t j = 0; j < items; ++j)
         scratch.pool_scores[j] = undiscounted(catalogue, known, catalogue.pool[j].item, scratch);
@@ -6511,7 +6539,7 @@ class Recommender {
         return model.error();
       }
       next->model = *model;
-      next->encoder = std::make_shared<const Encoder>(**model);
+      next->encoder = std::make_shared<const Encoder>(**model, state_->table);
       if (state_->options.feedback)
         next->counters =
             std::make_shared<ItemCounters>(previous->counters->grown((*model)->item_count()));
@@ -6522,7 +6550,7 @@ class Recommender {
     auto built = detail::guarded([&]() -> Result<void> {
       if (state_->options.feedback) learn(*next, now);
       next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
-                           Scorer::usual_query_length(*next->model));
+                           Scorer::usual_query_length(*next->model), state_->table);
       order_by_popularity(*next);
       choose_pool(*next, now);
       return {};
