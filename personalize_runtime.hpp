@@ -1079,8 +1079,9 @@ struct Vectors<Scalar> {
   }
 
   // x = (x - mean) / sqrt(variance + epsilon) * weight + bias, over the first `size` elements.
-  static void layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
-                         float* x) noexcept {
+  // Returns 1 / sqrt(variance + epsilon).
+  static float layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
+                          float* x) noexcept {
     float sum = 0;
     for (std::size_t j = 0; j < size; ++j) sum += x[j];
     const float mean = sum / static_cast<float>(size);
@@ -1088,6 +1089,18 @@ struct Vectors<Scalar> {
     for (std::size_t j = 0; j < size; ++j) squares += (x[j] - mean) * (x[j] - mean);
     const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + epsilon);
     for (std::size_t j = 0; j < size; ++j) x[j] = (x[j] - mean) * scale * weight[j] + bias[j];
+    return scale;
+  }
+
+  // y = scale * (rows[0] + ... + rows[count - 1]) + bias, over `size` elements, a multiple of
+  // `lanes`.
+  static void scaled_sum(std::size_t size, const float* const* rows, std::size_t count, float scale,
+                         const float* bias, float* y) noexcept {
+    for (std::size_t j = 0; j < size; ++j) {
+      float sum = rows[0][j];
+      for (std::size_t r = 1; r < count; ++r) sum += rows[r][j];
+      y[j] = sum * scale + bias[j];
+    }
   }
 
   static void sigmoid(std::size_t size, float* x) noexcept {
@@ -1176,8 +1189,8 @@ struct Vectors {
     }
   }
 
-  static void layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
-                         float* x) noexcept {
+  static float layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
+                          float* x) noexcept {
     const std::size_t whole = size / width * width;
     Batch sums(0.0f);
     for (std::size_t j = 0; j < whole; j += width) sums += Batch::load_unaligned(x + j);
@@ -1191,11 +1204,22 @@ struct Vectors {
     }
     float square = add_lanes(squares);
     for (std::size_t j = whole; j < size; ++j) square += (x[j] - mean) * (x[j] - mean);
-    const Batch scale(1.0f / __builtin_sqrtf(square / static_cast<float>(size) + epsilon));
+    const float factor = 1.0f / __builtin_sqrtf(square / static_cast<float>(size) + epsilon);
+    const Batch scale(factor);
     for (std::size_t j = 0; j < size; j += width) {
       const Batch centred = (Batch::load_unaligned(x + j) - Batch(mean)) * scale;
       xsimd::fma(centred, Batch::load_unaligned(weight + j), Batch::load_unaligned(bias + j))
           .store_unaligned(x + j);
+    }
+    return factor;
+  }
+
+  static void scaled_sum(std::size_t size, const float* const* rows, std::size_t count, float scale,
+                         const float* bias, float* y) noexcept {
+    for (std::size_t j = 0; j < size; j += width) {
+      Batch sum = Batch::load_unaligned(rows[0] + j);
+      for (std::size_t r = 1; r < count; ++r) sum += Batch::load_unaligned(rows[r] + j);
+      xsimd::fma(sum, Batch(scale), Batch::load_unaligned(bias + j)).store_unaligned(y + j);
     }
   }
 
@@ -1484,6 +1508,7 @@ struct Table {
   decltype(&Kernels<Scalar>::rows_vector) rows_vector;
   decltype(&Kernels<Scalar>::gru_gates) gru_gates;
   decltype(&Kernels<Scalar>::layer_norm) layer_norm;
+  decltype(&Kernels<Scalar>::scaled_sum) scaled_sum;
   decltype(&Kernels<Scalar>::sigmoid) sigmoid;
   decltype(&Kernels<Scalar>::tanh) tanh;
   decltype(&Kernels<Scalar>::relu) relu;
@@ -1505,6 +1530,7 @@ inline constexpr Table table_of{Tag::name,
                                 &Kernels<Tag>::rows_vector,
                                 &Kernels<Tag>::gru_gates,
                                 &Kernels<Tag>::layer_norm,
+                                &Kernels<Tag>::scaled_sum,
                                 &Kernels<Tag>::sigmoid,
                                 &Kernels<Tag>::tanh,
                                 &Kernels<Tag>::relu,
@@ -3482,8 +3508,9 @@ class Encoder {
     std::vector<std::int8_t> quantised;
   };
 
-  // The model must outlive the encoder.
-  explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen())
+  // The model must outlive the encoder. gate_lookup: see looks_up_gates().
+  explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen(),
+                   bool gate_lookup = false)
       : parts_(&model.parts()), table_(&table) {
     std::size_t next = 0, dimension = parts_->inputs().columns();
     width_ = kernels::padded(std::max(dimension, model.dimension()));
@@ -3531,7 +3558,18 @@ class Encoder {
       width_ = std::max(width_, kernels::padded(dimension));
       steps_.push_back(std::move(step));
     }
+    if (gate_lookup) build_lookup();
   }
+
+  // Whether the input half of the first GRU's gates is looked up and not multiplied. The products
+  // of its weights with each item's input vector (and with event types and time gaps, which are
+  // added) are then kept: 12 bytes x items x hidden dimension (padded to 16), for which the
+  // constructor takes 3 x items x hidden x input dimension multiplications. The hidden state is the
+  // same to rounding; int8 weights are multiplied with inputs that are not rounded to steps. Holds
+  // where it was asked for and the program begins with embed_sum, then nothing, a layer norm or a
+  // linear layer, then any saves, then a GRU with weights for its input: that is what `personalize
+  // train` makes.
+  bool looks_up_gates() const noexcept { return lookup_.has_value(); }
 
   // Floats of one user's state: the hidden states of all recurrent operations, then the query (see
   // query()).
@@ -3570,7 +3608,9 @@ class Encoder {
     std::int8_t* q = workspace.quantised.data();
     float* x = area(0);
     float* y = area(1);
-    for (const Step& step : steps_) {
+    float norm = 1;  // factor of the last layer norm
+    for (std::size_t s = lookup_ ? lookup_->first : 0; s < steps_.size(); ++s) {
+      const Step& step = steps_[s];
       switch (step.op.kind) {
         case EncoderOp::Kind::embed_sum:
           embed(input, x);
@@ -3582,7 +3622,10 @@ class Encoder {
         case EncoderOp::Kind::gru: {
           float* hidden = state.data() + step.state_offset;
           const std::size_t stride = kernels::padded(step.outputs);
-          gate_inputs(step, x, area(2), q);
+          if (lookup_ && s == lookup_->gru)
+            look_up(input, norm, area(2));
+          else
+            gate_inputs(step, x, area(2), q);
           multiply(step.layers[1], step.outputs, hidden, area(5), q);
           if (step.op.argument & GruForm::reset_before)
             reset_before(step, hidden, area(2), area(5), y, q);
@@ -3612,8 +3655,8 @@ class Encoder {
           break;
         }
         case EncoderOp::Kind::layer_norm:
-          table_->layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
-                             step.layers[0].bias.data(), x);
+          norm = table_->layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
+                                    step.layers[0].bias.data(), x);
           break;
         case EncoderOp::Kind::activation:
           activate(step, x);
@@ -3648,6 +3691,87 @@ class Encoder {
     std::size_t state_offset;
     bool has_state = false;
   };
+
+  // Of W x + b, the input half of a GRU's gates, where x is the sum of an item's, an event type's
+  // and a time gap's row v: W (sum of v) + b. After a layer norm with weight g and bias c,
+  //   factor * (sum of W diag(g) (v - mean v)) + (W c + b),
+  // after a linear layer, sum of W L v + (W l + b).
+  struct GateLookup {
+    std::size_t first;                                // step to begin with
+    std::size_t gru;                                  // step that looks up
+    detail::Aligned<float> items, event_types, gaps;  // [rows][3 * padded(hidden)]
+    detail::Aligned<float> constant;                  // [3 * padded(hidden)]
+  };
+
+  void build_lookup() {
+    using Kind = EncoderOp::Kind;
+    const auto kind = [&](std::size_t s) {
+      return s < steps_.size() ? steps_[s].op.kind : Kind::activation;
+    };
+    if (kind(0) != Kind::embed_sum) return;
+    const bool layer_norm = kind(1) == Kind::layer_norm, linear = kind(1) == Kind::linear;
+    const std::size_t between = layer_norm || linear ? 1 : 0;
+    std::size_t gru = 1 + between;
+    while (kind(gru) == Kind::save) ++gru;
+    if (kind(gru) != Kind::gru || (steps_[gru].op.argument & GruForm::gate_input) != 0) return;
+    const auto* w = parts_->weights.data();
+    const Matrix& input_weights = w[2 * between];
+    const Matrix& input_bias = w[2 * between + 2];
+    const std::size_t gates = input_weights.rows(), inner = input_weights.columns();
+    const std::size_t inputs = parts_->inputs().columns();
+    Matrix product = Matrix::zeros(gates, inputs), constant = Matrix::zeros(1, gates);
+    for (std::size_t g = 0; g < gates; ++g) {
+      double sum = input_bias.at(0, g);
+      for (std::size_t c = 0; between == 1 && c < inner; ++c)
+        sum += static_cast<double>(input_weights.at(g, c)) * w[1].at(0, c);
+      constant.f32()[g] = static_cast<float>(sum);
+      for (std::size_t i = 0; i < inputs; ++i) {
+        double value = 0;
+        if (linear)
+          for (std::size_t c = 0; c < inner; ++c)
+            value += static_cast<double>(input_weights.at(g, c)) * w[0].at(c, i);
+        else
+          value = static_cast<double>(input_weights.at(g, i)) * (layer_norm ? w[0].at(0, i) : 1);
+        product.f32()[g * inputs + i] = static_cast<float>(value);
+      }
+    }
+    const Layer layer = pack(product, constant, 3);
+    const bool needs_input = layer_norm || gru > 1 + between;
+    lookup_.emplace(
+        GateLookup{needs_input ? 0 : gru, gru, products(layer, parts_->inputs(), layer_norm),
+                   products(layer, parts_->event_type_embedding, layer_norm),
+                   products(layer, parts_->time_gap_embedding, layer_norm), layer.bias});
+  }
+
+  detail::Aligned<float> products(const Layer& layer, const Matrix& rows, bool centred) const {
+    const std::size_t inputs = rows.columns(), size = layer.blocks * kernels::lanes;
+    detail::Aligned<float> result;
+    result.assign(rows.rows() * size, 0.0f);
+    const std::vector<float> zeros(size);
+    std::vector<float> row(kernels::padded(inputs) + kernels::lanes);
+    for (std::size_t r = 0; r < rows.rows(); ++r) {
+      rows.row(r, {row.data(), inputs});
+      const double mean =
+          std::accumulate(row.data(), row.data() + inputs, 0.0) / static_cast<double>(inputs);
+      if (centred)
+        for (std::size_t c = 0; c < inputs; ++c)
+          row[c] = static_cast<float>(static_cast<double>(row[c]) - mean);
+      table_->matrix_vector(layer.weights.data(), zeros.data(), inputs, layer.blocks, row.data(),
+                            result.data() + r * size);
+    }
+    return result;
+  }
+
+  void look_up(const EncoderInput& input, float factor, float* gates) const noexcept {
+    const std::size_t size = 3 * kernels::padded(steps_[lookup_->gru].outputs);
+    std::array<const float*, 3> rows{lookup_->items.data() + input.item * size};
+    std::size_t count = 1;
+    if (input.event_type < parts_->event_type_embedding.rows())
+      rows[count++] = lookup_->event_types.data() + input.event_type * size;
+    if (input.time_gap < parts_->time_gap_embedding.rows())
+      rows[count++] = lookup_->gaps.data() + input.time_gap * size;
+    table_->scaled_sum(size, rows.data(), count, factor, lookup_->constant.data(), gates);
+  }
 
   void add_state(Step& step) {
     step.has_state = true;
@@ -3769,6 +3893,7 @@ class Encoder {
   const ModelParts* parts_;
   const kernels::Table* table_;
   std::vector<Step> steps_;
+  std::optional<GateLookup> lookup_;
   std::size_t recurrent_size_ = 0;
   std::size_t width_ = 0;
 };
@@ -5430,6 +5555,10 @@ struct RecommenderOptions {
   std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
   // Called for every impression and positive event, on the recording thread, which holds no lock.
   std::function<void(const LogEntry&)> log = {};
+  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
+  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
+  // programs.
+  bool gate_lookup = false;
   // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
   // program and run on this processor. Empty: kernels::chosen(), the best, or with
   // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
@@ -5881,7 +6010,7 @@ class Recommender {
           slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(),
                  *options.recommendation_key) {
       auto first = std::make_shared<Catalogue>();
-      first->encoder = std::make_shared<const Encoder>(*model, table);
+      first->encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
       first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
       for (const ItemStatistics& s : model->parts().statistics)
         if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
@@ -6606,7 +6735,8 @@ class Recommender {
         return model.error();
       }
       next->model = *model;
-      next->encoder = std::make_shared<const Encoder>(**model, state_->table);
+      next->encoder =
+          std::make_shared<const Encoder>(**model, state_->table, state_->options.gate_lookup);
       if (state_->options.feedback)
         next->counters =
             std::make_shared<ItemCounters>(previous->counters->grown((*model)->item_count()));

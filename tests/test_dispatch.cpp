@@ -238,6 +238,7 @@ TEST_CASE("products in f32, gates, norms and activations") {
       constexpr std::size_t blocks = 9, outputs = blocks * pz::kernels::lanes;
       const auto packed = values(random, n * outputs), rows = values(random, 5 * n);
       const auto bias = values(random, outputs), x = values(random, n);
+      const auto summands = values(random, 2 * outputs);
       std::vector<float> got(outputs), want(outputs);
       table->matrix_vector(packed.data(), bias.data(), n, blocks, x.data(), got.data());
       reference().matrix_vector(packed.data(), bias.data(), n, blocks, x.data(), want.data());
@@ -254,10 +255,21 @@ TEST_CASE("products in f32, gates, norms and activations") {
         reference().gru_gates(n, stride, input.data(), recurrent.data(), same.data());
         close(hidden, same, n, 2e-6f);
       }
+      const std::vector<const float*> terms{summands.data(), bias.data(),
+                                            summands.data() + outputs};
+      for (const std::size_t count : {1u, 2u, 3u}) {
+        table->scaled_sum(outputs, terms.data(), count, 0.7f, bias.data(), got.data());
+        reference().scaled_sum(outputs, terms.data(), count, 0.7f, bias.data(), want.data());
+        close(got, want, outputs, 1e-6f);
+      }
       auto normed = values(random, n, 3.0f), same = normed;
-      table->layer_norm(n, 1e-5f, packed.data(), bias.data(), normed.data());
-      reference().layer_norm(n, 1e-5f, packed.data(), bias.data(), same.data());
-      if (n > 1) close(normed, same, n, 1e-5f);
+      const float factor = table->layer_norm(n, 1e-5f, packed.data(), bias.data(), normed.data());
+      const float want_factor =
+          reference().layer_norm(n, 1e-5f, packed.data(), bias.data(), same.data());
+      if (n > 1) {
+        CHECK(factor == doctest::Approx(want_factor).epsilon(1e-5));
+        close(normed, same, n, 1e-5f);
+      }
       using Activation = void (*)(std::size_t, float*) noexcept;
       const auto compare = [&](Activation one, Activation other, float bound) {
         for (const float scale : {0.01f, 1.0f, 30.0f}) {

@@ -104,6 +104,26 @@ TEST_CASE("many requests together get what they get one by one") {
   CHECK(together.recommend(requests, slates).error().code == pz::Errc::invalid_argument);
 }
 
+TEST_CASE("looking up gates changes no ranking, and new items are looked up too") {
+  auto plain = make({.exploration_weight = 0, .recommendation_key = {{1, 2}}});
+  auto quick = make({.exploration_weight = 0, .recommendation_key = {{1, 2}}, .gate_lookup = true});
+  for (auto* shop : {&plain, &quick}) {
+    learn(*shop, "u", "i3", 1000, "click");
+    REQUIRE(
+        shop->put_item({.item = "new", .creation_timestamp = 900, .fields = {{"GENRE", "bow"}}}));
+    REQUIRE(shop->update(2000));
+    learn(*shop, "u", "new", 2000);
+    learn(*shop, "u", "i7", 3000);
+  }
+  const pz::Request request{.user = "u", .count = 20, .timestamp = 4000};
+  const auto want = plain.recommend(request), got = quick.recommend(request);
+  REQUIRE(want);
+  REQUIRE(got);
+  REQUIRE(items(*got) == items(*want));
+  for (std::size_t i = 0; i < 20; ++i)
+    CHECK(got->items[i].score == doctest::Approx(want->items[i].score).epsilon(1e-5));
+}
+
 TEST_CASE("a known user gets the top k of the encoder's state") {
   auto shop = make();
   const auto& model = *shop.model();
