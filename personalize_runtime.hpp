@@ -964,6 +964,78 @@ struct Ops<NeonDot> : Ops<Neon> {
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
 
+// Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
+// reach low. The tag keeps each instruction set's copy apart.
+template <class Tag, class Count>
+float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
+  for (int step = 0; step < 20; ++step) {
+    const float middle = low + 0.5f * (high - low);
+    if (!(middle > low && middle < high)) break;
+    const std::size_t count = count_at_least(middle);
+    (count >= k ? low : high) = middle;
+    if (count >= k && count <= k + k / 16) break;
+  }
+  return low;
+}
+
+// The curves of gates and activations, each an odd rational function fitted for the least relative
+// error (iteratively reweighted least squares) where the curve still differs from 1 in f32; beyond,
+// the fraction passes 1 and is cut off, so that all three are exact there. Bounds over all finite
+// floats, as the tests measure them against double precision, on every instruction set:
+//   tanh     relative 5e-7
+//   sigmoid  absolute 3e-7; within [0, 1]
+//   gelu     absolute 1e-6 for x < 2, relative 5e-7 beyond
+// A NaN stays one. Arithmetic: Value, fma, and limited(v, m) for min(max(v, -m), m).
+template <class Arithmetic>
+struct Curves {
+  using Value = typename Arithmetic::Value;
+
+  static Value tanh(const Value& x) noexcept {
+    return odd(x, 9.47f,
+               Terms<5>{9.999999792e-1f, 1.337971633e-1f, 3.494032382e-3f, 2.058343932e-5f,
+                        1.331900700e-8f},
+               Terms<5>{1.0f, 4.671303161e-1f, 2.587106552e-2f, 3.283088975e-4f, 7.761994116e-7f});
+  }
+  static Value sigmoid(const Value& x) noexcept {
+    const Value half(0.5f);
+    return Arithmetic::fma(tanh(x * half), half, half);
+  }
+  // Hendrycks and Gimpel 2016, the exact form: x / 2 (1 + erf(x / sqrt 2)).
+  static Value gelu(const Value& x) noexcept {
+    const Value half = x * Value(0.5f);
+    return Arithmetic::fma(half, erf(x * Value(0.70710678f)), half);
+  }
+
+ private:
+  template <std::size_t Count>
+  struct Terms {
+    float of[Count];
+  };
+
+  static Value erf(const Value& x) noexcept {
+    return odd(x, 4.12f,
+               Terms<6>{1.128379145f, 1.907785452e-1f, 5.278956967e-2f, 3.779376125e-3f,
+                        2.848023689e-4f, 2.041999631e-6f},
+               Terms<6>{1.0f, 5.024058047e-1f, 1.142553212e-1f, 1.499697363e-2f, 1.165154200e-3f,
+                        3.800404498e-5f});
+  }
+  // x P(x^2) / Q(x^2), cut off at 1, which it passes before |x| = reach. Ascending powers.
+  template <std::size_t Count>
+  static Value odd(const Value& x, float reach, const Terms<Count>& p,
+                   const Terms<Count>& q) noexcept {
+    const Value v = Arithmetic::limited(x, reach), t = v * v;
+    return Arithmetic::limited(v * polynomial(t, p) / polynomial(t, q), 1.0f);
+  }
+  template <std::size_t Count>
+  static Value polynomial(const Value& t, const Terms<Count>& terms) noexcept {
+    Value sum(terms.of[Count - 1]);
+    PERSONALIZE_UNROLL
+    for (std::size_t i = Count - 1; i > 0; --i)
+      sum = Arithmetic::fma(sum, t, Value(terms.of[i - 1]));
+    return sum;
+  }
+};
+
 // The f32 vector work of the encoder and the scorer, in batches where there is xsimd.
 template <class Tag>
 struct Vectors;
@@ -999,16 +1071,17 @@ struct Vectors<Scalar> {
   static void gru_gates(std::size_t size, std::size_t stride, const float* input,
                         const float* recurrent, float* hidden) noexcept {
     for (std::size_t j = 0; j < size; ++j) {
-      const float r = logistic(input[j] + recurrent[j]);
-      const float z = logistic(input[stride + j] + recurrent[stride + j]);
-      const float n = __builtin_tanhf(input[2 * stride + j] + r * recurrent[2 * stride + j]);
+      const float r = Curve::sigmoid(input[j] + recurrent[j]);
+      const float z = Curve::sigmoid(input[stride + j] + recurrent[stride + j]);
+      const float n = Curve::tanh(input[2 * stride + j] + r * recurrent[2 * stride + j]);
       hidden[j] = n + z * (hidden[j] - n);
     }
   }
 
   // x = (x - mean) / sqrt(variance + epsilon) * weight + bias, over the first `size` elements.
-  static void layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
-                         float* x) noexcept {
+  // Returns 1 / sqrt(variance + epsilon).
+  static float layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
+                          float* x) noexcept {
     float sum = 0;
     for (std::size_t j = 0; j < size; ++j) sum += x[j];
     const float mean = sum / static_cast<float>(size);
@@ -1016,21 +1089,31 @@ struct Vectors<Scalar> {
     for (std::size_t j = 0; j < size; ++j) squares += (x[j] - mean) * (x[j] - mean);
     const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + epsilon);
     for (std::size_t j = 0; j < size; ++j) x[j] = (x[j] - mean) * scale * weight[j] + bias[j];
+    return scale;
+  }
+
+  // y = scale * (rows[0] + ... + rows[count - 1]) + bias, over `size` elements, a multiple of
+  // `lanes`.
+  static void scaled_sum(std::size_t size, const float* const* rows, std::size_t count, float scale,
+                         const float* bias, float* y) noexcept {
+    for (std::size_t j = 0; j < size; ++j) {
+      float sum = rows[0][j];
+      for (std::size_t r = 1; r < count; ++r) sum += rows[r][j];
+      y[j] = sum * scale + bias[j];
+    }
   }
 
   static void sigmoid(std::size_t size, float* x) noexcept {
-    for (std::size_t j = 0; j < size; ++j) x[j] = logistic(x[j]);
+    for (std::size_t j = 0; j < size; ++j) x[j] = Curve::sigmoid(x[j]);
   }
   static void tanh(std::size_t size, float* x) noexcept {
-    for (std::size_t j = 0; j < size; ++j) x[j] = __builtin_tanhf(x[j]);
+    for (std::size_t j = 0; j < size; ++j) x[j] = Curve::tanh(x[j]);
   }
   static void relu(std::size_t size, float* x) noexcept {
     for (std::size_t j = 0; j < size; ++j) x[j] = x[j] > 0 ? x[j] : 0;
   }
-  // Hendrycks and Gimpel 2016, the exact form: x / 2 (1 + erf(x / sqrt 2)).
   static void gelu(std::size_t size, float* x) noexcept {
-    for (std::size_t j = 0; j < size; ++j)
-      x[j] = 0.5f * x[j] * (1.0f + __builtin_erff(x[j] * 0.70710678f));
+    for (std::size_t j = 0; j < size; ++j) x[j] = Curve::gelu(x[j]);
   }
   // A value that at least k of x[0, size) reach, and few more: below the k-th largest by some
   // places at most, unless many are alike. Halves the range between the largest and `low`, which k
@@ -1041,7 +1124,7 @@ struct Vectors<Scalar> {
       high = x[j] > high ? x[j] : high;
       least = x[j] < least && x[j] > -__builtin_inff() ? x[j] : least;
     }
-    return halve(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Scalar>(k, low > least ? low : least, high, [&](float limit) {
       std::size_t count = 0;
       for (std::size_t j = 0; j < size; ++j) count += x[j] >= limit;
       return count;
@@ -1058,24 +1141,17 @@ struct Vectors<Scalar> {
   }
 
  private:
-  static float logistic(float x) noexcept { return 1.0f / (1.0f + __builtin_expf(-x)); }
-
-  template <class Count>
-  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
-    for (int step = 0; step < 20; ++step) {
-      const float middle = low + 0.5f * (high - low);
-      if (!(middle > low && middle < high)) break;
-      const std::size_t count = count_at_least(middle);
-      (count >= k ? low : high) = middle;
-      if (count >= k && count <= k + k / 16) break;
+  struct Arithmetic {
+    using Value = float;
+    static float fma(float a, float b, float c) noexcept { return a * b + c; }
+    static float limited(float v, float most) noexcept {
+      return v > most ? most : v < -most ? -most : v;
     }
-    return low;
-  }
+  };
+  using Curve = Curves<Arithmetic>;
 };
 
 #ifndef PERSONALIZE_NO_XSIMD
-// Errors against the exact functions, over all floats in [-100, 100], as the tests measure them:
-// sigmoid and tanh 3e-7 absolute, gelu 1e-6 relative to max(1, |x|).
 template <class Tag>
 struct Vectors {
   using Batch = xsimd::batch<float, typename Tag::simd>;
@@ -1105,16 +1181,16 @@ struct Vectors {
                         const float* recurrent, float* hidden) noexcept {
     for (std::size_t j = 0; j < size; j += width) {
       const auto at = [j](const float* p) { return Batch::load_unaligned(p + j); };
-      const Batch r = logistic(at(input) + at(recurrent));
-      const Batch z = logistic(at(input + stride) + at(recurrent + stride));
+      const Batch r = Curve::sigmoid(at(input) + at(recurrent));
+      const Batch z = Curve::sigmoid(at(input + stride) + at(recurrent + stride));
       const Batch n =
-          xsimd::tanh(xsimd::fma(r, at(recurrent + 2 * stride), at(input + 2 * stride)));
+          Curve::tanh(xsimd::fma(r, at(recurrent + 2 * stride), at(input + 2 * stride)));
       xsimd::fma(z, at(hidden) - n, n).store_unaligned(hidden + j);
     }
   }
 
-  static void layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
-                         float* x) noexcept {
+  static float layer_norm(std::size_t size, float epsilon, const float* weight, const float* bias,
+                          float* x) noexcept {
     const std::size_t whole = size / width * width;
     Batch sums(0.0f);
     for (std::size_t j = 0; j < whole; j += width) sums += Batch::load_unaligned(x + j);
@@ -1128,27 +1204,36 @@ struct Vectors {
     }
     float square = add_lanes(squares);
     for (std::size_t j = whole; j < size; ++j) square += (x[j] - mean) * (x[j] - mean);
-    const Batch scale(1.0f / __builtin_sqrtf(square / static_cast<float>(size) + epsilon));
+    const float factor = 1.0f / __builtin_sqrtf(square / static_cast<float>(size) + epsilon);
+    const Batch scale(factor);
     for (std::size_t j = 0; j < size; j += width) {
       const Batch centred = (Batch::load_unaligned(x + j) - Batch(mean)) * scale;
       xsimd::fma(centred, Batch::load_unaligned(weight + j), Batch::load_unaligned(bias + j))
           .store_unaligned(x + j);
     }
+    return factor;
+  }
+
+  static void scaled_sum(std::size_t size, const float* const* rows, std::size_t count, float scale,
+                         const float* bias, float* y) noexcept {
+    for (std::size_t j = 0; j < size; j += width) {
+      Batch sum = Batch::load_unaligned(rows[0] + j);
+      for (std::size_t r = 1; r < count; ++r) sum += Batch::load_unaligned(rows[r] + j);
+      xsimd::fma(sum, Batch(scale), Batch::load_unaligned(bias + j)).store_unaligned(y + j);
+    }
   }
 
   static void sigmoid(std::size_t size, float* x) noexcept {
-    transform(size, x, [](const Batch& v) { return logistic(v); });
+    transform(size, x, [](const Batch& v) { return Curve::sigmoid(v); });
   }
   static void tanh(std::size_t size, float* x) noexcept {
-    transform(size, x, [](const Batch& v) { return xsimd::tanh(v); });
+    transform(size, x, [](const Batch& v) { return Curve::tanh(v); });
   }
   static void relu(std::size_t size, float* x) noexcept {
     transform(size, x, [](const Batch& v) { return xsimd::max(v, Batch(0.0f)); });
   }
   static void gelu(std::size_t size, float* x) noexcept {
-    transform(size, x, [](const Batch& v) {
-      return Batch(0.5f) * v * (Batch(1.0f) + xsimd::erf(v * Batch(0.70710678f)));
-    });
+    transform(size, x, [](const Batch& v) { return Curve::gelu(v); });
   }
   static float kth_largest(std::size_t size, const float* x, std::size_t k, float low) noexcept {
     Batch most(x[0]), smallest(x[0]);
@@ -1165,7 +1250,7 @@ struct Vectors {
       high = highs[l] > high ? highs[l] : high;
       least = lows[l] < least ? lows[l] : least;
     }
-    return halve(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Tag>(k, low > least ? low : least, high, [&](float limit) {
       Batch counts(0.0f);
       for (std::size_t j = 0; j < size; j += width)
         counts +=
@@ -1198,21 +1283,17 @@ struct Vectors {
 #endif
   }
 
-  static Batch logistic(const Batch& x) noexcept {
-    return Batch(1.0f) / (Batch(1.0f) + xsimd::exp(-x));
-  }
-
-  template <class Count>
-  static float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
-    for (int step = 0; step < 20; ++step) {
-      const float middle = low + 0.5f * (high - low);
-      if (!(middle > low && middle < high)) break;
-      const std::size_t count = count_at_least(middle);
-      (count >= k ? low : high) = middle;
-      if (count >= k && count <= k + k / 16) break;
+  struct Arithmetic {
+    using Value = Batch;
+    static Batch fma(const Batch& a, const Batch& b, const Batch& c) noexcept {
+      return xsimd::fma(a, b, c);
     }
-    return low;
-  }
+    // In this order a NaN of v passes through x86's min and max.
+    static Batch limited(const Batch& v, float most) noexcept {
+      return xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
+    }
+  };
+  using Curve = Curves<Arithmetic>;
 
   template <std::size_t Blocks>
   static void multiply_blocks(const float* packed, const float* bias, std::size_t inputs,
@@ -1427,6 +1508,7 @@ struct Table {
   decltype(&Kernels<Scalar>::rows_vector) rows_vector;
   decltype(&Kernels<Scalar>::gru_gates) gru_gates;
   decltype(&Kernels<Scalar>::layer_norm) layer_norm;
+  decltype(&Kernels<Scalar>::scaled_sum) scaled_sum;
   decltype(&Kernels<Scalar>::sigmoid) sigmoid;
   decltype(&Kernels<Scalar>::tanh) tanh;
   decltype(&Kernels<Scalar>::relu) relu;
@@ -1448,6 +1530,7 @@ inline constexpr Table table_of{Tag::name,
                                 &Kernels<Tag>::rows_vector,
                                 &Kernels<Tag>::gru_gates,
                                 &Kernels<Tag>::layer_norm,
+                                &Kernels<Tag>::scaled_sum,
                                 &Kernels<Tag>::sigmoid,
                                 &Kernels<Tag>::tanh,
                                 &Kernels<Tag>::relu,
@@ -1462,6 +1545,11 @@ const Table& chosen() noexcept;
 const Table* const* available(std::size_t& count) noexcept;
 #else
 inline const Table& chosen() noexcept { return table_of<Default>; }
+inline const Table* const* available(std::size_t& count) noexcept {
+  static constexpr const Table* tables[]{&table_of<Default>, &table_of<Scalar>};
+  count = std::is_same_v<Default, Scalar> ? 1 : 2;
+  return tables;
+}
 #endif
 
 }  // namespace kernels
@@ -3555,8 +3643,9 @@ class Encoder {
     std::vector<std::int8_t> quantised;
   };
 
-  // The model must outlive the encoder.
-  explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen())
+  // The model must outlive the encoder. gate_lookup: see looks_up_gates().
+  explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen(),
+                   bool gate_lookup = false)
       : parts_(&model.parts()), table_(&table) {
     std::size_t next = 0, dimension = parts_->inputs().columns();
     width_ = kernels::padded(std::max(dimension, model.dimension()));
@@ -3604,7 +3693,18 @@ class Encoder {
       width_ = std::max(width_, kernels::padded(dimension));
       steps_.push_back(std::move(step));
     }
+    if (gate_lookup) build_lookup();
   }
+
+  // Whether the input half of the first GRU's gates is looked up and not multiplied. The products
+  // of its weights with each item's input vector (and with event types and time gaps, which are
+  // added) are then kept: 12 bytes x items x hidden dimension (padded to 16), for which the
+  // constructor takes 3 x items x hidden x input dimension multiplications. The hidden state is the
+  // same to rounding; int8 weights are multiplied with inputs that are not rounded to steps. Holds
+  // where it was asked for and the program begins with embed_sum, then nothing, a layer norm or a
+  // linear layer, then any saves, then a GRU with weights for its input: that is what `personalize
+  // train` makes.
+  bool looks_up_gates() const noexcept { return lookup_.has_value(); }
 
   // Floats of one user's state: the hidden states of all recurrent operations, then the query (see
   // query()).
@@ -3643,7 +3743,9 @@ class Encoder {
     std::int8_t* q = workspace.quantised.data();
     float* x = area(0);
     float* y = area(1);
-    for (const Step& step : steps_) {
+    float norm = 1;  // factor of the last layer norm
+    for (std::size_t s = lookup_ ? lookup_->first : 0; s < steps_.size(); ++s) {
+      const Step& step = steps_[s];
       switch (step.op.kind) {
         case EncoderOp::Kind::embed_sum:
           embed(input, x);
@@ -3655,7 +3757,10 @@ class Encoder {
         case EncoderOp::Kind::gru: {
           float* hidden = state.data() + step.state_offset;
           const std::size_t stride = kernels::padded(step.outputs);
-          gate_inputs(step, x, area(2), q);
+          if (lookup_ && s == lookup_->gru)
+            look_up(input, norm, area(2));
+          else
+            gate_inputs(step, x, area(2), q);
           multiply(step.layers[1], step.outputs, hidden, area(5), q);
           if (step.op.argument & GruForm::reset_before)
             reset_before(step, hidden, area(2), area(5), y, q);
@@ -3685,8 +3790,8 @@ class Encoder {
           break;
         }
         case EncoderOp::Kind::layer_norm:
-          table_->layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
-                             step.layers[0].bias.data(), x);
+          norm = table_->layer_norm(step.outputs, 1e-5f, step.layers[0].weights.data(),
+                                    step.layers[0].bias.data(), x);
           break;
         case EncoderOp::Kind::activation:
           activate(step, x);
@@ -3721,6 +3826,87 @@ class Encoder {
     std::size_t state_offset;
     bool has_state = false;
   };
+
+  // Of W x + b, the input half of a GRU's gates, where x is the sum of an item's, an event type's
+  // and a time gap's row v: W (sum of v) + b. After a layer norm with weight g and bias c,
+  //   factor * (sum of W diag(g) (v - mean v)) + (W c + b),
+  // after a linear layer, sum of W L v + (W l + b).
+  struct GateLookup {
+    std::size_t first;                                // step to begin with
+    std::size_t gru;                                  // step that looks up
+    detail::Aligned<float> items, event_types, gaps;  // [rows][3 * padded(hidden)]
+    detail::Aligned<float> constant;                  // [3 * padded(hidden)]
+  };
+
+  void build_lookup() {
+    using Kind = EncoderOp::Kind;
+    const auto kind = [&](std::size_t s) {
+      return s < steps_.size() ? steps_[s].op.kind : Kind::activation;
+    };
+    if (kind(0) != Kind::embed_sum) return;
+    const bool layer_norm = kind(1) == Kind::layer_norm, linear = kind(1) == Kind::linear;
+    const std::size_t between = layer_norm || linear ? 1 : 0;
+    std::size_t gru = 1 + between;
+    while (kind(gru) == Kind::save) ++gru;
+    if (kind(gru) != Kind::gru || (steps_[gru].op.argument & GruForm::gate_input) != 0) return;
+    const auto* w = parts_->weights.data();
+    const Matrix& input_weights = w[2 * between];
+    const Matrix& input_bias = w[2 * between + 2];
+    const std::size_t gates = input_weights.rows(), inner = input_weights.columns();
+    const std::size_t inputs = parts_->inputs().columns();
+    Matrix product = Matrix::zeros(gates, inputs), constant = Matrix::zeros(1, gates);
+    for (std::size_t g = 0; g < gates; ++g) {
+      double sum = input_bias.at(0, g);
+      for (std::size_t c = 0; between == 1 && c < inner; ++c)
+        sum += static_cast<double>(input_weights.at(g, c)) * w[1].at(0, c);
+      constant.f32()[g] = static_cast<float>(sum);
+      for (std::size_t i = 0; i < inputs; ++i) {
+        double value = 0;
+        if (linear)
+          for (std::size_t c = 0; c < inner; ++c)
+            value += static_cast<double>(input_weights.at(g, c)) * w[0].at(c, i);
+        else
+          value = static_cast<double>(input_weights.at(g, i)) * (layer_norm ? w[0].at(0, i) : 1);
+        product.f32()[g * inputs + i] = static_cast<float>(value);
+      }
+    }
+    const Layer layer = pack(product, constant, 3);
+    const bool needs_input = layer_norm || gru > 1 + between;
+    lookup_.emplace(
+        GateLookup{needs_input ? 0 : gru, gru, products(layer, parts_->inputs(), layer_norm),
+                   products(layer, parts_->event_type_embedding, layer_norm),
+                   products(layer, parts_->time_gap_embedding, layer_norm), layer.bias});
+  }
+
+  detail::Aligned<float> products(const Layer& layer, const Matrix& rows, bool centred) const {
+    const std::size_t inputs = rows.columns(), size = layer.blocks * kernels::lanes;
+    detail::Aligned<float> result;
+    result.assign(rows.rows() * size, 0.0f);
+    const std::vector<float> zeros(size);
+    std::vector<float> row(kernels::padded(inputs) + kernels::lanes);
+    for (std::size_t r = 0; r < rows.rows(); ++r) {
+      rows.row(r, {row.data(), inputs});
+      const double mean =
+          std::accumulate(row.data(), row.data() + inputs, 0.0) / static_cast<double>(inputs);
+      if (centred)
+        for (std::size_t c = 0; c < inputs; ++c)
+          row[c] = static_cast<float>(static_cast<double>(row[c]) - mean);
+      table_->matrix_vector(layer.weights.data(), zeros.data(), inputs, layer.blocks, row.data(),
+                            result.data() + r * size);
+    }
+    return result;
+  }
+
+  void look_up(const EncoderInput& input, float factor, float* gates) const noexcept {
+    const std::size_t size = 3 * kernels::padded(steps_[lookup_->gru].outputs);
+    std::array<const float*, 3> rows{lookup_->items.data() + input.item * size};
+    std::size_t count = 1;
+    if (input.event_type < parts_->event_type_embedding.rows())
+      rows[count++] = lookup_->event_types.data() + input.event_type * size;
+    if (input.time_gap < parts_->time_gap_embedding.rows())
+      rows[count++] = lookup_->gaps.data() + input.time_gap * size;
+    table_->scaled_sum(size, rows.data(), count, factor, lookup_->constant.data(), gates);
+  }
 
   void add_state(Step& step) {
     step.has_state = true;
@@ -3842,6 +4028,7 @@ class Encoder {
   const ModelParts* parts_;
   const kernels::Table* table_;
   std::vector<Step> steps_;
+  std::optional<GateLookup> lookup_;
   std::size_t recurrent_size_ = 0;
   std::size_t width_ = 0;
 };
@@ -5503,6 +5690,14 @@ struct RecommenderOptions {
   std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
   // Called for every impression and positive event, on the recording thread, which holds no lock.
   std::function<void(const LogEntry&)> log = {};
+  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
+  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
+  // programs.
+  bool gate_lookup = false;
+  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
+  // program and run on this processor. Empty: kernels::chosen(), the best, or with
+  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
+  std::string instruction_set = {};
 };
 
 // Serves a model to any number of threads: every member function may be called at any time from
@@ -5528,7 +5723,10 @@ class Recommender {
               Errc::io,
               "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
       }
-      Recommender recommender(std::make_unique<State>(std::move(model), std::move(chosen)));
+      const auto table = find_kernels(options.instruction_set);
+      if (!table) return table.error();
+      Recommender recommender(
+          std::make_unique<State>(std::move(model), std::move(chosen), **table));
       const std::int64_t latest = recommender.state_->latest;
       if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
         return built.error();
@@ -5597,57 +5795,41 @@ class Recommender {
   // bytes, a count or a mask outside its range.
   Result<void> recommend(const Request& request, Slate& slate) {
     return detail::guarded([&]() -> Result<void> {
-      if (auto checked = check_ids(request.user, request.session); !checked) return checked;
-      if (request.count < 1 || request.count > 10'000)
-        return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
+      if (auto checked = check_request(request); !checked) return checked;
       const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
       if (auto updated = update_if_due(timestamp); !updated) return updated;
       const auto catalogue = state_->current();
-      ScratchLease scratch{*state_, *catalogue};
       if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-      const Key key{request.user, request.session};
-      SlateNumbers numbers{*this};
-      const bool known = read_user(*catalogue, request, timestamp, &numbers, *scratch);
-      const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
-      rank_best(*catalogue, known, std::max(request.count, normalising_items), eligibility,
-                *scratch);
-      collect_pool(*catalogue, known, eligibility, *scratch);
-      SlotPolicy& policy = scratch->policy;
-      policy.configure(state_->options.exploration_weight, exploration_temperature,
-                       catalogue->calibration.slope);
-      const CounterRandom random{key_hash(key, state_->options.seed), scratch->request_number};
-      policy.choose(scratch->top, scratch->pool, scratch->pool_expected, request.count, random,
-                    scratch->taken, scratch->choices);
+      Asked asked{*this, *catalogue, request, timestamp};
+      find_best(*catalogue, asked.known, asked.best(), asked.eligibility, *asked.scratch);
+      answer(*catalogue, asked, slate);
+      return {};
+    });
+  }
 
-      slate.model = catalogue->model;
-      slate.items.clear();
-      slate.id.clear();
-      slate.propensity = 1;
-      for (const SlotChoice& choice : scratch->choices) {
-        const Reason reason = choice.explored ? Reason::exploration
-                              : known         ? Reason::relevance
-                                              : Reason::popular;
-        slate.items.push_back({catalogue->model->item_id(choice.pick.item),
-                               shown_score(known, exploitation_score(*scratch, choice)), reason,
-                               choice.propensity});
-        slate.propensity *= static_cast<double>(choice.propensity);
-      }
-      if (state_->options.feedback) {
-        // All memory is taken before the log gives up an older slate.
-        LoggedSlate& logged = scratch->logged;
-        logged.query.clear();
-        logged.picks.clear();
-        if (known) logged.query.assign(scratch->query.begin(), scratch->query.end());
-        for (std::size_t place = 0; place < scratch->choices.size(); ++place)
-          logged.picks.push_back(
-              assess(*catalogue, known, place, scratch->choices[place], *scratch));
-        slate.id.reserve(32);
-        state_->slates.add(key.text(), timestamp, slate.id, [&logged](LoggedSlate& kept) {
-          kept.query.swap(logged.query);
-          kept.picks.swap(logged.picks);
-        });
-      }
-      numbers.keep();
+  // slates[i] for requests[i], each the same as alone but for an update that falls due: it comes
+  // before all of them. Known users share a pass over the catalogue, 32 at a time, which takes a
+  // fraction of the time of one by one, and the request memory of 32 threads, some 5 bytes an item
+  // each, which is kept for later calls. Errors as above, and invalid_argument where there are more
+  // requests than slates; where memory runs out on the way, the slates that were not reached are
+  // empty.
+  Result<void> recommend(std::span<const Request> requests, std::span<Slate> slates) {
+    return detail::guarded([&]() -> Result<void> {
+      if (slates.size() < requests.size())
+        return Error{Errc::invalid_argument, "there are more requests than slates"};
+      for (const Request& request : requests)
+        if (auto checked = check_request(request); !checked) return checked;
+      const std::int64_t now = system_seconds();
+      for (const Request& request : requests)
+        if (auto updated = update_if_due(request.timestamp.value_or(now)); !updated) return updated;
+      const auto catalogue = state_->current();
+      for (const Request& request : requests)
+        if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+      for (std::size_t i = 0; i < requests.size(); ++i) clear(slates[i]);
+      for (std::size_t begin = 0; begin < requests.size(); begin += asked_together)
+        recommend_together(
+            *catalogue, requests.subspan(begin, std::min(asked_together, requests.size() - begin)),
+            slates.subspan(begin), now);
       return {};
     });
   }
@@ -5670,10 +5852,8 @@ class Recommender {
       const bool known = read_user(*catalogue, request,
                                    request.timestamp.value_or(system_seconds()), nullptr, *scratch);
       const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
+      clear(slate);
       slate.model = catalogue->model;
-      slate.items.clear();
-      slate.id.clear();
-      slate.propensity = 1;
       scratch->top.clear();
       for (std::uint32_t position = 0; position < items.size(); ++position) {
         const auto item = catalogue->model->find_item(items[position]);
@@ -5773,7 +5953,7 @@ class Recommender {
   }
 
   // Of the kernels in use: "avx512+vnni", "avx2+fma", "sse2", "neon", "scalar" and so on.
-  static const char* instruction_set() noexcept { return kernels::chosen().name; }
+  const char* instruction_set() const noexcept { return state_->table.name; }
 
   // Users and sessions remembered now.
   std::size_t user_count() const {
@@ -5793,6 +5973,7 @@ class Recommender {
   static constexpr double explored_enough = 3;     // expected positive events
   static constexpr std::size_t max_pool = 4096;    // the newest
   static constexpr std::uint32_t normalising_items = 32;
+  static constexpr std::size_t asked_together = 32;        // requests in one pass
   static constexpr std::uint64_t well_known = 10;          // interactions
   static constexpr std::size_t calibration_slates = 2048;  // the newest
 
@@ -5956,13 +6137,15 @@ class Recommender {
   };
 
   struct State {
-    State(std::shared_ptr<const Model> model, RecommenderOptions chosen)
+    State(std::shared_ptr<const Model> model, RecommenderOptions chosen,
+          const kernels::Table& kernel_table)
         : options(std::move(chosen)),
+          table(kernel_table),
           contexts(model->dimension()),
           slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(),
                  *options.recommendation_key) {
       auto first = std::make_shared<Catalogue>();
-      first->encoder = std::make_shared<const Encoder>(*model);
+      first->encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
       first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
       for (const ItemStatistics& s : model->parts().statistics)
         if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
@@ -5977,6 +6160,7 @@ class Recommender {
     }
 
     RecommenderOptions options;
+    const kernels::Table& table;
     std::array<Shard, 64> shards;
     std::mutex scratch_mutex;
     std::size_t scratches = 0;
@@ -6173,6 +6357,19 @@ class Recommender {
     return {};
   }
 
+  static Result<const kernels::Table*> find_kernels(const std::string& name) {
+    if (name.empty()) return &kernels::chosen();
+    std::size_t count = 0;
+    const kernels::Table* const* tables = kernels::available(count);
+    std::string names;
+    for (std::size_t t = 0; t < count; ++t) {
+      if (name == tables[t]->name) return tables[t];
+      names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
+    }
+    return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
+                                             "'; this program has for this processor: " + names};
+  }
+
   static Result<void> check_ids(std::string_view user, std::string_view session) {
     if (user.empty() && session.empty())
       return Error{Errc::invalid_argument, "neither a user nor a session is given"};
@@ -6298,9 +6495,107 @@ class Recommender {
         3.0f));
   }
 
+  // A request and what was found out about its user.
+  struct Asked {
+    Asked(Recommender& recommender, const Catalogue& catalogue, const Request& asked,
+          std::int64_t time)
+        : request(asked),
+          timestamp(time),
+          numbers(recommender),
+          scratch(*recommender.state_, catalogue),
+          known(recommender.read_user(catalogue, request, timestamp, &numbers, *scratch)),
+          eligibility(restrict_to(catalogue, request, *scratch)) {}
+    std::size_t best() const noexcept {
+      return std::max<std::size_t>(request.count, normalising_items);
+    }
+
+    const Request& request;
+    std::int64_t timestamp;
+    SlateNumbers numbers;
+    ScratchLease scratch;
+    bool known;
+    Eligibility eligibility;
+  };
+
+  static Result<void> check_request(const Request& request) {
+    if (request.count < 1 || request.count > 10'000)
+      return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
+    return check_ids(request.user, request.session);
+  }
+
+  void recommend_together(const Catalogue& catalogue, std::span<const Request> requests,
+                          std::span<Slate> slates, std::int64_t now) {
+    std::array<std::optional<Asked>, asked_together> all;
+    std::array<Scorer::Query, asked_together> queries;
+    std::size_t known = 0;
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      const std::int64_t timestamp = requests[i].timestamp.value_or(now);
+      Asked& asked = all[i].emplace(*this, catalogue, requests[i], timestamp);
+      Scratch& scratch = *asked.scratch;
+      if (asked.known)
+        queries[known++] = {scratch.query, asked.best() + scratch.ignored.size(), asked.eligibility,
+                            &scratch.top};
+      else
+        find_best(catalogue, false, asked.best(), asked.eligibility, scratch);
+    }
+    catalogue.scorer->top_k(std::span(queries).first(known), all[0]->scratch->scoring);
+    for (std::size_t i = 0; i < requests.size(); ++i) answer(catalogue, *all[i], slates[i]);
+  }
+
+  static void clear(Slate& slate) noexcept {
+    slate.items.clear();
+    slate.id.clear();
+    slate.propensity = 1;
+  }
+
+  // The slate, once scratch.top is found.
+  void answer(const Catalogue& catalogue, Asked& asked, Slate& slate) {
+    Scratch& scratch = *asked.scratch;
+    const Key key{asked.request.user, asked.request.session};
+    normalise(catalogue, asked.known, scratch);
+    collect_pool(catalogue, asked.known, asked.eligibility, scratch);
+    SlotPolicy& policy = scratch.policy;
+    policy.configure(state_->options.exploration_weight, exploration_temperature,
+                     catalogue.calibration.slope);
+    const CounterRandom random{key_hash(key, state_->options.seed), scratch.request_number};
+    policy.choose(scratch.top, scratch.pool, scratch.pool_expected, asked.request.count, random,
+                  scratch.taken, scratch.choices);
+
+    // All memory is taken before the slate is filled and the log gives up an older one.
+    LoggedSlate& logged = scratch.logged;
+    logged.query.clear();
+    logged.picks.clear();
+    if (state_->options.feedback) {
+      if (asked.known) logged.query.assign(scratch.query.begin(), scratch.query.end());
+      for (std::size_t place = 0; place < scratch.choices.size(); ++place)
+        logged.picks.push_back(
+            assess(catalogue, asked.known, place, scratch.choices[place], scratch));
+      slate.id.reserve(32);
+    }
+    slate.items.reserve(scratch.choices.size());
+
+    clear(slate);
+    slate.model = catalogue.model;
+    for (const SlotChoice& choice : scratch.choices) {
+      const Reason reason = choice.explored ? Reason::exploration
+                            : asked.known   ? Reason::relevance
+                                            : Reason::popular;
+      slate.items.push_back({catalogue.model->item_id(choice.pick.item),
+                             shown_score(asked.known, exploitation_score(scratch, choice)), reason,
+                             choice.propensity});
+      slate.propensity *= static_cast<double>(choice.propensity);
+    }
+    if (state_->options.feedback)
+      state_->slates.add(key.text(), asked.timestamp, slate.id, [&logged](LoggedSlate& kept) {
+        kept.query.swap(logged.query);
+        kept.picks.swap(logged.picks);
+      });
+    asked.numbers.keep();
+  }
+
   // Fills scratch.top with the best `count` eligible items and those that may take the place of
-  // ignored ones, and sets the normaliser.
-  static void rank_best(const Catalogue& catalogue, bool known, std::size_t count,
+  // ignored ones.
+  static void find_best(const Catalogue& catalogue, bool known, std::size_t count,
                         const Eligibility& eligibility, Scratch& scratch) {
     const std::size_t wanted = count + scratch.ignored.size();
     if (known) {
@@ -6313,6 +6608,10 @@ class Recommender {
           scratch.top.push_back({item, undiscounted(catalogue, known, item, scratch)});
       }
     }
+  }
+
+  // Of scratch.top: the normaliser, and the discounts of what the user ignored.
+  static void normalise(const Catalogue& catalogue, bool known, Scratch& scratch) {
     // logsumexp of the model's own scores of the best
     const auto relevance = [&](const ScoredItem& scored) {
       return scored.score - learned(catalogue, known, scored.item, scratch);
@@ -6344,9 +6643,9 @@ class Recommender {
     // After the scores of the whole pool come those that are kept; the front is written last.
     scratch.pool_scores.resize(items);
     if (known) {
-      kernels::chosen().rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
-                                    catalogue.model->dimension(), items, scratch.query.data(),
-                                    scratch.pool_scores.data());
+      state_->table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
+                                catalogue.model->dimension(), items, scratch.query.data(),
+                                scratch.pool_scores.data());
     } else {
       for (std::size_t j = 0; j < items; ++j)
         scratch.pool_scores[j] = undiscounted(catalogue, known, catalogue.pool[j].item, scratch);
@@ -6440,7 +6739,8 @@ class Recommender {
       has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, timestamp,
                             nullptr, *scratch);
       if (!shown.items.empty()) {
-        rank_best(catalogue, has_query, normalising_items, {}, *scratch);
+        find_best(catalogue, has_query, normalising_items, {}, *scratch);
+        normalise(catalogue, has_query, *scratch);
         for (std::size_t place = 0; place < shown.items.size(); ++place) {
           const auto item = catalogue.model->find_item(shown.items[place]);
           if (!item) continue;
@@ -6570,7 +6870,8 @@ class Recommender {
         return model.error();
       }
       next->model = *model;
-      next->encoder = std::make_shared<const Encoder>(**model);
+      next->encoder =
+          std::make_shared<const Encoder>(**model, state_->table, state_->options.gate_lookup);
       if (state_->options.feedback)
         next->counters =
             std::make_shared<ItemCounters>(previous->counters->grown((*model)->item_count()));
@@ -6581,7 +6882,7 @@ class Recommender {
     auto built = detail::guarded([&]() -> Result<void> {
       if (state_->options.feedback) learn(*next, now);
       next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
-                           Scorer::usual_query_length(*next->model));
+                           Scorer::usual_query_length(*next->model), state_->table);
       order_by_popularity(*next);
       choose_pool(*next, now);
       return {};

@@ -248,6 +248,29 @@ void step_128() {
   }
 }
 
+void step_128_lookup() {
+  for (const auto type : {pz::ElementType::i8, pz::ElementType::f32}) {
+    const auto model = model_of(10'000, 128, type);
+    const pz::Encoder direct(*model), quick(*model, pz::kernels::chosen(), true);
+    auto workspace = direct.make_workspace();
+    const auto hundred = [&](const pz::Encoder& encoder, std::vector<float>& user) {
+      return [&workspace, &encoder, &user, item = std::uint32_t{0}]() mutable {
+        for (int i = 0; i < 100; ++i) {
+          encoder.step({.item = item}, user, workspace);
+          item = (item + 7919) % 10'000;
+        }
+      };
+    };
+    std::vector<float> user(quick.state_size()), other(direct.state_size());
+    measure({.name = "gru_step_lookup",
+             .data = "hidden 128, " + std::string(pz::name(type)) +
+                     " weights, 10,000 items, input half of the gates looked up",
+             .peer = "the same with it multiplied",
+             .per_call = 100},
+            hundred(quick, user), hundred(direct, other));
+  }
+}
+
 void event_and_slate() {
   const auto model = model_of(10'000, 128, pz::ElementType::i8);
   for (const float weight : {0.0f, 0.3f}) {
@@ -457,6 +480,7 @@ int main(int count, char** arguments) {
       {"top_100_batch", batch_of_64},
       {"top_100_avx2", avx2_against_avx512},
       {"gru_step", step_128},
+      {"gru_step_lookup", step_128_lookup},
       {"event_and_slate", event_and_slate},
       {"load", load},
       {"load_memory", load_memory},

@@ -314,6 +314,37 @@ TEST_CASE("a recommender survives the failure of any allocation, and goes on as 
     both([&](pz::Recommender& r) { return r.update(now); });
     compare("user 3");
   }
+  SUBCASE("while it answers many users together") {
+    std::vector<std::string> users;
+    for (int u = 0; u < 40; ++u) users.push_back("user " + std::to_string(u % 39));
+    std::vector<pz::Request> requests;
+    for (const std::string& user : users) {
+      both([&](pz::Recommender& r) {
+        return r.record({.user = user, .item = "i8", .timestamp = now});
+      });
+      requests.push_back({.user = user, .count = 5, .timestamp = now});
+    }
+    std::vector<pz::Slate> slates(requests.size());
+    int failures = 0;
+    for (int n = 1; n < 2000; n += 1 + n / 8) {
+      CAPTURE(n);
+      for (pz::Slate& slate : slates) slate.items.assign(1, {"of an earlier call", 0, {}, 1});
+      allocations.fail_at = n;
+      const auto answered = shop.recommend(requests, slates);
+      const bool failed = allocations.fail_at == 0;
+      allocations.fail_at = 0;
+      REQUIRE(answered.has_value() != failed);
+      failures += failed;
+      for (std::size_t r = 0; r < requests.size(); ++r) {
+        const pz::Slate& slate = slates[r];
+        REQUIRE((slate.items.size() == 5 || (failed && slate.items.empty())));
+        // One that was not reached counts as not asked for.
+        if (!slate.items.empty()) same_slate(slate, *twin.recommend(requests[r]));
+      }
+    }
+    CHECK(failures > 10);
+    for (int u = 0; u < 40; ++u) compare(users[static_cast<std::size_t>(u)]);
+  }
   SUBCASE("while it grows by items and updates") {
     both([&](pz::Recommender& r) {
       return r.record({

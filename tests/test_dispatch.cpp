@@ -2,8 +2,12 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,6 +25,77 @@ std::vector<const pz::kernels::Table*> tables() {
 
 const pz::kernels::Table& reference() { return *tables().back(); }
 
+using small_model::Random;
+
+std::vector<float> values(Random& random, std::size_t n, float scale = 1.0f) {
+  std::vector<float> v(pz::kernels::padded(n) + pz::kernels::lanes);
+  for (std::size_t i = 0; i < n; ++i) v[i] = random.normal() * scale;
+  return v;
+}
+
+std::vector<std::int8_t> integers(Random& random, std::size_t n, int most) {
+  std::vector<std::int8_t> v(pz::kernels::padded(n) + pz::kernels::lanes);
+  for (std::size_t i = 0; i < n; ++i)
+    v[i] = static_cast<std::int8_t>(
+        static_cast<int>(random.below(static_cast<std::uint32_t>(2 * most + 1))) - most);
+  return v;
+}
+
+void close(std::span<const float> got, std::span<const float> want, std::size_t n, float bound) {
+  for (std::size_t i = 0; i < n; ++i) {
+    CAPTURE(i);
+    REQUIRE(std::abs(got[i] - want[i]) <= bound * std::max(1.0f, std::abs(want[i])));
+  }
+}
+
+template <int Bits>
+std::vector<std::uint8_t> random_panels(Random& random, std::size_t d, std::size_t count) {
+  std::vector<std::uint8_t> bytes(count * pz::kernels::panel_bytes<Bits>(d));
+  for (std::size_t r = 0; r < count * pz::kernels::panel_rows; ++r) {
+    const auto row = integers(random, d, Bits == 8 ? 127 : 7);
+    pz::kernels::put_in_panel<Bits>(
+        bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
+        r % pz::kernels::panel_rows, row.data(), d);
+  }
+  return bytes;
+}
+
+struct Query {
+  Query(Random& random, std::size_t d, int most) : values(integers(random, d, most)) {
+    for (const std::int8_t v : values) sum += v;
+  }
+  std::vector<std::int8_t> values;
+  std::int32_t sum = 0;
+};
+
+std::uint16_t upper_half(float v) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+}
+
+// Rounding may decide about a score that lies on the limit.
+void same_masks(std::span<const std::uint16_t> got, std::span<const std::uint16_t> want,
+                std::span<const float> scores, float limit) {
+  for (std::size_t r = 0; r < scores.size(); ++r) {
+    CAPTURE(r);
+    if (std::abs(scores[r] - limit) > 1e-5f * std::max(1.0f, std::abs(limit)))
+      REQUIRE((got[r / 16] >> (r % 16) & 1) == (want[r / 16] >> (r % 16) & 1));
+  }
+}
+
+void same_slates(const std::vector<pz::ScoredItem>& got, const std::vector<pz::ScoredItem>& want) {
+  REQUIRE(got.size() == want.size());
+  for (std::size_t r = 0; r < got.size(); ++r) {
+    REQUIRE(got[r].item == want[r].item);
+    REQUIRE(got[r].score == want[r].score);
+  }
+}
+
+std::vector<float> query_of(Random& random, std::size_t d) {
+  std::vector<float> query(pz::kernels::padded(d));
+  for (std::size_t c = 0; c < d; ++c) query[c] = random.normal();
+  return query;
+}
+
 }  // namespace
 
 TEST_CASE("the processor's instruction sets are listed best first, the reference last") {
@@ -35,37 +110,252 @@ TEST_CASE("the processor's instruction sets are listed best first, the reference
   CHECK(std::find(all.begin(), all.end(), &pz::kernels::chosen()) != all.end());
 }
 
-TEST_CASE("slates and scores have the same bits on every instruction set") {
-  for (const bool int8 : {true, false}) {
-    const auto model = small_model::model({.items = 3000, .dimension = 45}, int8);
-    const pz::Scorer plain{*model, reference()};
-    auto workspace = plain.make_workspace();
-    small_model::Random random{5};
-    for (const auto* table : tables()) {
-      CAPTURE(table->name);
-      const pz::Scorer scorer{*model, *table};
-      CHECK(std::string(scorer.instruction_set()) == table->name);
-      for (int round = 0; round < 20; ++round) {
-        std::vector<float> query(pz::kernels::padded(45));
-        for (std::size_t c = 0; c < 45; ++c) query[c] = random.normal();
-        std::vector<pz::ScoredItem> want, got;
-        plain.top_k(query, 50, {}, workspace, want);
-        scorer.top_k(query, 50, {}, workspace, got);
-        REQUIRE(got.size() == want.size());
-        for (std::size_t r = 0; r < got.size(); ++r) {
-          REQUIRE(got[r].item == want[r].item);
-          REQUIRE(got[r].score == want[r].score);
+TEST_CASE("scans of 8 bits, of one query and of two, and products with int8 weights") {
+  for (const auto* table : tables()) {
+    CAPTURE(std::string(table->name));
+    Random random{1};
+    for (const std::size_t d : {1u, 5u, 16u, 64u, 149u})
+      for (const std::size_t count : {1u, 4u, 9u, 16u}) {
+        CAPTURE(d);
+        CAPTURE(count);
+        const std::size_t all = count * pz::kernels::panel_rows;
+        const auto panels = random_panels<8>(random, d, count);
+        const auto scales = values(random, all, 0.01f), biases = values(random, all);
+        const Query queries[]{{random, d, table->query_limit}, {random, d, table->query_limit}};
+        const float limit = 0.3f;
+        std::vector<std::uint16_t> masks[2], want_masks[2];
+        std::vector<float> scores[2], want_scores[2], plain(all);
+        std::vector<pz::kernels::PanelScan> scans, want;
+        for (std::size_t q = 0; q < 2; ++q) {
+          for (auto* some : {&masks[q], &want_masks[q]}) some->resize(count);
+          for (auto* some : {&scores[q], &want_scores[q]}) some->resize(all);
+          scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
+                           -128 * queries[q].sum, 0.02f, limit, masks[q].data(), scores[q].data()});
+          want.push_back(scans.back());
+          want.back().masks = want_masks[q].data();
+          want.back().scores = want_scores[q].data();
+          reference().scan_8bit(&want.back(), 1, count);
+          table->scan_8bit(&scans.back(), 1, count);
+          close(scores[q], want_scores[q], all, 2e-6f);
+          same_masks(masks[q], want_masks[q], want_scores[q], limit);
+          table->matrix_vector_i8(scans.back(), count, plain.data());
+          REQUIRE(plain == scores[q]);
+        }
+        const auto alone = {masks[0], masks[1]};
+        for (auto& some : masks) std::fill(some.begin(), some.end(), std::uint16_t{0x5555});
+        table->scan_8bit(scans.data(), 2, count);
+        for (std::size_t q = 0; q < 2; ++q) REQUIRE(masks[q] == alone.begin()[q]);
+      }
+  }
+}
+
+TEST_CASE("scans of 4 bits, of one query and of two") {
+  for (const auto* table : tables()) {
+    CAPTURE(std::string(table->name));
+    Random random{2};
+    for (const std::size_t d : {1u, 5u, 16u, 64u, 149u})
+      for (const std::size_t count : {1u, 4u, 9u, 16u}) {
+        CAPTURE(d);
+        CAPTURE(count);
+        const std::size_t all = count * pz::kernels::panel_rows;
+        const auto panels = random_panels<4>(random, d, count);
+        std::vector<std::uint16_t> scales, biases;
+        for (const float v : values(random, all, 0.01f)) scales.push_back(upper_half(v));
+        for (const float v : values(random, all)) biases.push_back(upper_half(v));
+        std::vector<std::uint16_t> masks[2], want(count), alone(count);
+        std::vector<pz::kernels::NibbleScan> scans;
+        const Query queries[]{{random, d, 127}, {random, d, 127}};
+        for (std::size_t q = 0; q < 2; ++q) {
+          masks[q].resize(count);
+          scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
+                           -8 * queries[q].sum, 0.02f, 0.3f, masks[q].data()});
+        }
+        table->scan_4bit(scans.data(), 2, count);
+        for (std::size_t q = 0; q < 2; ++q) {
+          pz::kernels::NibbleScan one = scans[q];
+          one.masks = alone.data();
+          table->scan_4bit(&one, 1, count);
+          REQUIRE(alone == masks[q]);
+          one.masks = want.data();
+          reference().scan_4bit(&one, 1, count);
+          // Of scores with three digits hardly one lies so near the limit that rounding decides.
+          int different = 0;
+          for (std::size_t p = 0; p < count; ++p)
+            different += std::popcount(static_cast<unsigned>(want[p] ^ masks[q][p]));
+          REQUIRE(different <= 1);
         }
       }
+  }
+}
+
+TEST_CASE("products of single rows, and what prepares a query") {
+  for (const auto* table : tables()) {
+    CAPTURE(std::string(table->name));
+    Random random{3};
+    for (const std::size_t d : {1u, 15u, 64u, 65u, 149u, 1000u}) {
+      CAPTURE(d);
+      const auto rows = integers(random, 9 * d, 127);
+      const auto f32 = values(random, 9 * d, 1e3f);
+      const std::vector<std::uint32_t> items{8, 0, 4, 4, 7, 1};
+      const Query query{random, d, 127};
+      std::vector<std::int32_t> dots(items.size()), want(items.size());
+      table->row_dots(rows.data(), d, query.values.data(), -128 * query.sum, items.data(),
+                      items.size(), dots.data());
+      reference().row_dots(rows.data(), d, query.values.data(), -128 * query.sum, items.data(),
+                           items.size(), want.data());
+      REQUIRE(dots == want);
+      auto x = values(random, d, 2.0f);
+      std::vector<double> wide(pz::kernels::padded(d)), exact(items.size()), direct(items.size());
+      for (std::size_t c = 0; c < d; ++c) wide[c] = x[c];
+      table->dots_i8(rows.data(), d, wide.data(), items.data(), items.size(), exact.data());
+      reference().dots_i8(rows.data(), d, wide.data(), items.data(), items.size(), direct.data());
+      REQUIRE(exact == direct);
+      table->dots_f32(f32.data(), d, wide.data(), items.data(), items.size(), exact.data());
+      reference().dots_f32(f32.data(), d, wide.data(), items.data(), items.size(), direct.data());
+      REQUIRE(exact == direct);
+      std::vector<std::int8_t> q(pz::kernels::padded(d)), want_q(q.size());
+      std::int32_t sum = 0, want_sum = 0;
+      const float step = table->quantise(d, x.data(), 127, q.data(), sum);
+      CHECK(step == reference().quantise(d, x.data(), 127, want_q.data(), want_sum));
+      REQUIRE(q == want_q);
+      REQUIRE(sum == want_sum);
+      const std::size_t k = (d + 2) / 3, size = pz::kernels::padded(d);
+      std::fill(x.begin() + static_cast<std::ptrdiff_t>(d), x.end(),
+                -std::numeric_limits<float>::infinity());
+      const float low = -std::numeric_limits<float>::infinity();
+      CHECK(table->kth_largest(size, x.data(), k, low) ==
+            reference().kth_largest(size, x.data(), k, low));
     }
   }
+}
+
+TEST_CASE("products in f32, gates, norms and activations") {
+  for (const auto* table : tables()) {
+    CAPTURE(std::string(table->name));
+    Random random{4};
+    for (const std::size_t n : {1u, 7u, 16u, 50u, 149u}) {
+      CAPTURE(n);
+      constexpr std::size_t blocks = 9, outputs = blocks * pz::kernels::lanes;
+      const auto packed = values(random, n * outputs), rows = values(random, 5 * n);
+      const auto bias = values(random, outputs), x = values(random, n);
+      const auto summands = values(random, 2 * outputs);
+      std::vector<float> got(outputs), want(outputs);
+      table->matrix_vector(packed.data(), bias.data(), n, blocks, x.data(), got.data());
+      reference().matrix_vector(packed.data(), bias.data(), n, blocks, x.data(), want.data());
+      close(got, want, outputs, 2e-5f);
+      table->rows_vector(rows.data(), bias.data(), n, 5, x.data(), got.data());
+      reference().rows_vector(rows.data(), bias.data(), n, 5, x.data(), want.data());
+      close(got, want, 5, 2e-5f);
+      const std::size_t stride = pz::kernels::padded(n);
+      for (const float scale : {0.1f, 3.0f, 60.0f}) {
+        const auto input = values(random, 3 * stride, scale);
+        const auto recurrent = values(random, 3 * stride, scale);
+        auto hidden = values(random, stride), same = hidden;
+        table->gru_gates(n, stride, input.data(), recurrent.data(), hidden.data());
+        reference().gru_gates(n, stride, input.data(), recurrent.data(), same.data());
+        close(hidden, same, n, 2e-6f);
+      }
+      const std::vector<const float*> terms{summands.data(), bias.data(),
+                                            summands.data() + outputs};
+      for (const std::size_t count : {1u, 2u, 3u}) {
+        table->scaled_sum(outputs, terms.data(), count, 0.7f, bias.data(), got.data());
+        reference().scaled_sum(outputs, terms.data(), count, 0.7f, bias.data(), want.data());
+        close(got, want, outputs, 1e-6f);
+      }
+      auto normed = values(random, n, 3.0f), same = normed;
+      const float factor = table->layer_norm(n, 1e-5f, packed.data(), bias.data(), normed.data());
+      const float want_factor =
+          reference().layer_norm(n, 1e-5f, packed.data(), bias.data(), same.data());
+      if (n > 1) {
+        CHECK(factor == doctest::Approx(want_factor).epsilon(1e-5));
+        close(normed, same, n, 1e-5f);
+      }
+      using Activation = void (*)(std::size_t, float*) noexcept;
+      const auto compare = [&](Activation one, Activation other, float bound) {
+        for (const float scale : {0.01f, 1.0f, 30.0f}) {
+          auto a = values(random, n, scale), b = a;
+          one(n, a.data());
+          other(n, b.data());
+          close(a, b, n, bound);
+        }
+      };
+      compare(table->sigmoid, reference().sigmoid, 1e-6f);
+      compare(table->tanh, reference().tanh, 1e-6f);
+      compare(table->relu, reference().relu, 0.0f);
+      compare(table->gelu, reference().gelu, 1e-6f);
+    }
+  }
+}
+
+TEST_CASE("slates and scores have the same bits on every instruction set, alone and together") {
+  const auto compare = [](const pz::Model& model, int rounds) {
+    const std::size_t d = model.dimension();
+    const pz::Scorer plain{model, reference()};
+    auto workspace = plain.make_workspace();
+    small_model::Random random{5};
+    std::vector<std::vector<float>> queries;
+    std::vector<std::vector<pz::ScoredItem>> want(static_cast<std::size_t>(rounds));
+    for (auto& top : want) {
+      queries.push_back(query_of(random, d));
+      plain.top_k(queries.back(), 50, {}, workspace, top);
+    }
+    for (const auto* table : tables()) {
+      CAPTURE(std::string(table->name));
+      const pz::Scorer scorer{model, *table};
+      CHECK(std::string(scorer.instruction_set()) == table->name);
+      std::vector<std::vector<pz::ScoredItem>> tops(want.size());
+      std::vector<pz::Scorer::Query> batch;
+      std::vector<pz::ScoredItem> top;
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        scorer.top_k(queries[i], 50, {}, workspace, top);
+        same_slates(top, want[i]);
+        batch.push_back({queries[i], 50, {}, &tops[i]});
+      }
+      scorer.top_k(batch, workspace);
+      for (std::size_t i = 0; i < want.size(); ++i) same_slates(tops[i], want[i]);
+    }
+  };
+  SUBCASE("rows of 8 bits") {
+    for (const bool int8 : {true, false})
+      compare(*small_model::model({.items = 3000, .dimension = 45}, int8), 20);
+  }
+  SUBCASE("rows of 4 bits, which larger catalogues have") {
+    constexpr std::size_t d = 509, items = (std::size_t{1} << 24) / d + 2;
+    compare(*small_model::model({.items = items, .dimension = d, .hidden = 16}, true), 5);
+  }
+}
+
+TEST_CASE("an option chooses the instruction set, or says which there are") {
+  const auto model = small_model::model({.items = 300}, true);
+  std::vector<std::string> want;
+  for (const auto* table : tables()) {
+    auto shop = pz::Recommender::create(
+        model, {.seed = 1, .recommendation_key = {{1, 2}}, .instruction_set = table->name});
+    REQUIRE(shop);
+    CHECK(std::string(shop->instruction_set()) == table->name);
+    const auto slate = shop->recommend({.user = "u", .count = 10, .timestamp = 0});
+    REQUIRE(slate);
+    std::vector<std::string> items;
+    for (const pz::Pick& pick : slate->items) items.emplace_back(pick.item);
+    if (want.empty()) want = items;
+    CHECK(items == want);
+  }
+  const auto usual = pz::Recommender::create(model);
+  REQUIRE(usual);
+  CHECK(std::string(usual->instruction_set()) == pz::kernels::chosen().name);
+  const auto unknown = pz::Recommender::create(model, {.instruction_set = "mmx"});
+  REQUIRE_FALSE(unknown);
+  CHECK(unknown.error().code == pz::Errc::invalid_argument);
+  CHECK(unknown.error().message.find("'mmx'") != std::string::npos);
+  for (const auto* table : tables())
+    CHECK(unknown.error().message.find(table->name) != std::string::npos);
 }
 
 TEST_CASE("encoder steps agree to rounding") {
   for (const bool int8 : {true, false}) {
     const auto model = small_model::model({.dimension = 50, .hidden = 70}, int8);
     for (const auto* table : tables()) {
-      CAPTURE(table->name);
+      CAPTURE(std::string(table->name));
       const pz::Encoder encoder{*model, *table}, plain{*model, reference()};
       auto workspace = encoder.make_workspace();
       std::vector<float> state(encoder.state_size()), want(encoder.state_size());

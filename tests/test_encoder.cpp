@@ -198,6 +198,101 @@ TEST_CASE("int8 weights leave the hidden state of a GRU where f32 weights take i
   }
 }
 
+TEST_CASE("gates that are looked up give the same hidden states") {
+  using Kind = pz::EncoderOp::Kind;
+  constexpr std::size_t d = 20, h = 24, items = 50;
+  for (const auto* table : {&pz::kernels::table_of<pz::kernels::Scalar>, &pz::kernels::chosen()})
+    for (const int between : {0, 1, 2})  // nothing, a layer norm, a linear layer
+      for (const bool saved : {false, true})
+        for (const bool context : {false, true})
+          for (const bool int8 : {false, true}) {
+            CAPTURE(between);
+            CAPTURE(saved);
+            CAPTURE(context);
+            CAPTURE(int8);
+            small_model::Random random{static_cast<std::uint64_t>(between + 1)};
+            pz::ModelParts parts = small_model::parts(
+                {.items = items, .dimension = d, .event_types = context, .time_gaps = context});
+            parts.operations = {{Kind::embed_sum}};
+            parts.weights.clear();
+            const auto weight = [&](std::size_t rows, std::size_t columns) {
+              parts.weights.push_back(small_model::random_matrix(random, rows, columns, 0.3f));
+            };
+            if (between == 1) {
+              parts.operations.push_back({Kind::layer_norm});
+              weight(1, d), weight(1, d);
+            } else if (between == 2) {
+              parts.operations.push_back({Kind::linear});
+              weight(h, d), weight(1, h);
+            }
+            const std::size_t inner = between == 2 ? h : d;
+            if (saved) parts.operations.push_back({Kind::save, 2});
+            parts.operations.push_back({Kind::gru});
+            weight(3 * inner, inner), weight(3 * inner, inner);
+            weight(1, 3 * inner), weight(1, 3 * inner);
+            if (saved) parts.operations.push_back({Kind::add, 2});
+            parts.operations.push_back({Kind::linear});
+            weight(d, inner), weight(1, d);
+            const auto model = pz::Model::from_parts(int8 ? small_model::quantised(parts) : parts);
+            REQUIRE(model);
+            const pz::Encoder plain{**model, *table}, quick{**model, *table, true};
+            REQUIRE_FALSE(plain.looks_up_gates());
+            REQUIRE(quick.looks_up_gates());
+            auto workspace = plain.make_workspace();
+            std::vector<float> got(quick.state_size()), want(plain.state_size());
+            DirectEncoder direct{(*model)->parts()};
+            for (int event = 0; event < 40; ++event) {
+              const pz::EncoderInput input{
+                  random.below(items), random.below(4) == 0 ? pz::no_event_type : random.below(2),
+                  random.below(14)};
+              quick.step(input, got, workspace);
+              plain.step(input, want, workspace);
+              const Vector exact = direct.step(input);
+              if (int8) {
+                // Nearer to the dequantised weights than with inputs rounded to steps.
+                REQUIRE(relative_error(quick.query(got), exact) < 4.0 / table->query_limit);
+              } else {
+                for (std::size_t c = 0; c < got.size(); ++c)
+                  REQUIRE(std::abs(got[c] - want[c]) <= 1e-5f);
+              }
+            }
+          }
+}
+
+TEST_CASE("the gates of a model that `personalize train` made can be looked up") {
+  const auto model = pz::Model::load("golden/trained.pzm");
+  REQUIRE(model);
+  const pz::Encoder plain{**model}, quick{**model, pz::kernels::chosen(), true};
+  REQUIRE(quick.looks_up_gates());
+  auto workspace = plain.make_workspace();
+  std::vector<float> got(quick.state_size()), want(plain.state_size());
+  small_model::Random random{6};
+  for (int event = 0; event < 30; ++event) {
+    const pz::EncoderInput input{random.below(400), pz::no_event_type, random.below(32)};
+    quick.step(input, got, workspace);
+    plain.step(input, want, workspace);
+  }
+  const auto query = plain.query(want);
+  CHECK(relative_error(quick.query(got), {query.begin(), query.end()}) <
+        4.0 / pz::kernels::chosen().query_limit);
+}
+
+TEST_CASE("where a program begins otherwise, nothing is looked up") {
+  pz::ModelParts parts = small_model::parts();
+  parts.operations.insert(
+      parts.operations.begin() + 2,
+      {pz::EncoderOp::Kind::activation, static_cast<std::uint32_t>(pz::Activation::tanh)});
+  const auto model = pz::Model::from_parts(parts);
+  REQUIRE(model);
+  const pz::Encoder plain{**model}, quick{**model, pz::kernels::chosen(), true};
+  CHECK_FALSE(quick.looks_up_gates());
+  auto workspace = plain.make_workspace();
+  std::vector<float> got(quick.state_size()), want(plain.state_size());
+  plain.step({3, 1, 5}, want, workspace);
+  quick.step({3, 1, 5}, got, workspace);
+  CHECK(got == want);
+}
+
 TEST_CASE("a model without event types and time gaps ignores both") {
   const auto model = small_model::model({.event_types = false, .time_gaps = false});
   const pz::Encoder encoder{*model};

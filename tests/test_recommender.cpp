@@ -57,6 +57,73 @@ TEST_CASE("an unknown user gets popular items, with their share as score") {
   CHECK(shop.user_count() == 0);
 }
 
+TEST_CASE("many requests together get what they get one by one") {
+  const pz::RecommenderOptions options{.exploration_weight = 0.5f,
+                                       .seed = 3,
+                                       .recommendation_key = std::array<std::uint64_t, 2>{1, 2}};
+  auto together = make(options, {.items = 700});
+  auto alone = make(options, {.items = 700});
+  pz::ItemMask odd(700);
+  for (std::uint32_t i = 1; i < 700; i += 2) odd.set(i);
+  std::vector<std::string> users;
+  for (int u = 0; u < 70; ++u) users.push_back("u" + std::to_string(u));
+  std::vector<pz::Request> requests;
+  small_model::Random random{5};
+  for (std::size_t u = 0; u < users.size(); ++u) {
+    for (std::size_t e = 0; e < u % 5; ++e) {
+      const std::string item = "i" + std::to_string(random.below(700));
+      learn(together, users[u], item, 1000);
+      learn(alone, users[u], item, 1000);
+    }
+    requests.push_back({.user = users[u],
+                        .count = static_cast<std::uint32_t>(1 + u % 40),
+                        .exclude_interacted = u % 2 == 0,
+                        .eligible = u % 3 == 0 ? &odd : nullptr,
+                        .timestamp = 2000});
+  }
+  requests.push_back(requests[4]);  // a user twice
+  std::vector<pz::Slate> slates(requests.size());
+  REQUIRE(together.recommend(requests, slates));
+  for (std::size_t r = 0; r < requests.size(); ++r) {
+    CAPTURE(r);
+    const auto want = alone.recommend(requests[r]);
+    REQUIRE(want);
+    CHECK(slates[r].id == want->id);
+    CHECK(slates[r].propensity == want->propensity);
+    REQUIRE(items(slates[r]) == items(*want));
+    for (std::size_t p = 0; p < want->items.size(); ++p) {
+      CHECK(slates[r].items[p].score == want->items[p].score);
+      CHECK(slates[r].items[p].reason == want->items[p].reason);
+    }
+  }
+  CHECK(together.recommend({}, slates));
+  requests[3].count = 0;
+  CHECK(together.recommend(requests, slates).error().code == pz::Errc::invalid_argument);
+  requests[3].count = 1;
+  slates.pop_back();
+  CHECK(together.recommend(requests, slates).error().code == pz::Errc::invalid_argument);
+}
+
+TEST_CASE("looking up gates changes no ranking, and new items are looked up too") {
+  auto plain = make({.exploration_weight = 0, .recommendation_key = {{1, 2}}});
+  auto quick = make({.exploration_weight = 0, .recommendation_key = {{1, 2}}, .gate_lookup = true});
+  for (auto* shop : {&plain, &quick}) {
+    learn(*shop, "u", "i3", 1000, "click");
+    REQUIRE(
+        shop->put_item({.item = "new", .creation_timestamp = 900, .fields = {{"GENRE", "bow"}}}));
+    REQUIRE(shop->update(2000));
+    learn(*shop, "u", "new", 2000);
+    learn(*shop, "u", "i7", 3000);
+  }
+  const pz::Request request{.user = "u", .count = 20, .timestamp = 4000};
+  const auto want = plain.recommend(request), got = quick.recommend(request);
+  REQUIRE(want);
+  REQUIRE(got);
+  REQUIRE(items(*got) == items(*want));
+  for (std::size_t i = 0; i < 20; ++i)
+    CHECK(got->items[i].score == doctest::Approx(want->items[i].score).epsilon(1e-5));
+}
+
 TEST_CASE("a known user gets the top k of the encoder's state") {
   auto shop = make();
   const auto& model = *shop.model();

@@ -5,8 +5,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <fstream>
 #include <limits>
 #include <numeric>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "small_model.hpp"
@@ -169,6 +172,67 @@ TEST_CASE("every element type, many bits of difference, both widths of the scan"
       }
     }
   }
+}
+
+namespace {
+
+// The hidden states of users of the golden model after each event of golden/trained_histories.txt:
+// a user a line, item and seconds since the event before.
+std::vector<std::vector<float>> trained_queries(const pz::Model& model) {
+  const pz::Encoder encoder{model};
+  auto workspace = encoder.make_workspace();
+  std::ifstream file("golden/trained_histories.txt");
+  std::vector<std::vector<float>> queries;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream events(line);
+    std::vector<float> state(encoder.state_size());
+    std::string id;
+    for (std::int64_t gap = 0; events >> id >> gap;) {
+      const auto item = model.find_item(id);
+      REQUIRE(item);
+      const auto buckets = static_cast<std::uint32_t>(model.parts().time_gap_embedding.rows());
+      encoder.step({*item, pz::no_event_type, pz::time_gap_bucket(0, gap, buckets)}, state,
+                   workspace);
+      const auto query = encoder.query(state);
+      queries.emplace_back(query.begin(), query.end());
+    }
+  }
+  return queries;
+}
+
+}  // namespace
+
+// golden/trained.pzm: `personalize simulate --write-dataset data --users 500 --items 400 --days 30
+// --seed 7`, items.csv without TITLE, then `personalize train --hidden-dimension 32 --feed-forward
+// 1 --epochs 20 --threads 1 --seed 7`; the histories are the last events of 44 of its users.
+TEST_CASE("trained vectors and the hidden states of users are exact as well") {
+  const auto model = pz::Model::load("golden/trained.pzm");
+  REQUIRE(model);
+  const pz::ModelParts& parts = (*model)->parts();
+  const std::size_t trained = parts.item_vectors.rows(), d = parts.item_vectors.columns();
+  const auto queries = trained_queries(**model);
+  REQUIRE(queries.size() == 44 * 8);
+  const pz::Scorer scorer{**model};
+  for (std::size_t q = 0; q < queries.size(); ++q) {
+    CAPTURE(q);
+    for (const std::size_t k : {1u, 25u, 100u})
+      same(top_k(scorer, queries[q], k), full_sort(scorer, trained, queries[q], k, {}));
+  }
+  // So many that the scan is in 4 bits: each row many times over, with a little noise.
+  constexpr std::size_t items = 530'000;
+  pz::Matrix many = pz::Matrix::zeros(items, d);
+  std::vector<float> biases(items);
+  small_model::Random random{4};
+  for (std::size_t i = 0; i < items; ++i) {
+    const std::size_t row = i % trained;
+    parts.item_vectors.row(row, {many.f32().data() + i * d, d});
+    for (std::size_t c = 0; c < d; ++c) many.f32()[i * d + c] += 0.02f * random.normal();
+    biases[i] = parts.biases[row] + 0.02f * random.normal();
+  }
+  const pz::Matrix stored = many.quantised();
+  const pz::Scorer large{stored, biases, pz::Scorer::usual_query_length(**model)};
+  for (std::size_t q = 0; q < queries.size(); q += 88)
+    same(top_k(large, queries[q], 100), full_sort(large, items, queries[q], 100, {}));
 }
 
 TEST_CASE("a batch gives each query what it gets alone") {

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "command/command.hpp"
 #include "data/csv.hpp"
@@ -129,17 +130,30 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
   std::ostream& out = options.output.empty() ? std::cout : file;
   Progress progress("recommending");
   out << "USER_ID,RANK,ITEM_ID,SCORE,REASON\n";
-  Slate slate;
-  for (std::size_t user = 0; user < data.user_ids.size(); ++user) {
-    record_history(recommender, data, user);
-    slate_for(recommender, options, data.user_ids[user], slate);
-    for (std::size_t i = 0; i < slate.items.size(); ++i)
-      out << quoted(data.user_ids[user]) << ',' << i + 1 << ',' << quoted(slate.items[i].item)
-          << ',' << slate.items[i].score << ',' << name(slate.items[i].reason) << '\n';
-    recommender.forget(data.user_ids[user]);
-    if (user % 256 == 0)
-      progress.update(static_cast<double>(user) / static_cast<double>(data.user_ids.size()),
-                      std::to_string(user) + " users");
+  // Users together share a pass over the catalogue.
+  constexpr std::size_t together = 256;
+  std::vector<Slate> slates(together);
+  std::vector<Request> requests;
+  for (std::size_t begin = 0; begin < data.user_ids.size(); begin += together) {
+    const std::size_t end = std::min(begin + together, data.user_ids.size());
+    requests.clear();
+    for (std::size_t user = begin; user < end; ++user) {
+      record_history(recommender, data, user);
+      requests.push_back({.user = data.user_ids[user],
+                          .count = options.count,
+                          .exclude_interacted = !options.include_interacted});
+    }
+    const auto done = recommender.recommend(requests, slates);
+    if (!done) throw Failure(done.error().message);
+    for (std::size_t user = begin; user < end; ++user) {
+      const Slate& slate = slates[user - begin];
+      for (std::size_t i = 0; i < slate.items.size(); ++i)
+        out << quoted(data.user_ids[user]) << ',' << i + 1 << ',' << quoted(slate.items[i].item)
+            << ',' << slate.items[i].score << ',' << name(slate.items[i].reason) << '\n';
+      recommender.forget(data.user_ids[user]);
+    }
+    progress.update(static_cast<double>(end) / static_cast<double>(data.user_ids.size()),
+                    std::to_string(end) + " users");
   }
   out.flush();
   if (!out)
