@@ -366,7 +366,7 @@ class LinUcb : public ModelPolicy {
  protected:
   // 1 and the query, and zeros up to whole vector registers.
   static constexpr std::size_t d = (World::dimension + 1 + 3) / 4 * 4;
-  static constexpr float width = 0.1f, discount = 0.4f;
+  static constexpr float width = 0.1f, discount = 0.6f;
 
   void rate(const World::Visit&, const User& user, std::vector<float>& scores) override {
     const auto context = context_of(user);
@@ -435,7 +435,7 @@ class AgeCountBonus : public ModelPolicy {
   using ModelPolicy::ModelPolicy;
 
  protected:
-  static constexpr float bonus = 0.25f, discount = 0.4f;
+  static constexpr float bonus = 0.15f, discount = 0.6f;
 
   void rate(const World::Visit&, const User&, std::vector<float>& scores) override {
     impressions_.resize(scores.size());
