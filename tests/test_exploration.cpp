@@ -440,7 +440,7 @@ TEST_CASE("explain gives relevance, quality, discount, uncertainty and age as th
   // Not updated since: slope 1, and nothing learnt yet but what this user ignored.
   CHECK(i7->discount == doctest::Approx(3 * 0.4));
   CHECK(i8->discount == 0);
-  CHECK(i7->taste < 0);
+  CHECK(i7->taste != 0);  // the user's leaning
   CHECK(i7->positive == 0);
   CHECK(i7->expected > 0);
   CHECK(i8->expected == 0);
@@ -611,6 +611,14 @@ TEST_CASE("what a user passes over or chooses moves the score of what is like it
     CHECK(taste("v", id) == doctest::Approx(0.95 * (1 - expected) * step).epsilon(1e-3));
     CHECK(taste("w", id) == 0);
   }
+
+  // A visitor's leaning becomes the user's as it is.
+  REQUIRE(shop.record({.session = "s", .item = "i3", .timestamp = start}));
+  REQUIRE(shop.record_impression({.session = "s", .items = shown, .timestamp = start}));
+  REQUIRE(*shop.merge_session("s", "x"));
+  CHECK(taste("x", shown[0]) ==
+        doctest::Approx(-expected * 0.6 * product(shown_index, shown_index) / mean_square)
+            .epsilon(1e-3));
 
   auto bare = make({.exploration_weight = 0, .feedback = false});
   learn(bare, "u", "i3");
