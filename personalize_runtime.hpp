@@ -5355,7 +5355,9 @@ class VectorCorrection {
   double trace_ = 0;
 };
 
-inline constexpr float exploration_temperature = 0.15f;  // tau, in log clicks
+// tau, in log clicks. The higher, the more mediocre items of a large pool count together as one
+// good item, and the more often one of them is drawn.
+inline constexpr float exploration_temperature = 0.07f;
 
 // Chooses slates slot by slot: with probability `weight` a slot may explore; then an item of the
 // pool is drawn with probability softmax(l / temperature) (Plackett-Luce) and must beat the best
@@ -5610,7 +5612,7 @@ struct Explanation {
   float score;                // u
   float relevance;            // h . v + b of the model; without events, log share of interactions
   float quality;              // m: more or less chosen than the model expects, over all users
-  float taste;                // h . delta: by users like this one
+  float taste;                // h . delta + g . v: by users like this one, and by this user
   float discount;             // for impressions that this user ignored
   float uncertainty;          // standard deviation of the log of the item's quality
   double positive, expected;  // decayed counters: events, and what the model expected
@@ -5705,7 +5707,14 @@ struct RecommenderOptions {
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
 // with feedback on, what impressions taught (room 8) in units of the score. rho = 0.4 (impression
-// discounting: Lee et al. 2014).
+// discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's leaning
+// g, for the encoder sees what was chosen but not what was passed over: each impression y of an
+// item moves
+//   g by leaning_gain slope (y - p) v / mean |v|^2,
+// y: 1 if it was chosen, else 0; p: positive events expected by all that is known, at most 1. This
+// is a step of constant gain up the log likelihood, as if g . v varied by leaning_gain about 0 for
+// an item of usual length. Each event of the user moves the encoder's state, and g forgets
+// leaning_forgotten of itself.
 class Recommender {
  public:
   // Errors (invalid_argument): an option outside its stated range.
@@ -5754,7 +5763,7 @@ class Recommender {
       const auto item = catalogue->model->find_item(event.item);
       // All memory is taken before anything is counted.
       UserLease lease{*this, *catalogue, shard, key};
-      if (item) lease.prepare(1, 0);
+      if (item) lease.prepare(1, 0, 0);
       Recorded recorded = Recorded::learned;
       if (state_->options.feedback)
         recorded = learn_from(
@@ -5888,7 +5897,9 @@ class Recommender {
       parts.score = score(*catalogue, known, *item, *scratch);
       parts.discount = scratch->discount[*item];
       parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
-      parts.taste = known ? taste(*catalogue, *item, scratch->query) : 0.0f;
+      parts.taste =
+          known ? taste(*catalogue, *item, scratch->query) + leaning_of(*catalogue, *item, *scratch)
+                : 0.0f;
       parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
       parts.uncertainty = posterior(prior_of(*catalogue, *item), counted).deviation;
       parts.positive = counted.positive;
@@ -5970,8 +5981,9 @@ class Recommender {
 
  private:
   static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
-  static constexpr double explored_enough = 3;     // expected positive events
-  static constexpr std::size_t max_pool = 4096;    // the newest
+  static constexpr float leaning_gain = 0.6f, leaning_forgotten = 0.05f;
+  static constexpr double explored_enough = 3;   // expected positive events
+  static constexpr std::size_t max_pool = 4096;  // the newest
   static constexpr std::uint32_t normalising_items = 32;
   static constexpr std::size_t asked_together = 32;        // requests in one pass
   static constexpr std::uint64_t well_known = 10;          // interactions
@@ -5989,6 +6001,7 @@ class Recommender {
     std::size_t oldest = 0;
     std::int64_t last_timestamp = no_timestamp;
     RecentImpressions impressions;
+    std::vector<float> leaning;  // g; empty before the first impression
     std::uint64_t requests = 0;
     std::list<std::string_view>::iterator place;  // in Shard::order
 
@@ -6109,6 +6122,7 @@ class Recommender {
     std::vector<PoolItem> pool;          // ascending by item
     std::vector<float> pool_vectors, pool_biases;
     std::vector<double> second_moment;  // of the queries of reported slates
+    float mean_square = 0;              // of the lengths of the model's item vectors
   };
 
   struct PendingItem {
@@ -6118,7 +6132,9 @@ class Recommender {
   };
 
   struct Scratch {
-    std::vector<float> query;  // [padded(d)]
+    std::vector<float> query;         // [padded(d)], h with g
+    std::vector<float> leaning;       // [d], g
+    std::vector<float> pull, vector;  // [d], for moving g
     Scorer::Workspace scoring;
     std::vector<std::uint32_t> interacted;
     std::vector<ScoredItem> ignored;  // item and its discount
@@ -6149,6 +6165,7 @@ class Recommender {
       first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
       for (const ItemStatistics& s : model->parts().statistics)
         if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
+      if (options.feedback) first->mean_square = mean_square(model->parts().item_vectors);
       first->model = std::move(model);
       for (Shard& shard : shards) shard.workspace = first->encoder->make_workspace();
       catalogue = std::move(first);
@@ -6197,6 +6214,8 @@ class Recommender {
       }
       const std::size_t items = catalogue.model->item_count();
       scratch_->query.resize(kernels::padded(catalogue.model->dimension()));
+      for (std::vector<float>* each : {&scratch_->leaning, &scratch_->pull, &scratch_->vector})
+        each->resize(catalogue.model->dimension());
       if (scratch_->scoring.query.empty()) scratch_->scoring = catalogue.scorer->make_workspace();
       if (scratch_->discount.size() >= items) return;
       scratch_->excluded = scratch_->taken = ItemMask(items);
@@ -6265,8 +6284,8 @@ class Recommender {
         erase(shard_, shard_.users.find(shard_.order.back()));
     }
 
-    // For so many more events and impressions.
-    void prepare(std::size_t events, std::size_t impressions) {
+    // For so many more events and impressions, and for a leaning of this size.
+    void prepare(std::size_t events, std::size_t impressions, std::size_t leaning) {
       const std::lock_guard lock{shard_.mutex};
       const std::size_t before = shard_.users.size();
       User& user = user_in(catalogue_, shard_, key_);
@@ -6276,6 +6295,7 @@ class Recommender {
       if (wanted > user.history.capacity())
         user.history.reserve(std::min(std::max(wanted, 2 * user.history.capacity()), length));
       user.impressions.reserve(impressions);
+      if (user.leaning.size() < leaning) user.leaning.resize(leaning);
     }
 
    private:
@@ -6452,6 +6472,28 @@ class Recommender {
     if (catalogue.correction_of.empty() || catalogue.correction_of[item] == 0) return nullptr;
     return catalogue.corrections.data() +
            (catalogue.correction_of[item] - std::size_t{1}) * (catalogue.model->dimension() + 1);
+  }
+
+  static const Matrix& vectors_of(const Catalogue& catalogue) noexcept {
+    return catalogue.vectors.empty() ? catalogue.model->parts().item_vectors : catalogue.vectors;
+  }
+
+  // What the user's leaning adds to the item's score; the query holds it as well.
+  static float leaning_of(const Catalogue& catalogue, std::uint32_t item, Scratch& scratch) {
+    catalogue.model->parts().item_vectors.row(item, scratch.vector);
+    return std::inner_product(scratch.vector.begin(), scratch.vector.end(), scratch.leaning.begin(),
+                              0.0f);
+  }
+
+  static float mean_square(const Matrix& vectors) {
+    std::vector<float> row(vectors.columns());
+    double sum = 0;
+    for (std::size_t i = 0; i < vectors.rows(); ++i) {
+      vectors.row(i, row);
+      sum += static_cast<double>(std::inner_product(row.begin(), row.end(), row.begin(), 0.0f));
+    }
+    return vectors.rows() == 0 ? 0.0f
+                               : static_cast<float>(sum / static_cast<double>(vectors.rows()));
   }
 
   // What this user's likes add to the item's score.
@@ -6697,7 +6739,7 @@ class Recommender {
     // All memory is taken before anything is counted.
     const auto prepare = [&](std::size_t picks, bool query) {
       if (query && chosen) state_->contexts.prepare(*chosen);
-      if (picks > 0 || chosen) lease.prepare(0, picks);
+      if (picks > 0 || chosen) lease.prepare(0, picks, query ? catalogue.model->dimension() : 0);
     };
     std::optional<LoggedPick> positive;
     const auto listed = [&](std::uint32_t item) {
@@ -6758,7 +6800,8 @@ class Recommender {
           state_->contexts.prepare(pick.choice.pick.item);
     }
     count(catalogue, *scratch, has_query, positive, timestamp);
-    remember(catalogue, shown, *scratch, chosen, timestamp);
+    if (has_query) pull(catalogue, positive, *scratch);
+    remember(catalogue, shown, *scratch, has_query, chosen, timestamp);
     if (state_->options.log && status == SlateStatus::found) {
       for (const LoggedPick& pick : scratch->seen)
         write_log(catalogue, shown, pick, timestamp, false);
@@ -6796,9 +6839,25 @@ class Recommender {
     if (positive || !scratch.seen.empty()) state_->changed.store(true, std::memory_order_relaxed);
   }
 
+  // Into scratch.pull, how these impressions move the user's leaning.
+  static void pull(const Catalogue& catalogue, const std::optional<LoggedPick>& positive,
+                   Scratch& scratch) noexcept {
+    std::fill(scratch.pull.begin(), scratch.pull.end(), 0.0f);
+    if (!(catalogue.mean_square > 0)) return;
+    const float gain = leaning_gain * catalogue.calibration.slope / catalogue.mean_square;
+    const auto add = [&](const LoggedPick& pick, float surprise) {
+      vectors_of(catalogue).row(pick.choice.pick.item, scratch.vector);
+      for (std::size_t c = 0; c < scratch.pull.size(); ++c)
+        scratch.pull[c] += gain * surprise * scratch.vector[c];
+    };
+    // A choice may be reported after its impression: y and p come apart.
+    for (const LoggedPick& pick : scratch.seen) add(pick, -std::min(pick.value, 1.0f));
+    if (positive) add(*positive, 1.0f);
+  }
+
   // What was shown and not chosen is held against the item for this user.
   void remember(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
-                std::optional<std::uint32_t> chosen, std::int64_t timestamp) {
+                bool has_query, std::optional<std::uint32_t> chosen, std::int64_t timestamp) {
     if (scratch.seen.empty() && !chosen) return;
     Shard& shard = shard_of(shown.user, shown.session);
     const std::lock_guard lock{shard.mutex};
@@ -6806,6 +6865,9 @@ class Recommender {
     for (const LoggedPick& pick : scratch.seen)
       if (chosen != pick.choice.pick.item) user.impressions.add(pick.choice.pick.item, timestamp);
     if (chosen) user.impressions.remove(*chosen);
+    // Empty for a user who was forgotten meanwhile.
+    if (has_query)
+      for (std::size_t c = 0; c < user.leaning.size(); ++c) user.leaning[c] += scratch.pull[c];
   }
 
   void write_log(const Catalogue& catalogue, const Impression& shown, const LoggedPick& pick,
@@ -6858,6 +6920,7 @@ class Recommender {
     next->counters = previous->counters;
     next->calibration = previous->calibration;
     next->second_moment = previous->second_moment;
+    next->mean_square = previous->mean_square;
     const auto take_pending = [&] {
       const std::lock_guard lock{state_->pending_mutex};
       state_->pending.erase(state_->pending.begin(),
@@ -6880,8 +6943,9 @@ class Recommender {
     next->biases = parts.biases;
     const bool changed = state_->changed.exchange(false, std::memory_order_relaxed);
     auto built = detail::guarded([&]() -> Result<void> {
+      if (next->model != previous->model) next->mean_square = mean_square(parts.item_vectors);
       if (state_->options.feedback) learn(*next, now);
-      next->scorer.emplace(next->vectors.empty() ? parts.item_vectors : next->vectors, next->biases,
+      next->scorer.emplace(vectors_of(*next), next->biases,
                            Scorer::usual_query_length(*next->model), state_->table);
       order_by_popularity(*next);
       choose_pool(*next, now);
@@ -7078,7 +7142,7 @@ class Recommender {
       std::sort(next.pool.begin(), next.pool.end(),
                 [](const PoolItem& a, const PoolItem& b) { return a.item < b.item; });
     }
-    const Matrix& vectors = next.vectors.empty() ? next.model->parts().item_vectors : next.vectors;
+    const Matrix& vectors = vectors_of(next);
     const std::size_t d = vectors.columns();
     next.pool_vectors.resize(next.pool.size() * d + kernels::lanes);
     for (std::size_t j = 0; j < next.pool.size(); ++j) {
@@ -7128,6 +7192,7 @@ class Recommender {
         buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
     catalogue.encoder->step({event.item, event.event_type, gap}, user.state, shard.workspace);
     user.last_timestamp = event.timestamp;
+    for (float& component : user.leaning) component *= 1.0f - leaning_forgotten;
     if (user.history.size() < state_->options.history_length) {
       user.history.push_back(event);
     } else {
@@ -7149,7 +7214,7 @@ class Recommender {
     const auto catalogue = state_->current();
     Shard& shard = shard_of(user, {});
     UserLease lease{*this, *catalogue, shard, key};
-    lease.prepare(events, 0);
+    lease.prepare(events, 0, 0);
     User visitor;
     {
       const std::lock_guard lock{visitors.mutex};
@@ -7165,6 +7230,7 @@ class Recommender {
     User& known = user_in(*catalogue, shard, key);
     for (const RememberedEvent& event : visitor.history) advance(*catalogue, shard, known, event);
     if (known.impressions.size() == 0) known.impressions = std::move(visitor.impressions);
+    if (known.leaning.empty()) known.leaning = std::move(visitor.leaning);
     return true;
   }
 
@@ -7174,6 +7240,7 @@ class Recommender {
   bool read_user(const Catalogue& catalogue, const Request& request, std::int64_t timestamp,
                  SlateNumbers* numbers, Scratch& scratch) {
     scratch.request_number = static_cast<std::uint64_t>(timestamp);
+    std::fill(scratch.leaning.begin(), scratch.leaning.end(), 0.0f);
     const auto read = [&](std::string_view user, std::string_view session) {
       Shard& shard = shard_of(user, session);
       const std::lock_guard lock{shard.mutex};
@@ -7189,10 +7256,16 @@ class Recommender {
           scratch.ignored.push_back({item, ignored_discount * count / catalogue.calibration.slope});
           scratch.discount[item] = scratch.ignored.back().score;
         });
-      if (known.last_timestamp == no_timestamp)
-        return read_stored_query(catalogue, user, scratch.query);
-      const auto query = catalogue.encoder->query(known.state);
-      std::copy(query.begin(), query.end(), scratch.query.begin());
+      if (known.last_timestamp != no_timestamp) {
+        const auto query = catalogue.encoder->query(known.state);
+        std::copy(query.begin(), query.end(), scratch.query.begin());
+      } else if (!read_stored_query(catalogue, user, scratch.query)) {
+        return false;
+      }
+      for (std::size_t c = 0; c < known.leaning.size(); ++c) {
+        scratch.leaning[c] = known.leaning[c];
+        scratch.query[c] += known.leaning[c];
+      }
       if (request.exclude_interacted)
         for (const RememberedEvent& event : known.history)
           if (event.item < items) scratch.interacted.push_back(event.item);

@@ -440,7 +440,7 @@ TEST_CASE("explain gives relevance, quality, discount, uncertainty and age as th
   // Not updated since: slope 1, and nothing learnt yet but what this user ignored.
   CHECK(i7->discount == doctest::Approx(3 * 0.4));
   CHECK(i8->discount == 0);
-  CHECK(i7->taste == 0);
+  CHECK(i7->taste != 0);  // the user's leaning
   CHECK(i7->positive == 0);
   CHECK(i7->expected > 0);
   CHECK(i8->expected == 0);
@@ -568,6 +568,63 @@ TEST_CASE("an item that one user ignores falls for that user at once") {
   CHECK(rank_of(shop, "u", shown[0]) > 5);
   learn(shop, "v", "i3");
   CHECK(rank_of(shop, "v", shown[0]) == 0);
+}
+
+TEST_CASE("what a user passes over or chooses moves the score of what is like it") {
+  // Counters and corrections, which are those of all users, wait for an update.
+  auto shop = make({.exploration_weight = 0});
+  for (const char* user : {"u", "v", "w"}) learn(shop, user, "i3");
+  const auto taste = [&](const char* user, std::string_view item) {
+    const auto parts = shop.explain({.user = user, .timestamp = start}, item);
+    REQUIRE(parts);
+    return static_cast<double>(parts->taste);
+  };
+  const auto slate = shop.recommend({.user = "u", .count = 1, .timestamp = start});
+  const std::vector<std::string_view> shown{slate->items[0].item};
+  REQUIRE(shop.record_impression({.user = "u", .items = shown, .timestamp = start}));
+  REQUIRE(shop.record_impression({.user = "v", .items = shown, .timestamp = start}));
+  REQUIRE(shop.record({.user = "v", .item = shown[0], .timestamp = start}));
+
+  const pz::Matrix& vectors = shop.model()->parts().item_vectors;
+  const auto d = vectors.columns();
+  const auto shown_index = *shop.model()->find_item(shown[0]);
+  const auto product = [&](std::uint32_t a, std::uint32_t b) {
+    double sum = 0;
+    for (std::size_t c = 0; c < d; ++c)
+      sum += static_cast<double>(vectors.at(a, c)) * static_cast<double>(vectors.at(b, c));
+    return sum;
+  };
+  double mean_square = 0;
+  for (std::uint32_t i = 0; i < vectors.rows(); ++i)
+    mean_square += product(i, i) / static_cast<double>(vectors.rows());
+  // Before any update the slope is 1, and what is expected of the impression is what the model
+  // alone expects.
+  const double expected = shop.explain({.user = "w", .timestamp = start}, shown[0])->expected / 2;
+  REQUIRE(expected > 0);
+  REQUIRE(expected < 1);
+  for (std::uint32_t i = 0; i < 50; ++i) {
+    const std::string id(shop.model()->item_id(i));
+    const double step = 0.6 * product(i, shown_index) / mean_square;
+    CAPTURE(id);
+    CHECK(taste("u", id) == doctest::Approx(-expected * step).epsilon(1e-3));
+    // The event itself then lets go of a twentieth.
+    CHECK(taste("v", id) == doctest::Approx(0.95 * (1 - expected) * step).epsilon(1e-3));
+    CHECK(taste("w", id) == 0);
+  }
+
+  // A visitor's leaning becomes the user's as it is.
+  REQUIRE(shop.record({.session = "s", .item = "i3", .timestamp = start}));
+  REQUIRE(shop.record_impression({.session = "s", .items = shown, .timestamp = start}));
+  REQUIRE(*shop.merge_session("s", "x"));
+  CHECK(taste("x", shown[0]) ==
+        doctest::Approx(-expected * 0.6 * product(shown_index, shown_index) / mean_square)
+            .epsilon(1e-3));
+
+  auto bare = make({.exploration_weight = 0, .feedback = false});
+  learn(bare, "u", "i3");
+  const float before = bare.explain({.user = "u", .timestamp = start}, shown[0])->score;
+  (void)bare.record_impression({.user = "u", .items = shown, .timestamp = start});
+  CHECK(bare.explain({.user = "u", .timestamp = start}, shown[0])->score == before);
 }
 
 TEST_CASE("the same seed, model, calls and timestamps give the same slates") {

@@ -282,8 +282,11 @@ bool covered(std::uint64_t seed, float target_weight) {
     const std::vector<std::string_view> all(ids.begin(), ids.end());
     for (const World::Visit& visit : world.visits()) {
       const std::string user = user_id(visit.user);
-      const pz::Request request{
-          .user = user, .count = length, .exclude_interacted = true, .timestamp = visit.timestamp};
+      // The twin hears of items without their slate, and takes it that every item was eligible.
+      const pz::Request request{.user = user,
+                                .count = length,
+                                .exclude_interacted = target_weight == 0,
+                                .timestamp = visit.timestamp};
       pz::Slate other;
       if (target_weight == 0) {
         REQUIRE(shop.rank(request, all, other));
@@ -322,7 +325,8 @@ bool covered(std::uint64_t seed, float target_weight) {
       if (target_weight == 0) continue;
       const pz::Request next{.user = user, .timestamp = visit.timestamp};
       for (const std::string& id : {ids[0], ids[17]})
-        REQUIRE(twin.explain(next, id)->score == shop.explain(next, id)->score);
+        REQUIRE(twin.explain(next, id)->score ==
+                doctest::Approx(shop.explain(next, id)->score).epsilon(1e-4));
     }
   }
   std::uint64_t skipped = 0;
