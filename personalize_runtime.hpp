@@ -242,6 +242,7 @@ namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t panel_rows = 16;
+inline constexpr std::size_t most_queries = 4;  // through the same panels
 
 constexpr std::size_t padded(std::size_t n) noexcept { return (n + lanes - 1) / lanes * lanes; }
 // A panel is a sequence of steps of 64 bytes: four columns of 8 bits or eight columns of 4 bits.
@@ -353,6 +354,7 @@ struct Ops;
 template <>
 struct Ops<Scalar> {
   static constexpr std::size_t panels = 1;
+  static constexpr std::size_t most_sums = 1;  // panels x queries of four queries
   static constexpr int query_limit = 127;
   struct Sums {
     std::int32_t v[panel_rows];
@@ -425,6 +427,7 @@ struct Ops<Scalar> {
 template <>
 struct Ops<Sse2> {
   static constexpr std::size_t panels = 1;
+  static constexpr std::size_t most_sums = 1;
   static constexpr int query_limit = 127;
   struct Sums {
     __m128i v[8];  // two rows each, two partial sums a row
@@ -563,6 +566,7 @@ struct Ops<Sse2> {
 template <>
 struct Ops<Avx2> {
   static constexpr std::size_t panels = 4;
+  static constexpr std::size_t most_sums = 4;
   // 255 * 63 * 2 fits the 16 bits that maddubs saturates at.
   static constexpr int query_limit = 63;
   struct Sums {
@@ -711,6 +715,7 @@ struct Ops<AvxVnni> : Ops<Avx2> {
 template <>
 struct Ops<Avx512Vnni> {
   static constexpr std::size_t panels = 8;
+  static constexpr std::size_t most_sums = 16;
   static constexpr int query_limit = 127;
   struct Sums {
     __m512i v;
@@ -785,6 +790,7 @@ struct Ops<Avx512Vnni> {
 template <>
 struct Ops<Neon> {
   static constexpr std::size_t panels = 2;
+  static constexpr std::size_t most_sums = 2;
   static constexpr int query_limit = 127;
   struct Sums {
     int32x4_t v[8];  // two rows each, two partial sums a row
@@ -911,6 +917,7 @@ struct Ops<Neon> {
 template <>
 struct Ops<NeonDot> : Ops<Neon> {
   static constexpr std::size_t panels = 4;
+  static constexpr std::size_t most_sums = 4;
   struct Sums {
     int32x4_t v[4];
   };
@@ -1345,7 +1352,8 @@ struct Kernels : Vectors<Tag> {
   // The largest magnitude that a query multiplied with rows of 8 bits may have; with 4 bits 127.
   static constexpr int query_limit = O::query_limit;
 
-  // One or two queries through the same panels, two faster than one by one. See PanelScan.
+  // Up to most_queries queries through the same panels: two, and more so four, share the loads of
+  // the rows. See PanelScan.
   static void scan_8bit(const PanelScan* scans, std::size_t queries, std::size_t panels) noexcept {
     const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
       const PanelScan& scan = scans[q];
@@ -1353,10 +1361,7 @@ struct Kernels : Vectors<Tag> {
       scan.masks[p] = static_cast<std::uint16_t>(O::scores(
           sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit, scan.scores + row));
     };
-    if (queries == 2)
-      for_panels<8, 2>(scans, panels, finish);
-    else
-      for_panels<8, 1>(scans, panels, finish);
+    in_groups<8>(scans, queries, panels, finish);
   }
   static void scan_4bit(const NibbleScan* scans, std::size_t queries, std::size_t panels) noexcept {
     const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
@@ -1365,10 +1370,7 @@ struct Kernels : Vectors<Tag> {
       scan.masks[p] = static_cast<std::uint16_t>(
           O::at_least(sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit));
     };
-    if (queries == 2)
-      for_panels<4, 2>(scans, panels, finish);
-    else
-      for_panels<4, 1>(scans, panels, finish);
+    in_groups<4>(scans, queries, panels, finish);
   }
 
   // out[i] = row items[i] . query, in integers. rows: [.., columns] row-major; query:
@@ -1383,7 +1385,7 @@ struct Kernels : Vectors<Tag> {
   // y[r] = scale * scales[r] * dot(row r, x) + bias[r] for the rows of `panels` panels of 8 bits.
   static void matrix_vector_i8(const PanelScan& scan, std::size_t panels, float* y) noexcept {
     for_panels<8, 1>(
-        &scan, panels, [=, &scan](std::size_t, std::size_t p, const typename O::Sums& sums) {
+        &scan, 0, panels, [=, &scan](std::size_t, std::size_t p, const typename O::Sums& sums) {
           const std::size_t row = p * panel_rows;
           O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, 0.0f, y + row);
         });
@@ -1443,16 +1445,30 @@ struct Kernels : Vectors<Tag> {
   }
 
   // finish(q, p, dot products of panel p with query q)
+  template <int Bits, class Scan, class Finish>
+  static void in_groups(const Scan* scans, std::size_t queries, std::size_t panels,
+                        const Finish& finish) noexcept {
+    std::size_t q = 0;
+    for (; q + 4 <= queries; q += 4) for_panels<Bits, 4>(scans, q, panels, finish);
+    for (; q + 2 <= queries; q += 2) for_panels<Bits, 2>(scans, q, panels, finish);
+    for (; q < queries; ++q) for_panels<Bits, 1>(scans, q, panels, finish);
+  }
+
   template <int Bits, std::size_t Queries, class Scan, class Finish>
-  static void for_panels(const Scan* scans, std::size_t panels, const Finish& finish) noexcept {
-    constexpr std::size_t some = O::panels > Queries ? O::panels / Queries : 1;
+  static void for_panels(const Scan* scans, std::size_t first, std::size_t panels,
+                         const Finish& finish) noexcept {
+    constexpr std::size_t sums = Queries == 4 ? O::most_sums : O::panels;
+    constexpr std::size_t some = sums > Queries ? sums / Queries : 1;
     std::size_t p = 0;
-    for (; p + some <= panels; p += some) multiply_panels<Bits, Queries, some>(scans, p, finish);
-    for (; p < panels; ++p) multiply_panels<Bits, Queries, 1>(scans, p, finish);
+    for (; p + some <= panels; p += some)
+      multiply_panels<Bits, Queries, some>(scans, first, p, finish);
+    for (; p < panels; ++p) multiply_panels<Bits, Queries, 1>(scans, first, p, finish);
   }
 
   template <int Bits, std::size_t Queries, std::size_t Panels, class Scan, class Finish>
-  static void multiply_panels(const Scan* scans, std::size_t p, const Finish& finish) noexcept {
+  static void multiply_panels(const Scan* all, std::size_t first, std::size_t p,
+                              const Finish& finish) noexcept {
+    const Scan* scans = all + first;
     constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
     const std::size_t count = (scans->columns + columns_a_step - 1) / columns_a_step;
     const std::size_t stride = count * step_bytes;
@@ -1475,7 +1491,7 @@ struct Kernels : Vectors<Tag> {
     }
     PERSONALIZE_UNROLL
     for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b) finish(q, p + b, sums[q][b]);
+    for (std::size_t b = 0; b < Panels; ++b) finish(first + q, p + b, sums[q][b]);
   }
 };
 
@@ -4405,7 +4421,7 @@ class Scorer {
   }
 
   void scan(std::vector<Search*>& active) const {
-    std::array<Search*, 2> pair;
+    std::array<Search*, kernels::most_queries> some;
     for (std::size_t chunk = 0; chunk < panels_.chunks.size() && !active.empty(); ++chunk) {
       std::size_t waiting = 0;
       for (std::size_t i = 0; i < active.size();) {
@@ -4414,11 +4430,11 @@ class Scorer {
           active.pop_back();
           continue;
         }
-        if (reaches(*active[i], panels_.chunks[chunk])) pair[waiting++] = active[i];
+        if (reaches(*active[i], panels_.chunks[chunk])) some[waiting++] = active[i];
         ++i;
-        if (waiting == 2) scan_chunk(chunk, {pair.data(), std::exchange(waiting, 0)});
+        if (waiting == some.size()) scan_chunk(chunk, {some.data(), std::exchange(waiting, 0)});
       }
-      if (waiting > 0) scan_chunk(chunk, {pair.data(), waiting});
+      if (waiting > 0) scan_chunk(chunk, {some.data(), waiting});
     }
   }
 
@@ -4431,11 +4447,12 @@ class Scorer {
     const std::size_t first = chunk * chunk_panels, row = first * kernels::panel_rows;
     const std::size_t count = std::min(chunk_panels, order_.size() / kernels::panel_rows - first);
     const std::uint8_t* bytes = panels_.bytes.data() + first * panels_.bytes_a_panel;
-    std::array<std::array<std::uint16_t, chunk_panels>, 2> masks{};
-    std::array<std::array<float, chunk_rows>, 2> scores;
-    std::array<float, 2> margins;
-    std::array<kernels::PanelScan, 2> scans;
-    std::array<kernels::NibbleScan, 2> nibble_scans;
+    constexpr std::size_t most = kernels::most_queries;
+    std::array<std::array<std::uint16_t, chunk_panels>, most> masks{};
+    std::array<std::array<float, chunk_rows>, most> scores;
+    std::array<float, most> margins;
+    std::array<kernels::PanelScan, most> scans;
+    std::array<kernels::NibbleScan, most> nibble_scans;
     for (std::size_t q = 0; q < searches.size(); ++q) {
       const Search& s = *searches[q];
       float& margin = margins[q];

@@ -110,7 +110,9 @@ TEST_CASE("the processor's instruction sets are listed best first, the reference
   CHECK(std::find(all.begin(), all.end(), &pz::kernels::chosen()) != all.end());
 }
 
-TEST_CASE("scans of 8 bits, of one query and of two, and products with int8 weights") {
+constexpr std::size_t most = pz::kernels::most_queries;
+
+TEST_CASE("scans of 8 bits, of one query to four, and products with int8 weights") {
   for (const auto* table : tables()) {
     CAPTURE(std::string(table->name));
     Random random{1};
@@ -121,12 +123,13 @@ TEST_CASE("scans of 8 bits, of one query and of two, and products with int8 weig
         const std::size_t all = count * pz::kernels::panel_rows;
         const auto panels = random_panels<8>(random, d, count);
         const auto scales = values(random, all, 0.01f), biases = values(random, all);
-        const Query queries[]{{random, d, table->query_limit}, {random, d, table->query_limit}};
+        std::vector<Query> queries;
+        for (std::size_t q = 0; q < most; ++q) queries.emplace_back(random, d, table->query_limit);
         const float limit = 0.3f;
-        std::vector<std::uint16_t> masks[2], want_masks[2];
-        std::vector<float> scores[2], want_scores[2], plain(all);
+        std::vector<std::uint16_t> masks[most], want_masks[most];
+        std::vector<float> scores[most], want_scores[most], plain(all);
         std::vector<pz::kernels::PanelScan> scans, want;
-        for (std::size_t q = 0; q < 2; ++q) {
+        for (std::size_t q = 0; q < most; ++q) {
           for (auto* some : {&masks[q], &want_masks[q]}) some->resize(count);
           for (auto* some : {&scores[q], &want_scores[q]}) some->resize(all);
           scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
@@ -141,15 +144,17 @@ TEST_CASE("scans of 8 bits, of one query and of two, and products with int8 weig
           table->matrix_vector_i8(scans.back(), count, plain.data());
           REQUIRE(plain == scores[q]);
         }
-        const auto alone = {masks[0], masks[1]};
-        for (auto& some : masks) std::fill(some.begin(), some.end(), std::uint16_t{0x5555});
-        table->scan_8bit(scans.data(), 2, count);
-        for (std::size_t q = 0; q < 2; ++q) REQUIRE(masks[q] == alone.begin()[q]);
+        const std::vector<std::vector<std::uint16_t>> alone(masks, masks + most);
+        for (std::size_t together = 2; together <= most; ++together) {
+          for (auto& some : masks) std::fill(some.begin(), some.end(), std::uint16_t{0x5555});
+          table->scan_8bit(scans.data(), together, count);
+          for (std::size_t q = 0; q < together; ++q) REQUIRE(masks[q] == alone[q]);
+        }
       }
   }
 }
 
-TEST_CASE("scans of 4 bits, of one query and of two") {
+TEST_CASE("scans of 4 bits, of one query to four") {
   for (const auto* table : tables()) {
     CAPTURE(std::string(table->name));
     Random random{2};
@@ -162,27 +167,30 @@ TEST_CASE("scans of 4 bits, of one query and of two") {
         std::vector<std::uint16_t> scales, biases;
         for (const float v : values(random, all, 0.01f)) scales.push_back(upper_half(v));
         for (const float v : values(random, all)) biases.push_back(upper_half(v));
-        std::vector<std::uint16_t> masks[2], want(count), alone(count);
+        std::vector<std::uint16_t> masks[most], want(count), alone(count);
         std::vector<pz::kernels::NibbleScan> scans;
-        const Query queries[]{{random, d, 127}, {random, d, 127}};
-        for (std::size_t q = 0; q < 2; ++q) {
+        std::vector<Query> queries;
+        for (std::size_t q = 0; q < most; ++q) queries.emplace_back(random, d, 127);
+        for (std::size_t q = 0; q < most; ++q) {
           masks[q].resize(count);
           scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
                            -8 * queries[q].sum, 0.02f, 0.3f, masks[q].data()});
         }
-        table->scan_4bit(scans.data(), 2, count);
-        for (std::size_t q = 0; q < 2; ++q) {
-          pz::kernels::NibbleScan one = scans[q];
-          one.masks = alone.data();
-          table->scan_4bit(&one, 1, count);
-          REQUIRE(alone == masks[q]);
-          one.masks = want.data();
-          reference().scan_4bit(&one, 1, count);
-          // Of scores with three digits hardly one lies so near the limit that rounding decides.
-          int different = 0;
-          for (std::size_t p = 0; p < count; ++p)
-            different += std::popcount(static_cast<unsigned>(want[p] ^ masks[q][p]));
-          REQUIRE(different <= 1);
+        for (std::size_t together = 2; together <= most; ++together) {
+          table->scan_4bit(scans.data(), together, count);
+          for (std::size_t q = 0; q < together; ++q) {
+            pz::kernels::NibbleScan one = scans[q];
+            one.masks = alone.data();
+            table->scan_4bit(&one, 1, count);
+            REQUIRE(alone == masks[q]);
+            one.masks = want.data();
+            reference().scan_4bit(&one, 1, count);
+            // Of scores with three digits hardly one lies so near the limit that rounding decides.
+            int different = 0;
+            for (std::size_t p = 0; p < count; ++p)
+              different += std::popcount(static_cast<unsigned>(want[p] ^ masks[q][p]));
+            REQUIRE(different <= 1);
+          }
         }
       }
   }
