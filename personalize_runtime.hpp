@@ -1483,10 +1483,14 @@ struct Kernels : Vectors<Tag> {
       for (std::size_t b = 0; b < Panels; ++b) {
         const std::int8_t* query = scans[q].query + s * columns_a_step;
         const std::uint8_t* row = rows + b * stride + s * step_bytes;
-        if constexpr (Bits == 8)
+        if constexpr (Bits == 8) {
           O::step(sums[q][b], row, query);
-        else
+        } else {
+          // Rows of 4 bits come out of memory; that several panels are read side by side hides from
+          // the processor what will be next.
+          if (q == 0) __builtin_prefetch(row + 4 * Panels * stride);
           O::step_4bit(sums[q][b], row, query);
+        }
       }
     }
     PERSONALIZE_UNROLL
