@@ -2,9 +2,17 @@
 
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <new>
 #include <sstream>
+
+#include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -15,7 +23,54 @@ std::string number(double value) {
   return out.str();
 }
 
+int fail(const CLI::App& app, int status, const std::string& text) {
+  const auto chosen = app.get_subcommands();
+  const std::string command =
+      chosen.empty() ? "personalize" : "personalize " + chosen[0]->get_name();
+  const std::string line = text.substr(0, text.find('\n'));
+  std::fprintf(stderr, "%s: %s%s\n", command.c_str(), line.c_str(),
+               status == 2 ? (" (see " + command + " --help)").c_str() : "");
+  return status;
+}
+
 }  // namespace
+
+int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands) {
+  CLI::App app{"Train, measure and inspect recommendation models for personalize_runtime.hpp",
+               "personalize"};
+  app.set_version_flag("--version", "personalize " + std::to_string(PERSONALIZE_VERSION_MAJOR) +
+                                        "." + std::to_string(PERSONALIZE_VERSION_MINOR) + "." +
+                                        std::to_string(PERSONALIZE_VERSION_PATCH));
+  app.require_subcommand(1);
+  try {
+    for (const auto add : subcommands) add(app);
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::Success& help) {  // --help, --version
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    return fail(app, 2, error.what());
+  } catch (const Usage& error) {
+    return fail(app, 2, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(app, 1, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(app, 1, error.what());
+  }
+}
+
+void describe(CLI::App& app, const char* name, const char* description) {
+  app.add_subcommand(name, description);
+}
+
+int become(const char* program, char** argv) {
+  std::error_code ignored;
+  const std::string path =
+      std::filesystem::read_symlink("/proc/self/exe", ignored).replace_filename(program);
+  ::execv(path.c_str(), argv);
+  std::fprintf(stderr, "personalize: %s: cannot run: %s\n", path.c_str(), std::strerror(errno));
+  return 1;
+}
 
 void require_range(std::string_view option, double value, double low, double high) {
   if (!(value >= low && value <= high))

@@ -2,9 +2,14 @@
 #pragma once
 
 #include <chrono>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 
@@ -20,6 +25,17 @@ struct Usage : std::runtime_error {
 
 // Throws Usage "option --dropout: 1.5 is outside [0, 0.9]" unless low <= value <= high.
 void require_range(std::string_view option, double value, double low, double high);
+
+// A program of these subcommands: each entry adds one. Parses, runs, and returns the exit status,
+// with one line on standard error where it is not 0.
+int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands);
+
+// For --help: a subcommand that another program runs.
+void describe(CLI::App& app, const char* name, const char* description);
+
+// Goes on as the program of this name that lies beside the running one. Returns exit status 1, with
+// a line on standard error, only where it cannot be run.
+int become(const char* program, char** argv);
 
 // One line on standard error that rewrites itself. On anything but a terminal nothing is shown, or,
 // with log, a plain line at most every 30 seconds.

@@ -1,5 +1,6 @@
 #include "convert/convert.hpp"
 
+#include <CLI/CLI.hpp>
 #include <array>
 #include <cstdio>
 #include <cstring>

@@ -1,7 +1,9 @@
 // `personalize convert`: models that were trained elsewhere, in and out.
 #pragma once
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 

@@ -1,5 +1,6 @@
 #include "evaluate/evaluate.hpp"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <chrono>

@@ -2,7 +2,6 @@
 // served.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <memory>
 
@@ -10,6 +9,10 @@
 #include "data/split.hpp"
 #include "evaluate/metrics.hpp"
 #include "personalize_runtime.hpp"
+
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 

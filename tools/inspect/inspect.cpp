@@ -1,5 +1,6 @@
 #include "inspect/inspect.hpp"
 
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <iostream>
 #include <memory>

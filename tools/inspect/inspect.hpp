@@ -1,7 +1,9 @@
 // `personalize inspect`: what a model file holds.
 #pragma once
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 

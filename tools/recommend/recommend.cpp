@@ -1,5 +1,6 @@
 #include "recommend/recommend.hpp"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <fstream>
 #include <iostream>

@@ -1,7 +1,9 @@
 // `personalize recommend`: slates for one user or for every user, served through the header.
 #pragma once
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 

@@ -1,5 +1,6 @@
 #include "simulate/simulate.hpp"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <cerrno>

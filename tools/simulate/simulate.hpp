@@ -1,11 +1,14 @@
 // `personalize simulate`: policies compared in a simulated world, or a generated data set.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <string>
 
 #include "simulate/world.hpp"
+
+namespace CLI {
+class App;
+}
 
 namespace personalize::tools {
 

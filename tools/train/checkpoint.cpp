@@ -1,4 +1,4 @@
-#include "checkpoint.hpp"
+#include "train/checkpoint.hpp"
 
 #include <ATen/ATen.h>
 #include <torch/serialize/archive.h>
@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <system_error>
 
-#include "../command/command.hpp"
+#include "command/command.hpp"
 
 namespace personalize::tools {
 namespace {

@@ -1,4 +1,4 @@
-#include "export.hpp"
+#include "train/export.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -9,7 +9,7 @@
 #include <numeric>
 #include <utility>
 
-#include "../command/command.hpp"
+#include "command/command.hpp"
 
 namespace personalize::tools {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "../data/dataset.hpp"
-#include "network.hpp"
+#include "data/dataset.hpp"
 #include "personalize_runtime.hpp"
+#include "train/network.hpp"
 
 namespace personalize::tools {
 

@@ -1,11 +1,11 @@
-#include "gru.hpp"
+#include "train/gru.hpp"
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
-#include "kernels.hpp"
+#include "train/kernels.hpp"
 
 namespace personalize::tools {
 namespace {

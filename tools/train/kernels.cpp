@@ -1,4 +1,4 @@
-#include "kernels.hpp"
+#include "train/kernels.hpp"
 
 #include <bit>
 #include <cmath>

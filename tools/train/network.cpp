@@ -1,4 +1,4 @@
-#include "network.hpp"
+#include "train/network.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "gru.hpp"
-#include "kernels.hpp"
+#include "train/gru.hpp"
+#include "train/kernels.hpp"
 
 namespace personalize::tools {
 namespace {

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "../data/dataset.hpp"
-#include "streams.hpp"
+#include "data/dataset.hpp"
+#include "train/streams.hpp"
 
 namespace personalize::tools {
 

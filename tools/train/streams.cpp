@@ -1,11 +1,11 @@
-#include "streams.hpp"
+#include "train/streams.hpp"
 
 #include <algorithm>
 #include <optional>
 #include <utility>
 
-#include "kernels.hpp"
 #include "personalize_runtime.hpp"
+#include "train/kernels.hpp"
 
 namespace personalize::tools {
 

@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "../data/dataset.hpp"
+#include "data/dataset.hpp"
 
 namespace personalize::tools {
 

@@ -1,4 +1,4 @@
-#include "train.hpp"
+#include "train/train.hpp"
 
 #include <unistd.h>
 
@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "../command/command.hpp"
-#include "../data/dataset.hpp"
-#include "trainer.hpp"
+#include "command/command.hpp"
+#include "data/dataset.hpp"
+#include "train/trainer.hpp"
 
 namespace personalize::tools {
 namespace {

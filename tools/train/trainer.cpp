@@ -1,4 +1,4 @@
-#include "trainer.hpp"
+#include "train/trainer.hpp"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -25,13 +25,13 @@
 
 #include <nlohmann/json.hpp>
 
-#include "../command/command.hpp"
-#include "checkpoint.hpp"
-#include "export.hpp"
-#include "kernels.hpp"
-#include "loss.hpp"
-#include "network.hpp"
-#include "streams.hpp"
+#include "command/command.hpp"
+#include "train/checkpoint.hpp"
+#include "train/export.hpp"
+#include "train/kernels.hpp"
+#include "train/loss.hpp"
+#include "train/network.hpp"
+#include "train/streams.hpp"
 
 namespace personalize::tools {
 namespace {

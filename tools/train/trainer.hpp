@@ -6,8 +6,8 @@
 #include <functional>
 #include <string>
 
-#include "../data/dataset.hpp"
-#include "../data/split.hpp"
+#include "data/dataset.hpp"
+#include "data/split.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
