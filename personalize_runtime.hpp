@@ -4195,7 +4195,12 @@ class Scorer {
         look_at_all(search);
     }
     scan(workspace.active);
-    for (std::size_t i = 0; i < queries.size(); ++i) finish(workspace.searches[i], *queries[i].top);
+    // While one query's candidates get exact scores, the next one's come from memory.
+    if (!queries.empty()) narrow(workspace.searches[0]);
+    for (std::size_t i = 0; i < queries.size(); ++i) {
+      if (i + 1 < queries.size()) narrow(workspace.searches[i + 1]);
+      finish(workspace.searches[i], *queries[i].top);
+    }
   }
 
   // The scores of `items`, in their order, to scores.
@@ -4264,15 +4269,15 @@ class Scorer {
     std::int32_t sum = 0;                 // of quantised
     float threshold = 0;                  // no higher than the k-th best score
     std::size_t next_raise = 0;           // found, when the threshold is raised again
-    // Candidates: bounds of their scores, the items. lower is -inf from found to the next multiple
-    // of kernels::lanes.
-    std::size_t found = 0;
+    // Candidates: bounds of their scores, the items; from settled on still positions. lower is -inf
+    // from found to the next multiple of kernels::lanes.
+    std::size_t found = 0, settled = 0;
     std::vector<float> lower, upper;
     std::vector<std::uint32_t> items;
-    // Items for a second look, and how far off that can be.
-    std::size_t waiting = 0;
-    std::array<std::uint32_t, second_look + chunk_rows> waiting_items;
-    std::array<float, second_look + chunk_rows> waiting_margins;
+    // Items for a second look, from `ready` on still positions, and how far off that can be.
+    std::size_t waiting = 0, ready = 0;
+    std::array<std::uint32_t, second_look + 2 * chunk_rows> waiting_items;
+    std::array<float, second_look + 2 * chunk_rows> waiting_margins;
     std::vector<std::uint64_t> best;  // keys, while candidates are resolved
 
     std::size_t growth() const noexcept { return std::max<std::size_t>(k, 64); }
@@ -4314,7 +4319,7 @@ class Scorer {
   void begin(const Query& query, Search& search) const {
     search.k = query.k;
     search.eligibility = query.eligibility;
-    search.found = search.waiting = 0;
+    search.found = search.settled = search.waiting = search.ready = 0;
     search.threshold = -std::numeric_limits<float>::infinity();
     search.next_raise = search.k;
     const std::size_t capacity = kernels::padded(search.k + 2 * search.growth() + 2 * chunk_rows);
@@ -4345,11 +4350,18 @@ class Scorer {
                             largest_bias_);
   }
 
+  // To what needs an exact score, which is fetched.
+  void narrow(Search& search) const {
+    if (search.k == 0) return;
+    make_ready(search);
+    second_looks(search);
+    raise(search);
+    for (std::size_t i = 0; i < search.found; ++i) prefetch(search.items[i]);
+  }
+
   void finish(Search& search, std::vector<ScoredItem>& top) const {
     top.clear();
     if (search.k == 0) return;
-    second_looks(search);
-    raise(search);
     resolve(search);
     std::sort(search.best.begin(), search.best.end(), std::greater<>{});
     top.reserve(search.best.size());
@@ -4420,6 +4432,7 @@ class Scorer {
       for (std::size_t i = 0; i < count; ++i)
         if (std::isfinite(scores[i]) && scores[i] >= search.threshold)
           search.add(some[i], scores[i], scores[i]);
+      search.settled = search.found;
       if (search.found >= search.next_raise) raise(search);
     }
   }
@@ -4495,36 +4508,62 @@ class Scorer {
       collect(chunk, masks[q], scores[q], margins[q], *searches[q]);
   }
 
-  // What the scan of a chunk found, as candidates or for a second look.
+  // What the scan of a chunk found, as candidates or for a second look. Which item stands at a
+  // position is looked up later, many at a time: one alone would wait for memory.
   void collect(std::size_t chunk, const std::array<std::uint16_t, chunk_panels>& masks,
                const std::array<float, chunk_rows>& scores, float margin, Search& search) const {
     const float second_margin = search.error * panels_.chunks[chunk].norm + search.slack;
+    if (panels_.bits == 4) make_ready(search);
     for (std::size_t word = 0; word < chunk_rows; word += 64) {
       std::uint64_t mask;
       std::memcpy(&mask, masks.data() + word / kernels::panel_rows, sizeof mask);
       for (; mask != 0; mask &= mask - 1) {
         const std::size_t r = word + static_cast<std::size_t>(std::countr_zero(mask));
-        const std::uint32_t item = order_[chunk * chunk_rows + r];
-        if (!search.eligibility.test(item)) continue;
+        const auto position = static_cast<std::uint32_t>(chunk * chunk_rows + r);
+        __builtin_prefetch(order_.data() + position);
         if (panels_.bits == 4) {
-          prefetch(item);
-          search.waiting_items[search.waiting] = item;
+          search.waiting_items[search.waiting] = position;
           search.waiting_margins[search.waiting++] = second_margin;
         } else {
-          search.add(item, scores[r] - margin, scores[r] + margin);
+          search.add(position, scores[r] - margin, scores[r] + margin);
         }
       }
     }
-    if (search.waiting >= second_look) second_looks(search);
+    if (search.ready >= second_look) second_looks(search);
     if (search.found >= search.next_raise) raise(search);
   }
 
-  // In 8 bits where the rows are of 8 bits, exactly otherwise.
+  // Candidates' positions become items, less those that may not be ranked.
+  void settle(Search& search) const noexcept {
+    std::size_t kept = search.settled;
+    for (std::size_t i = kept; i < search.found; ++i) {
+      search.lower[kept] = search.lower[i];
+      search.upper[kept] = search.upper[i];
+      search.items[kept] = order_[search.items[i]];
+      kept += search.eligibility.test(search.items[kept]);
+    }
+    search.found = search.settled = kept;
+  }
+
+  // The same for what waits; the rows are fetched.
+  void make_ready(Search& search) const noexcept {
+    for (std::size_t i = search.ready; i < search.waiting; ++i) {
+      const std::uint32_t item = order_[search.waiting_items[i]];
+      if (!search.eligibility.test(item)) continue;
+      prefetch(item);
+      search.waiting_items[search.ready] = item;
+      search.waiting_margins[search.ready++] = search.waiting_margins[i];
+    }
+    search.waiting = search.ready;
+  }
+
+  // At what is ready: in 8 bits where the rows are of 8 bits, exactly otherwise.
   void second_looks(Search& search) const {
-    const std::size_t count = std::exchange(search.waiting, 0);
+    const std::size_t count = std::exchange(search.ready, 0);
     if (count == 0) return;
     const Matrix& vectors = *vectors_;
-    const auto& items = search.waiting_items;
+    auto& items = search.waiting_items;
+    auto& margins = search.waiting_margins;
     std::array<float, second_look + chunk_rows> scores;
     const bool integers = vectors.type() == ElementType::i8;
     if (integers) {
@@ -4538,15 +4577,22 @@ class Scorer {
       exact(search.query.data(), {items.data(), count}, scores.data());
     }
     for (std::size_t i = 0; i < count; ++i) {
-      const float margin = integers ? search.waiting_margins[i] : 0.0f;
+      const float margin = integers ? margins[i] : 0.0f;
       if (scores[i] + margin >= search.threshold)
         search.add(items[i], scores[i] - margin, scores[i] + margin);
     }
+    search.settled = search.found;
+    std::copy(items.begin() + static_cast<std::ptrdiff_t>(count),
+              items.begin() + static_cast<std::ptrdiff_t>(search.waiting), items.begin());
+    std::copy(margins.begin() + static_cast<std::ptrdiff_t>(count),
+              margins.begin() + static_cast<std::ptrdiff_t>(search.waiting), margins.begin());
+    search.waiting -= count;
   }
 
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
   // drops little (ties), exact scores do.
   void raise(Search& search) const {
+    settle(search);
     if (search.found >= search.k) {
       const std::size_t size = kernels::padded(search.found);
       std::fill(search.lower.begin() + static_cast<std::ptrdiff_t>(search.found),
@@ -4560,7 +4606,7 @@ class Scorer {
         search.items[kept] = search.items[i];
         kept += search.upper[i] >= search.threshold;
       }
-      search.found = kept;
+      search.found = search.settled = kept;
     }
     if (search.found > search.k + search.growth()) {
       resolve(search);
@@ -4568,7 +4614,7 @@ class Scorer {
         search.items[i] = item_of(search.best[i]);
         search.lower[i] = search.upper[i] = score_of(search.best[i]);
       }
-      search.found = search.best.size();
+      search.found = search.settled = search.best.size();
       if (search.found == search.k) search.threshold = score_of(search.best.back());
     }
     search.next_raise = std::max(search.k, search.found) + search.growth();
@@ -4579,7 +4625,6 @@ class Scorer {
     std::array<float, 64> scores;
     const std::span<const std::uint32_t> items(search.items.data(), search.found);
     search.best.clear();
-    for (const std::uint32_t item : items) prefetch(item);
     for (std::size_t begin = 0; begin < items.size(); begin += scores.size()) {
       const auto some = items.subspan(begin, std::min(scores.size(), items.size() - begin));
       exact(search.query.data(), some, scores.data());

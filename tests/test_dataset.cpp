@@ -11,6 +11,7 @@
 
 #include "../tools/command/command.hpp"
 #include "../tools/data/dataset.hpp"
+#include "strings.hpp"
 #include "temporary_folder.hpp"
 
 namespace {
@@ -43,12 +44,6 @@ struct Files {
     return text;
   }
 };
-
-Strings strings(const personalize::StringTable& table) {
-  Strings all;
-  for (std::size_t i = 0; i < table.size(); ++i) all.emplace_back(table[i]);
-  return all;
-}
 
 // "item@timestamp" of each event.
 Strings history(const Dataset& data, std::string_view user) {
@@ -86,7 +81,7 @@ TEST_CASE("histories are in order of time, and of the file where timestamps are 
   CHECK(data.interactions == 7);
   CHECK(data.first_timestamp == 10);
   CHECK(data.last_timestamp == 50);
-  CHECK(data.event_types.empty());
+  CHECK(data.event_types.size() == 0);
   CHECK(data.bad_rows == 0);
   CHECK(item(data, "x").interactions == 2);
   CHECK(item(data, "x").first == 50);
@@ -99,12 +94,12 @@ TEST_CASE("event types are indexed, and one of them can be chosen") {
       "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE\n"
       "u1,a,1,view\nu1,b,2,buy\nu2,c,3,view\nu2,d,4,view\nu3,e,5,buy\n");
   const Dataset all = files.read();
-  CHECK(all.event_types == Strings{"view", "buy"});
+  CHECK(strings(all.event_types) == Strings{"view", "buy"});
   CHECK(all.histories[0][1].event_type == 1);
   CHECK(all.histories[1][0].event_type == 0);
   files.options.event_type_filter = "view";
   const Dataset views = files.read();
-  CHECK(views.event_types == Strings{"view"});
+  CHECK(strings(views.event_types) == Strings{"view"});
   CHECK(strings(views.user_ids) == Strings{"u1", "u2"});
   CHECK(strings(views.item_ids) == Strings{"a", "c", "d"});
   CHECK(views.interactions == 3);
@@ -187,7 +182,7 @@ TEST_CASE("items of one file only are kept: those of the items file come last") 
   CHECK_FALSE(item(data, "z").first.has_value());
   CHECK_FALSE(item(data, "z").last.has_value());
   REQUIRE(data.metadata.size() == 1);
-  CHECK(data.metadata[0].vocabulary == Strings{"new", "old"});
+  CHECK(strings(data.metadata[0].vocabulary) == Strings{"new", "old"});
   CHECK(data.metadata[0].values == std::vector<std::vector<std::uint32_t>>{{}, {1}, {}, {0}, {0}});
 }
 
@@ -224,13 +219,13 @@ TEST_CASE("categorical metadata is split at '|'; empty values are none") {
   REQUIRE(data.metadata.size() == 2);
   CHECK(data.metadata[0].name == "GENRES");
   CHECK_FALSE(data.metadata[0].numeric);
-  CHECK(data.metadata[0].vocabulary == Strings{"Drama", "War", "Comedy"});
+  CHECK(strings(data.metadata[0].vocabulary) == Strings{"Drama", "War", "Comedy"});
   CHECK(data.metadata[0].values ==
         std::vector<std::vector<std::uint32_t>>{{0, 1}, {1}, {}, {0, 2}});
   // Few distinct numbers are categories.
   CHECK(data.metadata[1].name == "STARS");
   CHECK_FALSE(data.metadata[1].numeric);
-  CHECK(data.metadata[1].vocabulary == Strings{"3", "5"});
+  CHECK(strings(data.metadata[1].vocabulary) == Strings{"3", "5"});
   CHECK(data.ignored_columns == Strings{"NOTHING (no values)", "BARS (no values)"});
 }
 
@@ -243,7 +238,7 @@ TEST_CASE("many distinct numbers fall into buckets of about as many items each")
   REQUIRE(data.metadata.size() == 1);
   const MetadataColumn& price = data.metadata[0];
   CHECK(price.numeric);
-  CHECK(price.vocabulary.empty());
+  CHECK(price.vocabulary.size() == 0);
   REQUIRE(price.boundaries.size() == 15);
   CHECK(std::is_sorted(price.boundaries.begin(), price.boundaries.end(), std::less_equal<>()));
   std::vector<std::size_t> filled(16, 0);
@@ -269,7 +264,7 @@ TEST_CASE("a column is numeric only where every value is a number that a float c
     CAPTURE(odd);
     REQUIRE(data.metadata.size() == 1);
     CHECK_FALSE(data.metadata[0].numeric);
-    CHECK(data.metadata[0].vocabulary.back() == odd);
+    CHECK(strings(data.metadata[0].vocabulary).back() == odd);
   }
 }
 

@@ -19,6 +19,7 @@
 #include "../tools/evaluate/evaluate.hpp"
 #include "../tools/evaluate/metrics.hpp"
 #include "small_model.hpp"
+#include "strings.hpp"
 
 namespace {
 
@@ -80,7 +81,7 @@ Dataset random_events(std::size_t users, std::uint32_t items, std::uint64_t seed
   for (std::uint32_t i = 0; i < items; ++i) REQUIRE(data.item_ids.add("i" + std::to_string(i)));
   REQUIRE(data.item_ids.add("unknown"));
   data.items.resize(data.item_ids.size());
-  data.event_types = {"buy", "click", "view"};
+  data.event_types = table_of({"buy", "click", "view"});
   for (std::size_t u = 0; u < users; ++u) {
     REQUIRE(data.user_ids.add("user" + std::to_string(u)));
     auto& history = data.histories.emplace_back();
@@ -223,10 +224,10 @@ TEST_CASE("an evaluation equals a direct computation, with any number of threads
 TEST_CASE("a data set without event types is evaluated too") {
   const auto model = small_model::model({.items = 40});
   Dataset data = random_events(30, 40, 2);
-  // "none" is a type that the model does not know, just as a missing one.
-  data.event_types = {"none", "none", "none"};
+  // Types that the model does not know, just as a missing one.
+  data.event_types = table_of({"none", "nothing", "nil"});
   const Evaluation direct = direct_evaluation(*model, data, {});
-  data.event_types.clear();
+  data.event_types = {};
   check_equal(evaluate(model, data, {}).mean, direct.mean);
 }
 

@@ -18,6 +18,7 @@
 #include "../tools/data/dataset.hpp"
 #include "../tools/simulate/simulate.hpp"
 #include "../tools/simulate/simulation.hpp"
+#include "strings.hpp"
 #include "temporary_folder.hpp"
 
 namespace {
@@ -61,7 +62,7 @@ TEST_CASE("generated files are a data set of the size asked for, within the days
     CHECK(data.last_timestamp < start + options.days * day);
     // Activity goes on to the end.
     CHECK(data.last_timestamp > start + options.days * day / 2);
-    CHECK(data.event_types == std::vector<std::string>{"play"});
+    CHECK(strings(data.event_types) == std::vector<std::string>{"play"});
     CHECK(data.bad_rows == 0);
     for (const auto& history : data.histories) {
       CHECK(history.size() >= 2);

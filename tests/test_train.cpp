@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "parity/agreement.hpp"
+#include "strings.hpp"
 #include "temporary_folder.hpp"
 #include "tools/command/command.hpp"
 #include "tools/train/checkpoint.hpp"
@@ -75,7 +76,7 @@ Dataset cycle(std::uint32_t items, std::size_t users, std::uint32_t length) {
   }
   MetadataColumn parity{.name = "PARITY",
                         .numeric = false,
-                        .vocabulary = {"even", "odd"},
+                        .vocabulary = table_of({"even", "odd"}),
                         .boundaries = {},
                         .values = {}};
   for (std::uint32_t i = 0; i < items; ++i) parity.values.push_back({i % 2});
@@ -110,7 +111,7 @@ std::string failure_of(const Dataset& data, const TrainOptions& options) {
 // items that only the metadata knows.
 Dataset varied(std::uint32_t items, std::size_t users) {
   Dataset data = cycle(items, users, 20);
-  data.event_types = {"view", "buy"};
+  data.event_types = table_of({"view", "buy"});
   for (std::size_t u = 0; u < users; ++u) {
     std::int64_t timestamp = 1'600'000'000;
     for (std::size_t i = 0; i < data.histories[u].size(); ++i) {
@@ -418,7 +419,7 @@ TEST_CASE("items that have only metadata and histories of unequal length train w
   }
   data.metadata[0].values.back().clear();
   data.histories[0].resize(2);
-  data.event_types = {"view", "buy"};
+  data.event_types = table_of({"view", "buy"});
   for (auto& history : data.histories)
     for (std::size_t i = 0; i < history.size(); ++i) history[i].event_type = i % 2;
   TrainOptions options = small_options(folder.file("model.pzm"));

@@ -1,9 +1,7 @@
 #include "convert/archive.hpp"
 
-#include <cstdio>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -61,23 +59,13 @@ class Writer {
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');  // the format aligns data to 8 bytes
-    const std::string temporary = path + ".tmp";
-    std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(temporary.c_str(), "wb"),
-                                                         &std::fclose);
-    if (!file) throw Failure(path + ": cannot create");
-    bool good = true;
-    const auto sink = [&](std::span<const std::byte> bytes) {
-      good = good && std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
-    };
+    detail::FileSink file(path);
+    const auto sink = [&](std::span<const std::byte> bytes) { file.append(bytes); };
     const std::uint64_t length = text.size();
     sink(std::as_bytes(std::span(&length, 1)));
     sink(std::as_bytes(std::span(text)));
     for (const Outgoing& tensor : tensors_) tensor.write(sink);
-    good = good && std::fflush(file.get()) == 0;
-    file.reset();
-    if (good && std::rename(temporary.c_str(), path.c_str()) == 0) return;
-    std::remove(temporary.c_str());
-    throw Failure(path + ": cannot write; is the disk full?");
+    if (const auto written = file.commit(); !written) throw Failure(written.error().message);
   }
 
  private:

@@ -21,14 +21,6 @@ std::string shape_text(std::uint64_t rows, std::uint64_t columns) {
   return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
 }
 
-StringTable string_table(const std::vector<std::string>& strings) {
-  StringTable table;
-  for (const std::string& text : strings)
-    if (const auto added = table.add(text); !added)
-      throw Failure("metadata value '" + text + "': " + added.error().message);
-  return table;
-}
-
 // An empty matrix of the element type; rows are added with resize_rows.
 Matrix matrix_of(ElementType type, std::size_t rows, std::size_t columns) {
   Matrix m = Matrix::zeros(0, columns);
@@ -127,7 +119,7 @@ class Builder {
       field.name = column.name;
       field.numeric = column.numeric;
       field.boundaries = column.boundaries;
-      field.vocabulary = string_table(column.vocabulary);
+      field.vocabulary = column.vocabulary;
       const std::size_t values =
           column.numeric ? column.boundaries.size() + 1 : column.vocabulary.size();
       field.embedding = Matrix::zeros(values, d);

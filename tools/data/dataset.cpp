@@ -33,12 +33,6 @@ std::uint32_t number_of(StringTable& table, std::string_view text) {
   return *added;
 }
 
-std::vector<std::string> names(const StringTable& table) {
-  std::vector<std::string> names(table.size());
-  for (std::size_t i = 0; i < names.size(); ++i) names[i] = table[i];
-  return names;
-}
-
 std::string_view id_field(const CsvReader& reader, std::size_t column) {
   const std::string_view id = reader.field(column);
   if (id.empty()) reader.refuse(column, "is empty");
@@ -151,18 +145,16 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
                                    " distinct values for " + std::to_string(items) + " items)");
     return;
   }
-  StringTable vocabulary;
   for (const auto& [item, value] : raw.values) {
     for (std::size_t begin = 0; begin <= value.size();) {
       const std::size_t end = std::min(value.find('|', begin), value.size());
       if (end > begin && end - begin <= max_id_bytes)
         column.values[item].push_back(
-            number_of(vocabulary, std::string_view(value).substr(begin, end - begin)));
+            number_of(column.vocabulary, std::string_view(value).substr(begin, end - begin)));
       begin = end + 1;
     }
   }
-  column.vocabulary = names(vocabulary);
-  if (column.vocabulary.empty())
+  if (column.vocabulary.size() == 0)
     data.ignored_columns.push_back(raw.name + " (no values)");
   else
     data.metadata.push_back(std::move(column));
@@ -223,7 +215,7 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
     row.user = number_of(ordered_users, users[row.user]);
   }
   data.user_ids = std::move(ordered_users);
-  data.event_types = names(types);
+  data.event_types = std::move(types);
   data.items.resize(items.size());
   data.histories.resize(data.user_ids.size());
   data.interactions = rows.size();

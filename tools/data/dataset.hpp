@@ -23,7 +23,7 @@ struct Event {
 struct MetadataColumn {
   std::string name;
   bool numeric = false;
-  std::vector<std::string> vocabulary;  // categorical: values in order of first appearance
+  StringTable vocabulary;  // categorical: values in order of first appearance
   std::vector<float> boundaries;  // numeric: ascending; bucket = number of boundaries <= value
   std::vector<std::vector<std::uint32_t>> values;  // per item: vocabulary or bucket indices
 };
@@ -40,7 +40,7 @@ struct Dataset {
   // Items of interactions in order of first appearance in time, then those of the items file alone.
   StringTable item_ids;
   std::vector<ItemInfo> items;
-  std::vector<std::string> event_types;  // empty where there is no EVENT_TYPE column
+  StringTable event_types;  // empty where there is no EVENT_TYPE column
   std::vector<MetadataColumn> metadata;
   std::vector<std::string> ignored_columns;  // of the items file, each with the reason
   std::uint64_t interactions = 0;

@@ -48,7 +48,7 @@ class Evaluator {
     for (std::size_t e = 0; e < task.given; ++e) {
       const Event& event = history[e];
       const std::string_view type =
-          data_.event_types.empty() ? std::string_view{} : data_.event_types[event.event_type];
+          data_.event_types.size() == 0 ? std::string_view{} : data_.event_types[event.event_type];
       const auto recorded = recommender_.record({.user = id,
                                                  .item = data_.item_ids[event.item],
                                                  .event_type = type,

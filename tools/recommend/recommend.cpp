@@ -58,9 +58,8 @@ void record_history(Recommender& recommender, const Dataset& data, std::size_t u
     const auto recorded = recommender.record(
         {.user = data.user_ids[user],
          .item = data.item_ids[event.item],
-         .event_type = data.event_types.empty()
-                           ? std::string_view{}
-                           : std::string_view(data.event_types[event.event_type]),
+         .event_type =
+             data.event_types.size() == 0 ? std::string_view{} : data.event_types[event.event_type],
          .timestamp = event.timestamp});
     if (!recorded) throw Failure(recorded.error().message);
   }

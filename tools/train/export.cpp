@@ -23,14 +23,6 @@ Matrix matrix(const at::Tensor& tensor) {
   return m;
 }
 
-StringTable string_table(const std::vector<std::string>& strings) {
-  StringTable table;
-  for (const std::string& s : strings)
-    if (const auto added = table.add(s); !added)
-      throw Failure("'" + s + "': " + added.error().message);
-  return table;
-}
-
 // An item without interactions starts like an unpopular one: at the biases' tenth percentile.
 float unseen_bias(std::vector<float> biases) {
   const auto tenth = biases.begin() + static_cast<std::ptrdiff_t>(biases.size() / 10);
@@ -57,7 +49,7 @@ ModelParts export_network(const Network& network, const Dataset& dataset, std::s
                                 .last_timestamp = item.last.value_or(unknown),
                                 .creation_timestamp = item.creation_timestamp.value_or(unknown)});
   if (shape.event_types > 0) {
-    parts.event_types = string_table(dataset.event_types);
+    parts.event_types = dataset.event_types;
     parts.event_type_embedding = matrix(network.parameter("event_type_embedding"));
   }
   if (shape.time_gap_buckets > 0)
@@ -65,7 +57,7 @@ ModelParts export_network(const Network& network, const Dataset& dataset, std::s
   for (const MetadataColumn& column : dataset.metadata)
     parts.fields.push_back({.name = column.name,
                             .numeric = column.numeric,
-                            .vocabulary = string_table(column.vocabulary),
+                            .vocabulary = column.vocabulary,
                             .boundaries = column.boundaries,
                             .embedding = matrix(network.parameter("metadata." + column.name))});
 
