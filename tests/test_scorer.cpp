@@ -137,6 +137,9 @@ TEST_CASE("every element type, many bits of difference, both widths of the scan"
   // 300,000 x 64 is scanned in 4 bits, the others in 8.
   for (const std::size_t items : {20'000u, 300'000u}) {
     small_model::Random random{items};
+    pz::ItemMask excluded(items);
+    for (std::uint32_t i = 0; i < items; ++i)
+      if (random.below(3) == 0) excluded.set(i);
     for (const float spread : {0.0f, 1.5f}) {
       pz::Matrix vectors = pz::Matrix::zeros(items, 64);
       std::vector<float> biases(items);
@@ -164,10 +167,12 @@ TEST_CASE("every element type, many bits of difference, both widths of the scan"
           std::vector<float> scores(items);
           scorer.score(query, all, workspace, scores);
           std::vector<pz::ScoredItem> sorted;
-          for (std::uint32_t i = 0; i < items; ++i) sorted.push_back({i, scores[i]});
+          const pz::Eligibility eligibility{nullptr, scale == 1.0f ? &excluded : nullptr};
+          for (std::uint32_t i = 0; i < items; ++i)
+            if (eligibility.test(i)) sorted.push_back({i, scores[i]});
           std::sort(sorted.begin(), sorted.end(), pz::ranks_before);
           sorted.resize(100);
-          same(top_k(scorer, query, 100), sorted);
+          same(top_k(scorer, query, 100, eligibility), sorted);
         }
       }
     }
