@@ -23,7 +23,7 @@ struct Event {
 struct MetadataColumn {
   std::string name;
   bool numeric = false;
-  StringTable vocabulary;  // categorical: values in order of first appearance
+  StringTable vocabulary;         // categorical: values in order of first appearance
   std::vector<float> boundaries;  // numeric: ascending; bucket = number of boundaries <= value
   std::vector<std::vector<std::uint32_t>> values;  // per item: vocabulary or bucket indices
 };
