@@ -23,7 +23,7 @@ namespace personalize::tools {
 namespace {
 
 constexpr std::int64_t start = 1'700'000'000;  // Unix seconds; 2023-11-14
-constexpr std::int64_t day = 86'400;
+constexpr std::int64_t seconds_a_day = 86'400;
 
 constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",  "Cooking",
                                                   "Farming",   "Mystery",  "Puzzle", "Racing",
@@ -54,8 +54,9 @@ class GeneratedCatalogue {
       const bool launched = random_.uniform() < 0.7;
       for (std::size_t part = 0; part < parts && items_.size() < options.items; ++part) {
         const std::int64_t created =
-            launched ? start - static_cast<std::int64_t>(random_.below(200)) * day
-                     : start + static_cast<std::int64_t>(random_.below(options.days)) * day;
+            launched
+                ? start - static_cast<std::int64_t>(random_.below(200)) * seconds_a_day
+                : start + static_cast<std::int64_t>(random_.below(options.days)) * seconds_a_day;
         items_.push_back({genre, second, series, part, created, appeal,
                           99 + 100 * static_cast<int>(random_.below(40))});
       }
@@ -81,12 +82,13 @@ class GeneratedCatalogue {
 
   std::vector<Event> events() {
     std::vector<Event> events;
-    const std::int64_t end = start + static_cast<std::int64_t>(options_.days) * day;
+    const std::int64_t end = start + static_cast<std::int64_t>(options_.days) * seconds_a_day;
     for (std::uint32_t user = 0; user < options_.users; ++user) {
       std::array<std::size_t, 3> likes{};
       for (std::size_t& like : likes) like = random_.below(genres.size());
       const std::size_t visits = 3 + random_.below(12);
-      std::int64_t now = start + static_cast<std::int64_t>(random_.below(options_.days)) * day / 2;
+      std::int64_t now =
+          start + static_cast<std::int64_t>(random_.below(options_.days)) * seconds_a_day / 2;
       std::size_t mood = likes[0];
       std::vector<char> seen(items_.size(), 0);
       for (std::size_t visit = 0; visit < visits; ++visit) {
@@ -104,8 +106,8 @@ class GeneratedCatalogue {
                                items_[next].created <= now && !seen[next];
           item = follows && random_.uniform() < 0.7 ? next : pick(random_, mood, now, seen);
         }
-        now +=
-            day / 2 + static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
+        now += seconds_a_day / 2 +
+               static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
       }
     }
     std::stable_sort(events.begin(), events.end(),
