@@ -106,8 +106,8 @@ class GeneratedCatalogue {
                                items_[next].created <= now && !seen[next];
           item = follows && random_.uniform() < 0.7 ? next : pick(random_, mood, now, seen);
         }
-        now += seconds_a_day / 2 +
-               static_cast<std::int64_t>(random_.below(static_cast<std::size_t>(4 * day)));
+        now += seconds_a_day / 2 + static_cast<std::int64_t>(
+                                       random_.below(static_cast<std::size_t>(4 * seconds_a_day)));
       }
     }
     std::stable_sort(events.begin(), events.end(),
