@@ -4276,8 +4276,8 @@ class Scorer {
     std::vector<std::uint32_t> items;
     // Items for a second look, from `ready` on still positions, and how far off that can be.
     std::size_t waiting = 0, ready = 0;
-    std::array<std::uint32_t, second_look + 2 * chunk_rows> waiting_items;
-    std::array<float, second_look + 2 * chunk_rows> waiting_margins;
+    std::array<std::uint32_t, second_look + chunk_rows> waiting_items;
+    std::array<float, second_look + chunk_rows> waiting_margins;
     std::vector<std::uint64_t> best;  // keys, while candidates are resolved
 
     std::size_t growth() const noexcept { return std::max<std::size_t>(k, 64); }
@@ -4513,7 +4513,10 @@ class Scorer {
   void collect(std::size_t chunk, const std::array<std::uint16_t, chunk_panels>& masks,
                const std::array<float, chunk_rows>& scores, float margin, Search& search) const {
     const float second_margin = search.error * panels_.chunks[chunk].norm + search.slack;
-    if (panels_.bits == 4) make_ready(search);
+    if (panels_.bits == 4) {
+      make_ready(search);
+      if (search.ready >= second_look) second_looks(search);
+    }
     for (std::size_t word = 0; word < chunk_rows; word += 64) {
       std::uint64_t mask;
       std::memcpy(&mask, masks.data() + word / kernels::panel_rows, sizeof mask);
@@ -4529,7 +4532,6 @@ class Scorer {
         }
       }
     }
-    if (search.ready >= second_look) second_looks(search);
     if (search.found >= search.next_raise) raise(search);
   }
 
@@ -4557,13 +4559,13 @@ class Scorer {
     search.waiting = search.ready;
   }
 
-  // At what is ready: in 8 bits where the rows are of 8 bits, exactly otherwise.
+  // In 8 bits where the rows are of 8 bits, exactly otherwise. All that waits must be ready.
   void second_looks(Search& search) const {
-    const std::size_t count = std::exchange(search.ready, 0);
+    const std::size_t count = search.ready;
+    search.waiting = search.ready = 0;
     if (count == 0) return;
     const Matrix& vectors = *vectors_;
-    auto& items = search.waiting_items;
-    auto& margins = search.waiting_margins;
+    const auto& items = search.waiting_items;
     std::array<float, second_look + chunk_rows> scores;
     const bool integers = vectors.type() == ElementType::i8;
     if (integers) {
@@ -4577,16 +4579,11 @@ class Scorer {
       exact(search.query.data(), {items.data(), count}, scores.data());
     }
     for (std::size_t i = 0; i < count; ++i) {
-      const float margin = integers ? margins[i] : 0.0f;
+      const float margin = integers ? search.waiting_margins[i] : 0.0f;
       if (scores[i] + margin >= search.threshold)
         search.add(items[i], scores[i] - margin, scores[i] + margin);
     }
     search.settled = search.found;
-    std::copy(items.begin() + static_cast<std::ptrdiff_t>(count),
-              items.begin() + static_cast<std::ptrdiff_t>(search.waiting), items.begin());
-    std::copy(margins.begin() + static_cast<std::ptrdiff_t>(count),
-              margins.begin() + static_cast<std::ptrdiff_t>(search.waiting), margins.begin());
-    search.waiting -= count;
   }
 
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that

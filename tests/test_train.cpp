@@ -19,17 +19,17 @@
 #include <utility>
 #include <vector>
 
+#include "../tools/command/command.hpp"
+#include "../tools/train/checkpoint.hpp"
+#include "../tools/train/gru.hpp"
+#include "../tools/train/kernels.hpp"
+#include "../tools/train/loss.hpp"
+#include "../tools/train/network.hpp"
+#include "../tools/train/streams.hpp"
+#include "../tools/train/trainer.hpp"
 #include "parity/agreement.hpp"
 #include "strings.hpp"
 #include "temporary_folder.hpp"
-#include "tools/command/command.hpp"
-#include "tools/train/checkpoint.hpp"
-#include "tools/train/gru.hpp"
-#include "tools/train/kernels.hpp"
-#include "tools/train/loss.hpp"
-#include "tools/train/network.hpp"
-#include "tools/train/streams.hpp"
-#include "tools/train/trainer.hpp"
 
 namespace {
 

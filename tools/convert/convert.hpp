@@ -1,9 +1,7 @@
 // `personalize convert`: models that were trained elsewhere, in and out.
 #pragma once
 
-namespace CLI {
-class App;
-}
+#include "command/command.hpp"
 
 namespace personalize::tools {
 

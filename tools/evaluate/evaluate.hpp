@@ -5,14 +5,11 @@
 #include <cstdint>
 #include <memory>
 
+#include "command/command.hpp"
 #include "data/dataset.hpp"
 #include "data/split.hpp"
 #include "evaluate/metrics.hpp"
 #include "personalize_runtime.hpp"
-
-namespace CLI {
-class App;
-}
 
 namespace personalize::tools {
 

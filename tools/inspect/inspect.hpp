@@ -1,9 +1,7 @@
 // `personalize inspect`: what a model file holds.
 #pragma once
 
-namespace CLI {
-class App;
-}
+#include "command/command.hpp"
 
 namespace personalize::tools {
 

@@ -1,9 +1,7 @@
 // `personalize recommend`: slates for one user or for every user, served through the header.
 #pragma once
 
-namespace CLI {
-class App;
-}
+#include "command/command.hpp"
 
 namespace personalize::tools {
 

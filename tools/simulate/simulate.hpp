@@ -4,11 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "command/command.hpp"
 #include "simulate/world.hpp"
-
-namespace CLI {
-class App;
-}
 
 namespace personalize::tools {
 

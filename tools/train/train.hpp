@@ -1,8 +1,6 @@
 #pragma once
 
-namespace CLI {
-class App;
-}
+#include "command/command.hpp"
 
 namespace personalize::tools {
 
