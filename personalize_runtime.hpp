@@ -116,6 +116,7 @@
 #else
 #define PERSONALIZE_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define PERSONALIZE_INLINE __attribute__((always_inline))
 
 namespace personalize {
 inline namespace v1 {
@@ -317,34 +318,28 @@ using Default = Neon;
 using Default = Scalar;
 #endif
 
-// One query's way through some panels. The scores of a panel's sixteen rows are
-// scale * scales[r] * dot + biases[r], and bit r of a mask tells whether row r's reaches the limit.
-// Padding rows have a NaN for a bias and never do.
-struct PanelScan {
-  const std::uint8_t* panels;  // first panel to scan
-  const float* scales;         // [16] a panel
-  const float* biases;         // [16] a panel
+// Rows in panels; Real is float, or std::uint16_t for bfloat16. The scores of a panel's sixteen
+// rows with a query are query.scale * scales[r] * dot + biases[r]. Padding rows have a NaN for a
+// bias.
+template <class Real>
+struct PanelRows {
+  const std::uint8_t* panels;
+  const Real* scales;  // [16] a panel
+  const Real* biases;  // [16] a panel
   std::size_t columns;
-  const std::int8_t* query;   // [padded(columns)], zero behind the last column
-  std::int32_t query_offset;  // -128 * sum of query: takes back what rows were raised by
-  float scale;
-  float limit = 0;
-  std::uint16_t* masks = nullptr;  // out: [1] a panel
-  float* scores = nullptr;         // out: [16] a panel
 };
 
-// The same for rows of 4 bits, of which so many are read that each byte counts: scales and biases
-// are bfloat16, query_offset is -8 * sum of query, and there are only masks.
-struct NibbleScan {
-  const std::uint8_t* panels;
-  const std::uint16_t* scales;
-  const std::uint16_t* biases;
-  std::size_t columns;
-  const std::int8_t* query;
-  std::int32_t query_offset;
+// A query on its way through panels, and what it found there.
+struct PanelQuery {
+  const std::int8_t* values;  // [padded(columns)], zero behind the last column
+  std::int32_t offset;  // takes back what rows were raised by: -128 (of 4 bits -8) * sum of values
   float scale;
-  float limit;
-  std::uint16_t* masks;
+  float limit = 0;
+  // Out: the rows whose scores reach the limit, ascending, and with rows of 8 bits these scores,
+  // from `found` on, which counts on. Room for every row scanned.
+  std::uint32_t* rows = nullptr;
+  float* scores = nullptr;
+  std::size_t found = 0;
 };
 
 // Integer dot products, conversion and comparison, one set an instruction set.
@@ -371,27 +366,31 @@ struct Ops<Scalar> {
       for (std::size_t c = 0; c < 4; ++c)
         s.v[r] += (rows[r * 4 + c] & 15) * query[c] + (rows[r * 4 + c] >> 4) * query[4 + c];
   }
-  // Sixteen scores to y; returns the mask of those that reach the limit.
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
+  // Of a panel's rows.
+  struct Scores {
+    float v[panel_rows];
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
+    for (std::size_t r = 0; r < panel_rows; ++r)
+      scores.v[r] = static_cast<float>(s.v[r]) * scale * wide(scales[r]) + wide(biases[r]);
+    return scores;
+  }
+  // Bit r tells whether row r's score does.
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
     std::uint32_t mask = 0;
-    for (std::size_t r = 0; r < panel_rows; ++r) {
-      y[r] = static_cast<float>(s.v[r]) * scale * scales[r] + biases[r];
-      mask |= static_cast<std::uint32_t>(y[r] >= limit) << r;
-    }
+    for (std::size_t r = 0; r < panel_rows; ++r)
+      mask |= static_cast<std::uint32_t>(s.v[r] >= limit) << r;
     return mask;
   }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
-    const auto wide = [](std::uint16_t v) {
-      return __builtin_bit_cast(float, std::uint32_t{v} << 16);
-    };
-    std::uint32_t mask = 0;
-    for (std::size_t r = 0; r < panel_rows; ++r) {
-      const float score = static_cast<float>(s.v[r]) * scale * wide(scales[r]) + wide(biases[r]);
-      mask |= static_cast<std::uint32_t>(score >= limit) << r;
-    }
-    return mask;
+  static void store(const Scores& s, float* out) noexcept {
+    for (std::size_t r = 0; r < panel_rows; ++r) out[r] = s.v[r];
+  }
+  static float wide(float v) noexcept { return v; }
+  static float wide(std::uint16_t v) noexcept {
+    return __builtin_bit_cast(float, std::uint32_t{v} << 16);
   }
   // Of a row with a query, both signed; offset: -128 * sum of query.
   static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
@@ -474,36 +473,35 @@ struct Ops<Sse2> {
     return _mm_mul_ps(_mm_cvtepi32_ps(_mm_add_epi32(_mm_add_epi32(even, odd), s.offset)),
                       _mm_set1_ps(scale));
   }
-  static std::uint32_t reached(__m128 four, std::size_t p, float limit) noexcept {
-    return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(four, _mm_set1_ps(limit))))
-           << (4 * p);
-  }
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
-    std::uint32_t mask = 0;
+  struct Scores {
+    __m128 v[4];
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
     PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 4; ++p) {
-      const __m128 four =
-          _mm_add_ps(_mm_mul_ps(four_dots(s, p, scale), _mm_loadu_ps(scales + 4 * p)),
-                     _mm_loadu_ps(biases + 4 * p));
-      _mm_storeu_ps(y + 4 * p, four);
-      mask |= reached(four, p, limit);
-    }
-    return mask;
+    for (std::size_t p = 0; p < 4; ++p)
+      scores.v[p] = _mm_add_ps(_mm_mul_ps(four_dots(s, p, scale), wide(scales + 4 * p)),
+                               wide(biases + 4 * p));
+    return scores;
   }
-  static __m128 wide(const std::uint16_t* four) noexcept {
-    return _mm_castsi128_ps(_mm_unpacklo_epi16(
-        _mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four))));
-  }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
     std::uint32_t mask = 0;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      mask |= reached(_mm_add_ps(_mm_mul_ps(four_dots(s, p, scale), wide(scales + 4 * p)),
-                                 wide(biases + 4 * p)),
-                      p, limit);
+      mask |= static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(s.v[p], _mm_set1_ps(limit))))
+              << (4 * p);
     return mask;
+  }
+  static void store(const Scores& s, float* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) _mm_storeu_ps(out + 4 * p, s.v[p]);
+  }
+  static __m128 wide(const float* four) noexcept { return _mm_loadu_ps(four); }
+  static __m128 wide(const std::uint16_t* four) noexcept {
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(
+        _mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four))));
   }
   static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
                           std::int32_t /*offset*/) noexcept {
@@ -604,36 +602,34 @@ struct Ops<Avx2> {
   static __m256 eight_dots(const Sums& s, std::size_t p, float scale) noexcept {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(s.v[p]), _mm256_set1_ps(scale));
   }
-  static std::uint32_t reached(__m256 eight, std::size_t p, float limit) noexcept {
-    return static_cast<std::uint32_t>(
-               _mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_set1_ps(limit), _CMP_GE_OQ)))
-           << (8 * p);
-  }
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
-    std::uint32_t mask = 0;
+  struct Scores {
+    __m256 v[2];
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
     PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 2; ++p) {
-      const __m256 eight = _mm256_fmadd_ps(eight_dots(s, p, scale), _mm256_loadu_ps(scales + 8 * p),
-                                           _mm256_loadu_ps(biases + 8 * p));
-      _mm256_storeu_ps(y + 8 * p, eight);
-      mask |= reached(eight, p, limit);
-    }
-    return mask;
+    for (std::size_t p = 0; p < 2; ++p)
+      scores.v[p] =
+          _mm256_fmadd_ps(eight_dots(s, p, scale), wide(scales + 8 * p), wide(biases + 8 * p));
+    return scores;
   }
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
+    const auto eight = [&](std::size_t p) {
+      return static_cast<std::uint32_t>(
+          _mm256_movemask_ps(_mm256_cmp_ps(s.v[p], _mm256_set1_ps(limit), _CMP_GE_OQ)));
+    };
+    return eight(0) | eight(1) << 8;
+  }
+  static void store(const Scores& s, float* out) noexcept {
+    _mm256_storeu_ps(out, s.v[0]);
+    _mm256_storeu_ps(out + 8, s.v[1]);
+  }
+  static __m256 wide(const float* eight) noexcept { return _mm256_loadu_ps(eight); }
   static __m256 wide(const std::uint16_t* eight) noexcept {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-  }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
-    std::uint32_t mask = 0;
-    PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 2; ++p)
-      mask |= reached(
-          _mm256_fmadd_ps(eight_dots(s, p, scale), wide(scales + 8 * p), wide(biases + 8 * p)), p,
-          limit);
-    return mask;
   }
   static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
                           std::int32_t /*offset*/) noexcept {
@@ -734,24 +730,23 @@ struct Ops<Avx512Vnni> {
     s.v = _mm512_dpbusd_epi32(s.v, _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble),
                               _mm512_set1_epi32(four[1]));
   }
-  static __m512 sixteen_dots(const Sums& s, float scale) noexcept {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(s.v), _mm512_set1_ps(scale));
+  struct Scores {
+    __m512 v;
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    const __m512 dots = _mm512_mul_ps(_mm512_cvtepi32_ps(s.v), _mm512_set1_ps(scale));
+    return {_mm512_fmadd_ps(dots, wide(scales), wide(biases))};
   }
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
-    const __m512 sixteen =
-        _mm512_fmadd_ps(sixteen_dots(s, scale), _mm512_loadu_ps(scales), _mm512_loadu_ps(biases));
-    _mm512_storeu_ps(y, sixteen);
-    return _mm512_cmp_ps_mask(sixteen, _mm512_set1_ps(limit), _CMP_GE_OQ);
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
+    return _mm512_cmp_ps_mask(s.v, _mm512_set1_ps(limit), _CMP_GE_OQ);
   }
+  static void store(const Scores& s, float* out) noexcept { _mm512_storeu_ps(out, s.v); }
+  static __m512 wide(const float* sixteen) noexcept { return _mm512_loadu_ps(sixteen); }
   static __m512 wide(const std::uint16_t* sixteen) noexcept {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sixteen));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-  }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
-    return _mm512_cmp_ps_mask(_mm512_fmadd_ps(sixteen_dots(s, scale), wide(scales), wide(biases)),
-                              _mm512_set1_ps(limit), _CMP_GE_OQ);
   }
   static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
                           std::int32_t offset) noexcept {
@@ -831,43 +826,38 @@ struct Ops<Neon> {
   static int32x4_t dots(const Sums& s, std::size_t p) noexcept {
     return vaddq_s32(vpaddq_s32(s.v[2 * p], s.v[2 * p + 1]), vdupq_n_s32(s.offset));
   }
-  static std::uint32_t reached(float32x4_t four, std::size_t p, float limit) noexcept {
+  struct Scores {
+    float32x4_t v[4];
+  };
+  template <class Real>
+  static float32x4_t four_scores(int32x4_t dots, float scale, const Real* scales,
+                                 const Real* biases) noexcept {
+    return vfmaq_f32(wide(biases), vmulq_n_f32(vcvtq_f32_s32(dots), scale), wide(scales));
+  }
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      scores.v[p] = four_scores(dots(s, p), scale, scales + 4 * p, biases + 4 * p);
+    return scores;
+  }
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
     const uint32x4_t weights{1, 2, 4, 8};
-    return vaddvq_u32(vandq_u32(vcgeq_f32(four, vdupq_n_f32(limit)), weights)) << (4 * p);
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      mask |= vaddvq_u32(vandq_u32(vcgeq_f32(s.v[p], vdupq_n_f32(limit)), weights)) << (4 * p);
+    return mask;
   }
-  static std::uint32_t four_scores(int32x4_t four, std::size_t p, float scale, const float* scales,
-                                   const float* biases, float limit, float* y) noexcept {
-    const float32x4_t v =
-        vfmaq_f32(vld1q_f32(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(four), scale),
-                  vld1q_f32(scales + 4 * p));
-    vst1q_f32(y + 4 * p, v);
-    return reached(v, p, limit);
+  static void store(const Scores& s, float* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) vst1q_f32(out + 4 * p, s.v[p]);
   }
+  static float32x4_t wide(const float* four) noexcept { return vld1q_f32(four); }
   static float32x4_t wide(const std::uint16_t* four) noexcept {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(four), 16));
-  }
-  static std::uint32_t four_at_least(int32x4_t four, std::size_t p, float scale,
-                                     const std::uint16_t* scales, const std::uint16_t* biases,
-                                     float limit) noexcept {
-    return reached(vfmaq_f32(wide(biases + 4 * p), vmulq_n_f32(vcvtq_f32_s32(four), scale),
-                             wide(scales + 4 * p)),
-                   p, limit);
-  }
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
-    std::uint32_t mask = 0;
-    PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 4; ++p)
-      mask |= four_scores(dots(s, p), p, scale, scales, biases, limit, y);
-    return mask;
-  }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
-    std::uint32_t mask = 0;
-    PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 4; ++p)
-      mask |= four_at_least(dots(s, p), p, scale, scales, biases, limit);
-    return mask;
   }
   static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
                           std::int32_t /*offset*/) noexcept {
@@ -950,21 +940,14 @@ struct Ops<NeonDot> : Ops<Neon> {
                          vreinterpretq_s8_s32(vdupq_n_s32(four[1])));
     }
   }
-  static std::uint32_t scores(const Sums& s, float scale, const float* scales, const float* biases,
-                              float limit, float* y) noexcept {
-    std::uint32_t mask = 0;
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
     PERSONALIZE_UNROLL
     for (std::size_t p = 0; p < 4; ++p)
-      mask |= four_scores(s.v[p], p, scale, scales, biases, limit, y);
-    return mask;
-  }
-  static std::uint32_t at_least(const Sums& s, float scale, const std::uint16_t* scales,
-                                const std::uint16_t* biases, float limit) noexcept {
-    std::uint32_t mask = 0;
-    PERSONALIZE_UNROLL
-    for (std::size_t p = 0; p < 4; ++p)
-      mask |= four_at_least(s.v[p], p, scale, scales, biases, limit);
-    return mask;
+      scores.v[p] = four_scores(s.v[p], scale, scales + 4 * p, biases + 4 * p);
+    return scores;
   }
 };
 #endif
@@ -1345,6 +1328,15 @@ struct Vectors {
 };
 #endif
 
+// Calls f(0), .., f(Count - 1) with constants: what it indexes can stay in registers.
+template <std::size_t Count, class Function>
+PERSONALIZE_INLINE inline void unrolled(const Function& f) noexcept {
+  [&]<std::size_t... I>(std::index_sequence<I...>) PERSONALIZE_INLINE {
+    (f(std::integral_constant<std::size_t, I>{}), ...);
+  }
+  (std::make_index_sequence<Count>{});
+}
+
 template <class Tag>
 struct Kernels : Vectors<Tag> {
   using O = Ops<Tag>;
@@ -1352,25 +1344,15 @@ struct Kernels : Vectors<Tag> {
   // The largest magnitude that a query multiplied with rows of 8 bits may have; with 4 bits 127.
   static constexpr int query_limit = O::query_limit;
 
-  // Up to most_queries queries through the same panels: two, and more so four, share the loads of
-  // the rows. See PanelScan.
-  static void scan_8bit(const PanelScan* scans, std::size_t queries, std::size_t panels) noexcept {
-    const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
-      const PanelScan& scan = scans[q];
-      const std::size_t row = p * panel_rows;
-      scan.masks[p] = static_cast<std::uint16_t>(O::scores(
-          sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit, scan.scores + row));
-    };
-    in_groups<8>(scans, queries, panels, finish);
+  // Up to most_queries queries through the panels [first, last): two, and more so four, share the
+  // loads of the rows.
+  static void scan_8bit(const PanelRows<float>& rows, std::size_t first, std::size_t last,
+                        PanelQuery* const* queries, std::size_t count) noexcept {
+    in_groups<8>(rows, first, last, queries, count);
   }
-  static void scan_4bit(const NibbleScan* scans, std::size_t queries, std::size_t panels) noexcept {
-    const auto finish = [scans](std::size_t q, std::size_t p, const typename O::Sums& sums) {
-      const NibbleScan& scan = scans[q];
-      const std::size_t row = p * panel_rows;
-      scan.masks[p] = static_cast<std::uint16_t>(
-          O::at_least(sums, scan.scale, scan.scales + row, scan.biases + row, scan.limit));
-    };
-    in_groups<4>(scans, queries, panels, finish);
+  static void scan_4bit(const PanelRows<std::uint16_t>& rows, std::size_t first, std::size_t last,
+                        PanelQuery* const* queries, std::size_t count) noexcept {
+    in_groups<4>(rows, first, last, queries, count);
   }
 
   // out[i] = row items[i] . query, in integers. rows: [.., columns] row-major; query:
@@ -1382,13 +1364,17 @@ struct Kernels : Vectors<Tag> {
       out[i] = O::dot(rows + items[i] * columns, query, columns, offset);
   }
 
-  // y[r] = scale * scales[r] * dot(row r, x) + bias[r] for the rows of `panels` panels of 8 bits.
-  static void matrix_vector_i8(const PanelScan& scan, std::size_t panels, float* y) noexcept {
-    for_panels<8, 1>(
-        &scan, 0, panels, [=, &scan](std::size_t, std::size_t p, const typename O::Sums& sums) {
-          const std::size_t row = p * panel_rows;
-          O::scores(sums, scan.scale, scan.scales + row, scan.biases + row, 0.0f, y + row);
-        });
+  // The scores of all rows of `panels` panels of 8 bits to y.
+  static void matrix_vector_i8(const PanelRows<float>& rows, std::size_t panels,
+                               const PanelQuery& query, float* y) noexcept {
+    const PanelQuery* const one = &query;
+    const auto finish = [&](std::size_t p, auto& sums) PERSONALIZE_INLINE {
+      unrolled<sizeof sums[0] / sizeof sums[0][0]>([&](auto b) PERSONALIZE_INLINE {
+        const std::size_t row = (p + b) * panel_rows;
+        O::store(O::scores(sums[0][b], query.scale, rows.scales + row, rows.biases + row), y + row);
+      });
+    };
+    for_panels<8, 1>(rows, 0, panels, &one, finish);
   }
 
   // q = x * (limit / largest |x|), rounded; x, q: [padded(size)], x zero beyond size. Returns the
@@ -1444,58 +1430,150 @@ struct Kernels : Vectors<Tag> {
     }
   }
 
-  // finish(q, p, dot products of panel p with query q)
-  template <int Bits, class Scan, class Finish>
-  static void in_groups(const Scan* scans, std::size_t queries, std::size_t panels,
-                        const Finish& finish) noexcept {
+  template <int Bits, class Real>
+  static void in_groups(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
+                        PanelQuery* const* queries, std::size_t count) noexcept {
     std::size_t q = 0;
-    for (; q + 4 <= queries; q += 4) for_panels<Bits, 4>(scans, q, panels, finish);
-    for (; q + 2 <= queries; q += 2) for_panels<Bits, 2>(scans, q, panels, finish);
-    for (; q < queries; ++q) for_panels<Bits, 1>(scans, q, panels, finish);
+    for (; q + 4 <= count; q += 4) scan_together<Bits, 4>(rows, first, last, queries + q);
+    for (; q + 2 <= count; q += 2) scan_together<Bits, 2>(rows, first, last, queries + q);
+    if (q < count) scan_alone<Bits>(rows, first, last, *queries[q]);
   }
 
-  template <int Bits, std::size_t Queries, class Scan, class Finish>
-  static void for_panels(const Scan* scans, std::size_t first, std::size_t panels,
-                         const Finish& finish) noexcept {
-    constexpr std::size_t sums = Queries == 4 ? O::most_sums : O::panels;
-    constexpr std::size_t some = sums > Queries ? sums / Queries : 1;
-    std::size_t p = 0;
-    for (; p + some <= panels; p += some)
-      multiply_panels<Bits, Queries, some>(scans, first, p, finish);
-    for (; p < panels; ++p) multiply_panels<Bits, Queries, 1>(scans, first, p, finish);
+  static constexpr std::size_t word_panels = 4;  // whose masks make up a word
+
+  // Adds the rows of a mask to what the query found. row: the first one's index; scores: from the
+  // first one's on.
+  template <int Bits>
+  static void collect(PanelQuery& query, std::uint64_t mask, std::size_t row,
+                      const float* scores) noexcept {
+    for (; mask != 0; mask &= mask - 1) {
+      const auto r = static_cast<std::size_t>(__builtin_ctzll(mask));
+      if constexpr (Bits == 8) query.scores[query.found] = scores[r];
+      query.rows[query.found++] = static_cast<std::uint32_t>(row + r);
+    }
   }
 
-  template <int Bits, std::size_t Queries, std::size_t Panels, class Scan, class Finish>
-  static void multiply_panels(const Scan* all, std::size_t first, std::size_t p,
-                              const Finish& finish) noexcept {
-    const Scan* scans = all + first;
-    constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
-    const std::size_t count = (scans->columns + columns_a_step - 1) / columns_a_step;
-    const std::size_t stride = count * step_bytes;
-    typename O::Sums sums[Queries][Panels];
-    PERSONALIZE_UNROLL
-    for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b) O::start(sums[q][b], scans[q].query_offset);
-    const std::uint8_t* rows = scans->panels + p * stride;
-    for (std::size_t s = 0; s < count; ++s) {
-      PERSONALIZE_UNROLL
-      for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
-      for (std::size_t b = 0; b < Panels; ++b) {
-        const std::int8_t* query = scans[q].query + s * columns_a_step;
-        const std::uint8_t* row = rows + b * stride + s * step_bytes;
-        if constexpr (Bits == 8) {
-          O::step(sums[q][b], row, query);
-        } else {
-          // Rows of 4 bits come out of memory; that several panels are read side by side hides from
-          // the processor what will be next.
-          if (q == 0) __builtin_prefetch(row + 4 * Panels * stride);
-          O::step_4bit(sums[q][b], row, query);
-        }
+  // One query alone waits for its rows, so that looking at each mask costs nothing.
+  template <int Bits, class Real>
+  static void scan_alone(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
+                         PanelQuery& query) noexcept {
+    const PanelQuery* const one = &query;
+    const auto finish = [&](std::size_t p, auto& sums) PERSONALIZE_INLINE {
+      constexpr std::size_t panels = sizeof sums[0] / sizeof sums[0][0];
+      constexpr std::size_t words = (panels + word_panels - 1) / word_panels;
+      const auto scores = [&](std::size_t b) PERSONALIZE_INLINE {
+        const std::size_t row = (p + b) * panel_rows;
+        return O::scores(sums[0][b], query.scale, rows.scales + row, rows.biases + row);
+      };
+      std::uint64_t masks[words]{}, any = 0;
+      unrolled<panels>([&](auto b) PERSONALIZE_INLINE {
+        const std::uint64_t mask = O::reaching(scores(b), query.limit);
+        masks[b / word_panels] |= mask << (b % word_panels * panel_rows);
+        any |= mask;
+      });
+      if (any == 0) return;
+      float all[panels * panel_rows];
+      if constexpr (Bits == 8)
+        unrolled<panels>([&](auto b)
+                             PERSONALIZE_INLINE { O::store(scores(b), all + b * panel_rows); });
+      for (std::size_t w = 0; w < words; ++w)
+        collect<Bits>(query, masks[w], (p + w * word_panels) * panel_rows,
+                      all + w * word_panels * panel_rows);
+    };
+    for_panels<Bits, 1>(rows, first, last, &one, finish);
+  }
+
+  // Several queries wait for the multiplication. Nothing predicts where rows are found, and what is
+  // under way when a prediction fails costs more than a panel: so the scores and masks of a strip
+  // of panels are kept and looked through together.
+  template <int Bits, std::size_t Queries, class Real>
+  static void scan_together(const PanelRows<Real> rows, std::size_t first, std::size_t last,
+                            PanelQuery* const* queries) noexcept {
+    constexpr std::size_t strip = 16;
+    float scale[Queries], limit[Queries];
+    for (std::size_t q = 0; q < Queries; ++q) {
+      scale[q] = queries[q]->scale;
+      limit[q] = queries[q]->limit;
+    }
+    alignas(64) float scores[Queries * strip * panel_rows];
+    alignas(64) std::uint16_t masks[Queries * strip];
+    for (std::size_t begin = first; begin < last; begin += strip) {
+      const std::size_t end = last - begin < strip ? last : begin + strip;
+      if (end - begin < strip) __builtin_memset(masks, 0, sizeof masks);
+      const auto finish = [&](std::size_t p, auto& sums) PERSONALIZE_INLINE {
+        constexpr std::size_t panels = sizeof sums[0] / sizeof sums[0][0];
+        unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
+          unrolled<panels>([&](auto b) PERSONALIZE_INLINE {
+            const std::size_t row = (p + b) * panel_rows, at = q * strip + (p + b - begin);
+            const auto sixteen =
+                O::scores(sums[q][b], scale[q], rows.scales + row, rows.biases + row);
+            if constexpr (Bits == 8) O::store(sixteen, scores + at * panel_rows);
+            masks[at] = static_cast<std::uint16_t>(O::reaching(sixteen, limit[q]));
+          });
+        });
+      };
+      for_panels<Bits, Queries>(rows, begin, end, queries, finish);
+      const auto word = [&](std::size_t at) {
+        std::uint64_t mask;
+        __builtin_memcpy(&mask, masks + at, sizeof mask);
+        return mask;
+      };
+      std::size_t hits[Queries * strip / word_panels], count = 0;
+      for (std::size_t at = 0; at < Queries * strip; at += word_panels) {
+        hits[count] = at;
+        count += word(at) != 0;
+      }
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::size_t at = hits[i];
+        collect<Bits>(*queries[at / strip], word(at), (begin + at % strip) * panel_rows,
+                      scores + at * panel_rows);
       }
     }
-    PERSONALIZE_UNROLL
-    for (std::size_t q = 0; q < Queries; ++q) PERSONALIZE_UNROLL
-    for (std::size_t b = 0; b < Panels; ++b) finish(first + q, p + b, sums[q][b]);
+  }
+
+  // finish(p, sums): sums[q][b] are the dot products of query q with panel p + b.
+  template <int Bits, std::size_t Queries, class Real, class Query, class Finish>
+  static void for_panels(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
+                         Query* const* queries, const Finish& finish) noexcept {
+    constexpr std::size_t sums = Queries == 4 ? O::most_sums : O::panels;
+    constexpr std::size_t some = sums > Queries ? sums / Queries : 1;
+    std::size_t p = first;
+    for (; p + some <= last; p += some)
+      multiply_panels<Bits, Queries, some>(rows, p, queries, finish);
+    for (; p < last; ++p) multiply_panels<Bits, Queries, 1>(rows, p, queries, finish);
+  }
+
+  template <int Bits, std::size_t Queries, std::size_t Panels, class Real, class Query,
+            class Finish>
+  static void multiply_panels(const PanelRows<Real>& all, std::size_t p, Query* const* queries,
+                              const Finish& finish) noexcept {
+    constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
+    const std::size_t count = (all.columns + columns_a_step - 1) / columns_a_step;
+    const std::size_t stride = count * step_bytes;
+    const std::int8_t* values[Queries];
+    typename O::Sums sums[Queries][Panels];
+    unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
+      values[q] = queries[q]->values;
+      unrolled<Panels>([&](auto b)
+                           PERSONALIZE_INLINE { O::start(sums[q][b], queries[q]->offset); });
+    });
+    const std::uint8_t* rows = all.panels + p * stride;
+    for (std::size_t s = 0; s < count; ++s)
+      unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
+        unrolled<Panels>([&](auto b) PERSONALIZE_INLINE {
+          const std::int8_t* query = values[q] + s * columns_a_step;
+          const std::uint8_t* row = rows + b * stride + s * step_bytes;
+          if constexpr (Bits == 8) {
+            O::step(sums[q][b], row, query);
+          } else {
+            // Rows of 4 bits come out of memory; that several panels are read side by side hides
+            // from the processor what will be next.
+            if constexpr (q == 0) __builtin_prefetch(row + 4 * Panels * stride);
+            O::step_4bit(sums[q][b], row, query);
+          }
+        });
+      });
+    finish(p, sums);
   }
 };
 
@@ -2646,7 +2724,7 @@ class StringTable {
     return {};
   }
 
-  void prefetch(std::uint64_t hash) const noexcept {
+  PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
     __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
   }
 
@@ -2677,6 +2755,25 @@ class StringTable {
 };
 
 namespace detail {
+
+// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
+// does comes from memory as two.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t line{64};
+
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) noexcept {}
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), line));
+  }
+  void deallocate(T* p, std::size_t) noexcept { ::operator delete(p, line); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
+};
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 // Without an exit inside the loop: compilers make vectors of it.
 inline bool all_finite(std::span<const float> values) noexcept {
@@ -2791,8 +2888,8 @@ class Matrix {
   std::size_t rows_ = 0, columns_ = 0;
   ElementType type_ = ElementType::f32;
   // Each with kernels::lanes zeros behind the last row, so that a kernel may load past it.
-  std::vector<float> f32_;
-  std::vector<std::int8_t> i8_;
+  detail::LineVector<float> f32_;
+  detail::LineVector<std::int8_t> i8_;
   std::vector<float> scales_;
 };
 
@@ -3619,32 +3716,6 @@ class Model {
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
 
-namespace detail {
-
-// Values from a multiple of 64 bytes on: a register's load that straddles two lines of the cache
-// costs twice as much.
-template <class T>
-class Aligned {
- public:
-  void assign(std::size_t size, T value) {
-    constexpr std::size_t line = 64 / sizeof(T);
-    storage_.assign(size + line, value);
-    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data()) / sizeof(T);
-    offset_ = (line - address % line) % line;
-  }
-  bool empty() const noexcept { return storage_.empty(); }
-  T* data() noexcept { return storage_.data() + offset_; }
-  const T* data() const noexcept { return storage_.data() + offset_; }
-  T& operator[](std::size_t i) noexcept { return storage_[offset_ + i]; }
-  const T& operator[](std::size_t i) const noexcept { return storage_[offset_ + i]; }
-
- private:
-  std::vector<T> storage_;
-  std::size_t offset_ = 0;
-};
-
-}  // namespace detail
-
 // One event as the encoder sees it: an item index, an event type's index (or no_event_type), and
 // the bucket of time_gap_bucket.
 struct EncoderInput {
@@ -3834,10 +3905,10 @@ class Encoder {
  private:
   struct Layer {
     std::size_t blocks = 0;
-    detail::Aligned<float> weights = {};  // [blocks][inputs][lanes], as matrix_vector wants them
-    detail::Aligned<std::uint8_t> panels = {};  // int8 weights, as matrix_vector_i8 wants them
-    detail::Aligned<float> scales = {};         // [blocks * lanes], with panels
-    detail::Aligned<float> bias = {};           // [blocks * lanes]
+    detail::LineVector<float> weights = {};  // [blocks][inputs][lanes], as matrix_vector wants them
+    detail::LineVector<std::uint8_t> panels = {};  // int8 weights, as matrix_vector_i8 wants them
+    detail::LineVector<float> scales = {};         // [blocks * lanes], with panels
+    detail::LineVector<float> bias = {};           // [blocks * lanes]
   };
   struct Step {
     EncoderOp op;
@@ -3852,10 +3923,10 @@ class Encoder {
   //   factor * (sum of W diag(g) (v - mean v)) + (W c + b),
   // after a linear layer, sum of W L v + (W l + b).
   struct GateLookup {
-    std::size_t first;                                // step to begin with
-    std::size_t gru;                                  // step that looks up
-    detail::Aligned<float> items, event_types, gaps;  // [rows][3 * padded(hidden)]
-    detail::Aligned<float> constant;                  // [3 * padded(hidden)]
+    std::size_t first;                                   // step to begin with
+    std::size_t gru;                                     // step that looks up
+    detail::LineVector<float> items, event_types, gaps;  // [rows][3 * padded(hidden)]
+    detail::LineVector<float> constant;                  // [3 * padded(hidden)]
   };
 
   void build_lookup() {
@@ -3898,9 +3969,9 @@ class Encoder {
                    products(layer, parts_->time_gap_embedding, layer_norm), layer.bias});
   }
 
-  detail::Aligned<float> products(const Layer& layer, const Matrix& rows, bool centred) const {
+  detail::LineVector<float> products(const Layer& layer, const Matrix& rows, bool centred) const {
     const std::size_t inputs = rows.columns(), size = layer.blocks * kernels::lanes;
-    detail::Aligned<float> result;
+    detail::LineVector<float> result;
     result.assign(rows.rows() * size, 0.0f);
     const std::vector<float> zeros(size);
     std::vector<float> row(kernels::padded(inputs) + kernels::lanes);
@@ -3934,8 +4005,8 @@ class Encoder {
     recurrent_size_ += kernels::padded(step.outputs);
   }
 
-  static detail::Aligned<float> pad(const Matrix& row) {
-    detail::Aligned<float> values;
+  static detail::LineVector<float> pad(const Matrix& row) {
+    detail::LineVector<float> values;
     values.assign(kernels::padded(row.columns()) + kernels::lanes, 0.0f);
     row.row(0, {values.data(), row.columns()});
     return values;
@@ -3986,10 +4057,9 @@ class Encoder {
     std::fill(x + inputs, x + kernels::padded(inputs), 0.0f);
     std::int32_t sum = 0;
     const float scale = table_->quantise(inputs, x, table_->query_limit, q, sum);
-    table_->matrix_vector_i8(
-        {layer.panels.data() + first * kernels::panel_bytes<8>(inputs), layer.scales.data() + row,
-         layer.bias.data() + row, inputs, q, -128 * sum, scale},
-        blocks, y);
+    table_->matrix_vector_i8({layer.panels.data() + first * kernels::panel_bytes<8>(inputs),
+                              layer.scales.data() + row, layer.bias.data() + row, inputs},
+                             blocks, {q, -128 * sum, scale}, y);
   }
 
   void gate_inputs(const Step& step, float* x, float* gates, std::int8_t* q) const noexcept {
@@ -4230,6 +4300,7 @@ class Scorer {
   static constexpr std::size_t chunk_panels = 16;
   static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
   static constexpr std::size_t second_look = 64;  // items, in which time their rows come
+  static constexpr std::size_t most_waiting = second_look + 2 * chunk_rows;
 
   // Of a chunk's rows, or of all rows from a chunk on.
   struct Bounds {
@@ -4246,39 +4317,41 @@ class Scorer {
     }
   };
 
-  // All rows, in order_; see kernels::PanelScan and NibbleScan.
+  // All rows, in order_; see kernels::PanelRows.
   struct Panels {
     int bits = 8;
     std::size_t bytes_a_panel = 0;
-    detail::Aligned<std::uint8_t> bytes;
-    detail::Aligned<float> scales, biases;  // of 8 bits
+    detail::LineVector<std::uint8_t> bytes;
+    detail::LineVector<float> scales, biases;  // of 8 bits
     // Of 4 bits. Biases are raised by length_ |r|: what a query of the usual length needs for a
     // margin, each row its own.
-    detail::Aligned<std::uint16_t> short_scales, raised_biases;
+    detail::LineVector<std::uint16_t> short_scales, raised_biases;
     std::vector<Bounds> chunks;  // of each chunk of chunk_rows positions
   };
 
   // One query on its way through the panels.
   struct Search {
+    kernels::PanelQuery scan{};  // of 8 bits finds candidates, of 4 bits what waits
+    float norm = 0, error = 0;   // |q|, |e|
+    float slack = 0;             // for rounding in f32
+    float threshold = 0;         // no higher than the k-th best score, unless guessed
+    bool guessed = false;
     std::size_t k = 0;
-    Eligibility eligibility;
-    std::vector<double> query;  // [padded(d)]
-    std::vector<std::int8_t> quantised;
-    float step = 0, norm = 0, error = 0;  // s, |q|, |e|
-    float slack = 0;                      // for rounding in f32
-    std::int32_t sum = 0;                 // of quantised
-    float threshold = 0;                  // no higher than the k-th best score
-    std::size_t next_raise = 0;           // found, when the threshold is raised again
+    std::size_t wanted = 0;      // k, or how many of the k best a sample holds at most
+    std::size_t next_raise = 0;  // found, when the threshold is raised again
     // Candidates: bounds of their scores, the items; from settled on still positions. lower is -inf
     // from found to the next multiple of kernels::lanes.
     std::size_t found = 0, settled = 0;
     std::vector<float> lower, upper;
     std::vector<std::uint32_t> items;
+    Eligibility eligibility;
+    std::vector<double> query;  // [padded(d)]
+    std::vector<std::int8_t> quantised;
+    std::vector<std::uint64_t> best;  // keys, while candidates are resolved
     // Items for a second look, from `ready` on still positions, and how far off that can be.
     std::size_t waiting = 0, ready = 0;
-    std::array<std::uint32_t, second_look + chunk_rows> waiting_items;
-    std::array<float, second_look + chunk_rows> waiting_margins;
-    std::vector<std::uint64_t> best;  // keys, while candidates are resolved
+    std::array<std::uint32_t, most_waiting> waiting_items;
+    std::array<float, most_waiting> waiting_margins;
 
     std::size_t growth() const noexcept { return std::max<std::size_t>(k, 64); }
     void add(std::uint32_t item, float low, float high) noexcept {
@@ -4319,9 +4392,7 @@ class Scorer {
   void begin(const Query& query, Search& search) const {
     search.k = query.k;
     search.eligibility = query.eligibility;
-    search.found = search.settled = search.waiting = search.ready = 0;
-    search.threshold = -std::numeric_limits<float>::infinity();
-    search.next_raise = search.k;
+    start(search);
     const std::size_t capacity = kernels::padded(search.k + 2 * search.growth() + 2 * chunk_rows);
     if (search.items.size() < capacity) {
       search.lower.resize(capacity);
@@ -4331,13 +4402,17 @@ class Scorer {
     }
     widen(query.query, search.query);
     const std::size_t d = vectors_->columns();
-    const int limit = panels_.bits == 8 ? table_->query_limit : 127;
-    search.step =
-        table_->quantise(d, query.query.data(), limit, search.quantised.data(), search.sum);
+    const bool bytes = panels_.bits == 8;
+    std::int32_t sum = 0;
+    const float step = table_->quantise(d, query.query.data(), bytes ? table_->query_limit : 127,
+                                        search.quantised.data(), sum);
+    search.scan = {search.quantised.data(), (bytes ? -128 : -8) * sum, step};
+    search.scan.rows = bytes ? search.items.data() : search.waiting_items.data();
+    search.scan.scores = search.lower.data();
     double squares = 0, errors = 0;
     for (std::size_t c = 0; c < d; ++c) {
       const double q = search.query[c];
-      const double e = q - static_cast<double>(search.step) * search.quantised[c];
+      const double e = q - static_cast<double>(step) * search.quantised[c];
       squares += q * q;
       errors += e * e;
     }
@@ -4350,13 +4425,32 @@ class Scorer {
                             largest_bias_);
   }
 
+  static void start(Search& search) noexcept {
+    search.found = search.settled = search.waiting = search.ready = 0;
+    search.threshold = -std::numeric_limits<float>::infinity();
+    search.guessed = false;
+    search.wanted = search.next_raise = search.k;
+  }
+
   // To what needs an exact score, which is fetched.
   void narrow(Search& search) const {
     if (search.k == 0) return;
-    make_ready(search);
-    second_looks(search);
-    raise(search);
-    for (std::size_t i = 0; i < search.found; ++i) prefetch(search.items[i]);
+    const auto settle_all = [&] {
+      make_ready(search, search.waiting);
+      second_looks(search);
+      raise(search);
+    };
+    settle_all();
+    if (search.guessed && search.threshold > -std::numeric_limits<float>::infinity()) {
+      start(search);
+      for (std::size_t chunk = 0; chunk < panels_.chunks.size(); ++chunk) {
+        if (!reaches(search, from_[chunk])) break;
+        Search* const one = &search;
+        scan_chunk_for_those_it_reaches(chunk, {&one, 1});
+      }
+      settle_all();
+    }
+    read_ahead(search);
   }
 
   void finish(Search& search, std::vector<ScoredItem>& top) const {
@@ -4392,18 +4486,35 @@ class Scorer {
             : dot + bias);
   }
 
-  void prefetch(std::uint32_t item) const noexcept {
+  std::span<const std::byte> stored_row(std::uint32_t item) const noexcept {
     const Matrix& vectors = *vectors_;
-    const std::size_t at = item * vectors.columns();
-    if (vectors.type() == ElementType::i8) {
-      __builtin_prefetch(vectors.i8().data() + at);
-      __builtin_prefetch(vectors.i8().data() + at + 64);
-      __builtin_prefetch(vectors.scales().data() + item);
-    } else {
-      __builtin_prefetch(vectors.f32().data() + at);
-      __builtin_prefetch(vectors.f32().data() + at + 16);
-    }
+    const std::size_t d = vectors.columns();
+    return vectors.type() == ElementType::i8 ? std::as_bytes(vectors.i8().subspan(item * d, d))
+                                             : std::as_bytes(vectors.f32().subspan(item * d, d));
+  }
+
+  // Has what an exact score needs come from memory. Inlined, for GCC takes a function that only
+  // fetches for one without effect and leaves its calls out.
+  PERSONALIZE_INLINE void prefetch(std::uint32_t item) const noexcept {
+    const auto row = stored_row(item);
+    __builtin_prefetch(row.data());
+    __builtin_prefetch(row.data() + std::min<std::size_t>(row.size() - 1, 64));
+    if (vectors_->type() == ElementType::i8) __builtin_prefetch(vectors_->scales().data() + item);
     __builtin_prefetch(biases_by_item_.data() + item);
+  }
+
+  // The same for all candidates, by reading it: of hundreds of prefetches at a time processors drop
+  // most.
+  void read_ahead(const Search& search) const noexcept {
+    unsigned sum = 0;
+    const auto read = [&sum](const void* at) { sum += *static_cast<const unsigned char*>(at); };
+    for (const std::uint32_t item : std::span(search.items.data(), search.found)) {
+      const auto row = stored_row(item);
+      for (std::size_t at = 0; at < row.size(); at += 64) read(row.data() + at);
+      if (vectors_->type() == ElementType::i8) read(vectors_->scales().data() + item);
+      read(biases_by_item_.data() + item);
+    }
+    asm volatile("" : : "r"(sum));  // or the reads would be left out
   }
 
   // Where a filter leaves little, looking at each of those items is faster than the scan.
@@ -4437,22 +4548,69 @@ class Scorer {
     }
   }
 
-  void scan(std::vector<Search*>& active) const {
-    std::array<Search*, kernels::most_queries> some;
-    for (std::size_t chunk = 0; chunk < panels_.chunks.size() && !active.empty(); ++chunk) {
-      std::size_t waiting = 0;
+  // First a sample of the chunks, from which each query guesses where its k-th best score will lie,
+  // on the low side. With that for a threshold a third of the items become candidates that would
+  // otherwise. A guess that is not confirmed at the end, by k lower bounds, was too high.
+  void scan(std::span<Search*> active) const {
+    if (active.empty()) return;
+    const std::size_t chunks = panels_.chunks.size();
+    const std::size_t stride = sample_stride(active.front()->k);
+    const auto sampled = [&](std::size_t chunk) {
+      return stride != 0 && chunk % stride == stride / 2;
+    };
+    if (stride != 0) {
+      const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
+      for (Search* search : active) {
+        // Of the k best so many are in the sample, and three standard deviations.
+        const double mean = static_cast<double>(search->k * count) / static_cast<double>(chunks);
+        const auto most = static_cast<std::size_t>(mean + 3 * std::sqrt(mean) + 3);
+        search->wanted = search->next_raise = std::min(search->k, most);
+      }
+      for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
+        scan_chunk_for_those_it_reaches(chunk, active);
+      for (Search* search : active) {
+        make_ready(*search, search->waiting);
+        second_looks(*search);
+        raise(*search);
+        search->guessed = search->wanted < search->k;
+        search->wanted = search->k;
+        search->next_raise = std::max(search->k, search->found) + search->growth();
+      }
+    }
+    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
       for (std::size_t i = 0; i < active.size();) {
-        if (!reaches(*active[i], from_[chunk])) {
-          active[i] = active.back();
-          active.pop_back();
+        if (reaches(*active[i], from_[chunk])) {
+          ++i;
           continue;
         }
-        if (reaches(*active[i], panels_.chunks[chunk])) some[waiting++] = active[i];
-        ++i;
-        if (waiting == some.size()) scan_chunk(chunk, {some.data(), std::exchange(waiting, 0)});
+        active[i] = active.back();
+        active = active.first(active.size() - 1);
       }
-      if (waiting > 0) scan_chunk(chunk, {some.data(), waiting});
+      if (active.empty()) return;
+      if (!sampled(chunk)) scan_chunk_for_those_it_reaches(chunk, active);
     }
+  }
+
+  void scan_chunk_for_those_it_reaches(std::size_t chunk, std::span<Search* const> searches) const {
+    std::array<Search*, kernels::most_queries> some;
+    std::size_t count = 0;
+    for (Search* search : searches) {
+      if (!reaches(*search, panels_.chunks[chunk])) continue;
+      some[count++] = search;
+      if (count == some.size()) scan_chunk(chunk, {some.data(), std::exchange(count, 0)});
+    }
+    if (count > 0) scan_chunk(chunk, {some.data(), count});
+  }
+
+  // Every so many chunks one of the sample, 0: none. Where the best rows stand in front, the scan
+  // finds a threshold there and ends soon.
+  std::size_t sample_stride(std::size_t k) const noexcept {
+    const std::size_t chunks = panels_.chunks.size();
+    const auto reach = [&](std::size_t chunk) {
+      return length_ * from_[chunk].norm + from_[chunk].bias;
+    };
+    if (chunks < 32 || !(reach(chunks / 8) > 0.6f * reach(0))) return 0;
+    return chunks / std::clamp<std::size_t>(6 * chunks / k, 4, chunks / 8);
   }
 
   static bool reaches(const Search& search, const Bounds& b) noexcept {
@@ -4461,77 +4619,57 @@ class Scorer {
 
   void scan_chunk(std::size_t chunk, std::span<Search* const> searches) const {
     const Bounds& bounds = panels_.chunks[chunk];
-    const std::size_t first = chunk * chunk_panels, row = first * kernels::panel_rows;
-    const std::size_t count = std::min(chunk_panels, order_.size() / kernels::panel_rows - first);
-    const std::uint8_t* bytes = panels_.bytes.data() + first * panels_.bytes_a_panel;
-    constexpr std::size_t most = kernels::most_queries;
-    std::array<std::array<std::uint16_t, chunk_panels>, most> masks{};
-    std::array<std::array<float, chunk_rows>, most> scores;
-    std::array<float, most> margins;
-    std::array<kernels::PanelScan, most> scans;
-    std::array<kernels::NibbleScan, most> nibble_scans;
+    const std::size_t first = chunk * chunk_panels;
+    const std::size_t last = std::min(first + chunk_panels, order_.size() / kernels::panel_rows);
+    const std::size_t d = vectors_->columns();
+    std::array<kernels::PanelQuery*, kernels::most_queries> queries;
+    std::array<float, kernels::most_queries> margins;
     for (std::size_t q = 0; q < searches.size(); ++q) {
-      const Search& s = *searches[q];
-      float& margin = margins[q];
-      margin = s.error * (bounds.norm + bounds.residual) + s.slack;
+      Search& s = *searches[q];
+      float margin = s.error * (bounds.norm + bounds.residual) + s.slack;
       if (panels_.bits == 8) {
         margin += s.norm * bounds.residual;
-        scans[q] = {bytes,
-                    panels_.scales.data() + row,
-                    panels_.biases.data() + row,
-                    vectors_->columns(),
-                    s.quantised.data(),
-                    -128 * s.sum,
-                    s.step,
-                    s.threshold - margin,
-                    masks[q].data(),
-                    scores[q].data()};
+        s.scan.found = s.found;
       } else {
         const float longer = s.norm - length_;
         margin += longer * (longer > 0 ? bounds.residual : bounds.least_residual);
-        nibble_scans[q] = {bytes,
-                           panels_.short_scales.data() + row,
-                           panels_.raised_biases.data() + row,
-                           vectors_->columns(),
-                           s.quantised.data(),
-                           -8 * s.sum,
-                           s.step,
-                           s.threshold - margin,
-                           masks[q].data()};
+        s.scan.found = s.waiting;
       }
+      s.scan.limit = s.threshold - margin;
+      margins[q] = margin;
+      queries[q] = &s.scan;
     }
-    if (panels_.bits == 8)
-      table_->scan_8bit(scans.data(), searches.size(), count);
-    else
-      table_->scan_4bit(nibble_scans.data(), searches.size(), count);
-    for (std::size_t q = 0; q < searches.size(); ++q)
-      collect(chunk, masks[q], scores[q], margins[q], *searches[q]);
+    if (panels_.bits == 8) {
+      table_->scan_8bit({panels_.bytes.data(), panels_.scales.data(), panels_.biases.data(), d},
+                        first, last, queries.data(), searches.size());
+      for (std::size_t q = 0; q < searches.size(); ++q) note_candidates(*searches[q], margins[q]);
+    } else {
+      table_->scan_4bit(
+          {panels_.bytes.data(), panels_.short_scales.data(), panels_.raised_biases.data(), d},
+          first, last, queries.data(), searches.size());
+      for (Search* search : searches)
+        note_waiting(*search, search->error * bounds.norm + search->slack);
+    }
   }
 
-  // What the scan of a chunk found, as candidates or for a second look. Which item stands at a
-  // position is looked up later, many at a time: one alone would wait for memory.
-  void collect(std::size_t chunk, const std::array<std::uint16_t, chunk_panels>& masks,
-               const std::array<float, chunk_rows>& scores, float margin, Search& search) const {
-    const float second_margin = search.error * panels_.chunks[chunk].norm + search.slack;
-    if (panels_.bits == 4) {
-      make_ready(search);
-      if (search.ready >= second_look) second_looks(search);
+  // What the scan of a chunk found. Which item stands at a position is looked up later, many at a
+  // time: one alone would wait for memory.
+  void note_candidates(Search& search, float margin) const {
+    for (; search.found < search.scan.found; ++search.found) {
+      __builtin_prefetch(order_.data() + search.items[search.found]);
+      float& lower = search.lower[search.found];
+      search.upper[search.found] = lower + margin;
+      lower -= margin;
     }
-    for (std::size_t word = 0; word < chunk_rows; word += 64) {
-      std::uint64_t mask;
-      std::memcpy(&mask, masks.data() + word / kernels::panel_rows, sizeof mask);
-      for (; mask != 0; mask &= mask - 1) {
-        const std::size_t r = word + static_cast<std::size_t>(std::countr_zero(mask));
-        const auto position = static_cast<std::uint32_t>(chunk * chunk_rows + r);
-        __builtin_prefetch(order_.data() + position);
-        if (panels_.bits == 4) {
-          search.waiting_items[search.waiting] = position;
-          search.waiting_margins[search.waiting++] = second_margin;
-        } else {
-          search.add(position, scores[r] - margin, scores[r] + margin);
-        }
-      }
+    if (search.found >= search.next_raise) raise(search);
+  }
+  void note_waiting(Search& search, float margin) const {
+    make_ready(search, search.waiting);
+    for (; search.waiting < search.scan.found; ++search.waiting) {
+      __builtin_prefetch(order_.data() + search.waiting_items[search.waiting]);
+      search.waiting_margins[search.waiting] = margin;
     }
+    if (search.ready >= second_look) second_looks(search);
     if (search.found >= search.next_raise) raise(search);
   }
 
@@ -4547,42 +4685,49 @@ class Scorer {
     search.found = search.settled = kept;
   }
 
-  // The same for what waits; the rows are fetched.
-  void make_ready(Search& search) const noexcept {
-    for (std::size_t i = search.ready; i < search.waiting; ++i) {
-      const std::uint32_t item = order_[search.waiting_items[i]];
-      if (!search.eligibility.test(item)) continue;
+  // The same for the first `count` of what waits; their rows are fetched.
+  void make_ready(Search& search, std::size_t count) const noexcept {
+    for (; search.ready < count; ++search.ready) {
+      std::uint32_t& item = search.waiting_items[search.ready];
+      item = order_[item];
       prefetch(item);
-      search.waiting_items[search.ready] = item;
-      search.waiting_margins[search.ready++] = search.waiting_margins[i];
     }
-    search.waiting = search.ready;
   }
 
-  // In 8 bits where the rows are of 8 bits, exactly otherwise. All that waits must be ready.
+  // At what is ready: in 8 bits where the rows are of 8 bits, exactly otherwise.
   void second_looks(Search& search) const {
-    const std::size_t count = search.ready;
-    search.waiting = search.ready = 0;
-    if (count == 0) return;
+    if (search.ready == 0) return;
     const Matrix& vectors = *vectors_;
-    const auto& items = search.waiting_items;
-    std::array<float, second_look + chunk_rows> scores;
+    std::array<std::uint32_t, most_waiting> items;
+    std::array<float, most_waiting> margins, scores;
     const bool integers = vectors.type() == ElementType::i8;
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < search.ready; ++i) {
+      items[count] = search.waiting_items[i];
+      margins[count] = integers ? search.waiting_margins[i] : 0.0f;
+      count += search.eligibility.test(search.waiting_items[i]);
+    }
+    const std::size_t left = search.waiting - search.ready;
+    for (std::size_t i = 0; i < left; ++i) {
+      search.waiting_items[i] = search.waiting_items[search.ready + i];
+      search.waiting_margins[i] = search.waiting_margins[search.ready + i];
+    }
+    search.waiting = left;
+    search.ready = 0;
     if (integers) {
-      std::array<std::int32_t, second_look + chunk_rows> dots;
+      // In 8 bits rows are raised by 128 for the product, in 4 by 8.
+      std::array<std::int32_t, most_waiting> dots;
       table_->row_dots(vectors.i8().data(), vectors.columns(), search.quantised.data(),
-                       -128 * search.sum, items.data(), count, dots.data());
+                       16 * search.scan.offset, items.data(), count, dots.data());
       for (std::size_t i = 0; i < count; ++i)
-        scores[i] = static_cast<float>(dots[i]) * search.step * vectors.scales()[items[i]] +
+        scores[i] = static_cast<float>(dots[i]) * search.scan.scale * vectors.scales()[items[i]] +
                     biases_by_item_[items[i]];
     } else {
       exact(search.query.data(), {items.data(), count}, scores.data());
     }
-    for (std::size_t i = 0; i < count; ++i) {
-      const float margin = integers ? search.waiting_margins[i] : 0.0f;
-      if (scores[i] + margin >= search.threshold)
-        search.add(items[i], scores[i] - margin, scores[i] + margin);
-    }
+    for (std::size_t i = 0; i < count; ++i)
+      if (scores[i] + margins[i] >= search.threshold)
+        search.add(items[i], scores[i] - margins[i], scores[i] + margins[i]);
     search.settled = search.found;
   }
 
@@ -4590,12 +4735,18 @@ class Scorer {
   // drops little (ties), exact scores do.
   void raise(Search& search) const {
     settle(search);
-    if (search.found >= search.k) {
+    constexpr float lowest = -std::numeric_limits<float>::infinity();
+    const auto reach = [&](float threshold) {
+      if (threshold < search.threshold) return;
+      search.threshold = threshold;
+      search.guessed = false;
+    };
+    if (search.found >= search.wanted) {
       const std::size_t size = kernels::padded(search.found);
       std::fill(search.lower.begin() + static_cast<std::ptrdiff_t>(search.found),
-                search.lower.begin() + static_cast<std::ptrdiff_t>(size),
-                -std::numeric_limits<float>::infinity());
-      search.threshold = table_->kth_largest(size, search.lower.data(), search.k, search.threshold);
+                search.lower.begin() + static_cast<std::ptrdiff_t>(size), lowest);
+      reach(table_->kth_largest(size, search.lower.data(), search.wanted,
+                                search.guessed ? lowest : search.threshold));
       std::size_t kept = 0;
       for (std::size_t i = 0; i < search.found; ++i) {
         search.lower[kept] = search.lower[i];
@@ -4612,9 +4763,9 @@ class Scorer {
         search.lower[i] = search.upper[i] = score_of(search.best[i]);
       }
       search.found = search.settled = search.best.size();
-      if (search.found == search.k) search.threshold = score_of(search.best.back());
+      if (search.found == search.k) reach(score_of(search.best.back()));
     }
-    search.next_raise = std::max(search.k, search.found) + search.growth();
+    search.next_raise = std::max(search.wanted, search.found) + search.growth();
   }
 
   // The keys of the best of the candidates, the k-th last.
@@ -4887,7 +5038,7 @@ class ItemCounters {
   }
 
   // Brings the item's counters into the cache ahead of an add.
-  void prefetch(std::uint32_t item) const noexcept {
+  PERSONALIZE_INLINE void prefetch(std::uint32_t item) const noexcept {
 #if defined(__GNUC__)
     __builtin_prefetch(&at(Kind::positive, item), 1);
 #else

@@ -28,21 +28,35 @@ struct Allocations {
 };
 Allocations allocations;
 
-constexpr std::size_t header = 16;
-
-}  // namespace
-
-void* operator new(std::size_t size) {
+// The size stands in front, in as many bytes as the alignment is.
+void* allocate(std::size_t size, std::size_t alignment) {
   ++allocations.count;
   if (allocations.fail_at > 0 && --allocations.fail_at == 0) throw std::bad_alloc();
-  auto* p = static_cast<char*>(std::malloc(size + header));
+  const std::size_t whole = (size + 2 * alignment - 1) / alignment * alignment;
+  auto* p = static_cast<char*>(std::aligned_alloc(alignment, whole));
   if (!p) throw std::bad_alloc();
   *reinterpret_cast<std::size_t*>(p) = size;
   const std::int64_t now = allocations.bytes += static_cast<std::int64_t>(size);
   std::int64_t peak = allocations.peak;
   while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
   }
-  return p + header;
+  return p + alignment;
+}
+
+void release(void* pointer, std::size_t alignment) noexcept {
+  if (!pointer) return;
+  auto* p = static_cast<char*>(pointer) - alignment;
+  allocations.bytes -= static_cast<std::int64_t>(*reinterpret_cast<std::size_t*>(p));
+  std::free(p);
+}
+
+constexpr std::size_t usual = 16;
+
+}  // namespace
+
+void* operator new(std::size_t size) { return allocate(size, usual); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return allocate(size, static_cast<std::size_t>(alignment));
 }
 
 // The library asks this way only where it can do without (std::stable_sort).
@@ -53,11 +67,9 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   return p;
 }
 
-void operator delete(void* pointer) noexcept {
-  if (!pointer) return;
-  auto* p = static_cast<char*>(pointer) - header;
-  allocations.bytes -= static_cast<std::int64_t>(*reinterpret_cast<std::size_t*>(p));
-  std::free(p);
+void operator delete(void* pointer) noexcept { release(pointer, usual); }
+void operator delete(void* pointer, std::align_val_t alignment) noexcept {
+  release(pointer, static_cast<std::size_t>(alignment));
 }
 
 void operator delete(void* pointer, std::size_t) noexcept { operator delete(pointer); }

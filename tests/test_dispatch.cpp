@@ -9,6 +9,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "small_model.hpp"
@@ -48,18 +49,6 @@ void close(std::span<const float> got, std::span<const float> want, std::size_t 
   }
 }
 
-template <int Bits>
-std::vector<std::uint8_t> random_panels(Random& random, std::size_t d, std::size_t count) {
-  std::vector<std::uint8_t> bytes(count * pz::kernels::panel_bytes<Bits>(d));
-  for (std::size_t r = 0; r < count * pz::kernels::panel_rows; ++r) {
-    const auto row = integers(random, d, Bits == 8 ? 127 : 7);
-    pz::kernels::put_in_panel<Bits>(
-        bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
-        r % pz::kernels::panel_rows, row.data(), d);
-  }
-  return bytes;
-}
-
 struct Query {
   Query(Random& random, std::size_t d, int most) : values(integers(random, d, most)) {
     for (const std::int8_t v : values) sum += v;
@@ -68,17 +57,117 @@ struct Query {
   std::int32_t sum = 0;
 };
 
-std::uint16_t upper_half(float v) {
-  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
-}
+constexpr std::size_t most = pz::kernels::most_queries;
 
-// Rounding may decide about a score that lies on the limit.
-void same_masks(std::span<const std::uint16_t> got, std::span<const std::uint16_t> want,
-                std::span<const float> scores, float limit) {
-  for (std::size_t r = 0; r < scores.size(); ++r) {
-    CAPTURE(r);
-    if (std::abs(scores[r] - limit) > 1e-5f * std::max(1.0f, std::abs(limit)))
-      REQUIRE((got[r / 16] >> (r % 16) & 1) == (want[r / 16] >> (r % 16) & 1));
+// Rows of 8 bits with their scales and biases as floats, or of 4 bits with bfloat16.
+template <int Bits>
+struct Panels {
+  using Real = std::conditional_t<Bits == 8, float, std::uint16_t>;
+
+  Panels(Random& random, std::size_t d, std::size_t n)
+      : columns(d), count(n), bytes(n * pz::kernels::panel_bytes<Bits>(d)) {
+    const std::size_t all = n * pz::kernels::panel_rows;
+    for (std::size_t r = 0; r < all; ++r) {
+      const auto row = integers(random, d, Bits == 8 ? 127 : 7);
+      pz::kernels::put_in_panel<Bits>(
+          bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
+          r % pz::kernels::panel_rows, row.data(), d);
+    }
+    for (const float v : values(random, all, 0.01f)) scales.push_back(real(v));
+    for (const float v : values(random, all)) biases.push_back(real(v));
+  }
+  static Real real(float v) {
+    if constexpr (Bits == 8)
+      return v;
+    else
+      return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+  }
+  pz::kernels::PanelRows<Real> rows() const {
+    return {bytes.data(), scales.data(), biases.data(), columns};
+  }
+
+  struct Found {
+    std::vector<std::uint32_t> rows;
+    std::vector<float> scores;
+    bool operator==(const Found&) const = default;
+  };
+  // What each query finds, all in one scan.
+  std::vector<Found> scan(const pz::kernels::Table& table, std::span<const Query> queries,
+                          float limit) const {
+    const std::size_t all = count * pz::kernels::panel_rows;
+    std::vector<Found> found(queries.size(),
+                             {std::vector<std::uint32_t>(all), std::vector<float>(all)});
+    pz::kernels::PanelQuery scans[most], *pointers[most];
+    for (std::size_t q = 0; q < queries.size(); ++q) {
+      scans[q] = {queries[q].values.data(),
+                  (Bits == 8 ? -128 : -8) * queries[q].sum,
+                  0.02f,
+                  limit,
+                  found[q].rows.data(),
+                  found[q].scores.data()};
+      pointers[q] = &scans[q];
+    }
+    if constexpr (Bits == 8)
+      table.scan_8bit(rows(), 0, count, pointers, queries.size());
+    else
+      table.scan_4bit(rows(), 0, count, pointers, queries.size());
+    for (std::size_t q = 0; q < queries.size(); ++q) {
+      found[q].rows.resize(scans[q].found);
+      found[q].scores.resize(Bits == 8 ? scans[q].found : 0);
+    }
+    return found;
+  }
+
+  std::size_t columns, count;
+  std::vector<std::uint8_t> bytes;
+  std::vector<Real> scales, biases;
+};
+
+// Rounding may decide about a score that lies on the limit, about no other.
+template <int Bits>
+void scans_find_the_same() {
+  for (const auto* table : tables()) {
+    CAPTURE(std::string(table->name));
+    Random random{1};
+    for (const std::size_t d : {1u, 5u, 16u, 64u, 149u})
+      for (const std::size_t count : {1u, 4u, 9u, 16u, 21u}) {
+        CAPTURE(d);
+        CAPTURE(count);
+        const Panels<Bits> panels(random, d, count);
+        std::vector<Query> queries;
+        for (std::size_t q = 0; q < most; ++q)
+          queries.emplace_back(random, d, Bits == 8 ? table->query_limit : 127);
+        const float limit = 0.3f;
+        std::vector<typename Panels<Bits>::Found> alone;
+        for (const Query& query : queries) {
+          alone.push_back(panels.scan(*table, {&query, 1}, limit)[0]);
+          const auto more = panels.scan(reference(), {&query, 1}, limit - 1e-4f)[0];
+          const auto fewer = panels.scan(reference(), {&query, 1}, limit + 1e-4f)[0];
+          const auto& got = alone.back();
+          REQUIRE(
+              std::includes(more.rows.begin(), more.rows.end(), got.rows.begin(), got.rows.end()));
+          REQUIRE(std::includes(got.rows.begin(), got.rows.end(), fewer.rows.begin(),
+                                fewer.rows.end()));
+          for (std::size_t i = 0; i < got.scores.size(); ++i) {
+            const auto at = std::find(more.rows.begin(), more.rows.end(), got.rows[i]);
+            const float want = more.scores[static_cast<std::size_t>(at - more.rows.begin())];
+            REQUIRE(std::abs(got.scores[i] - want) <= 2e-6f * std::max(1.0f, std::abs(want)));
+          }
+        }
+        for (std::size_t together = 2; together <= most; ++together) {
+          const auto found = panels.scan(*table, std::span(queries).first(together), limit);
+          for (std::size_t q = 0; q < together; ++q) REQUIRE(found[q] == alone[q]);
+        }
+        if constexpr (Bits == 8) {
+          const std::size_t all = count * pz::kernels::panel_rows;
+          std::vector<float> got(all), want(all);
+          const pz::kernels::PanelQuery query{queries[0].values.data(), -128 * queries[0].sum,
+                                              0.02f};
+          table->matrix_vector_i8(panels.rows(), count, query, got.data());
+          reference().matrix_vector_i8(panels.rows(), count, query, want.data());
+          close(got, want, all, 2e-6f);
+        }
+      }
   }
 }
 
@@ -110,91 +199,11 @@ TEST_CASE("the processor's instruction sets are listed best first, the reference
   CHECK(std::find(all.begin(), all.end(), &pz::kernels::chosen()) != all.end());
 }
 
-constexpr std::size_t most = pz::kernels::most_queries;
-
 TEST_CASE("scans of 8 bits, of one query to four, and products with int8 weights") {
-  for (const auto* table : tables()) {
-    CAPTURE(std::string(table->name));
-    Random random{1};
-    for (const std::size_t d : {1u, 5u, 16u, 64u, 149u})
-      for (const std::size_t count : {1u, 4u, 9u, 16u}) {
-        CAPTURE(d);
-        CAPTURE(count);
-        const std::size_t all = count * pz::kernels::panel_rows;
-        const auto panels = random_panels<8>(random, d, count);
-        const auto scales = values(random, all, 0.01f), biases = values(random, all);
-        std::vector<Query> queries;
-        for (std::size_t q = 0; q < most; ++q) queries.emplace_back(random, d, table->query_limit);
-        const float limit = 0.3f;
-        std::vector<std::uint16_t> masks[most], want_masks[most];
-        std::vector<float> scores[most], want_scores[most], plain(all);
-        std::vector<pz::kernels::PanelScan> scans, want;
-        for (std::size_t q = 0; q < most; ++q) {
-          for (auto* some : {&masks[q], &want_masks[q]}) some->resize(count);
-          for (auto* some : {&scores[q], &want_scores[q]}) some->resize(all);
-          scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
-                           -128 * queries[q].sum, 0.02f, limit, masks[q].data(), scores[q].data()});
-          want.push_back(scans.back());
-          want.back().masks = want_masks[q].data();
-          want.back().scores = want_scores[q].data();
-          reference().scan_8bit(&want.back(), 1, count);
-          table->scan_8bit(&scans.back(), 1, count);
-          close(scores[q], want_scores[q], all, 2e-6f);
-          same_masks(masks[q], want_masks[q], want_scores[q], limit);
-          table->matrix_vector_i8(scans.back(), count, plain.data());
-          REQUIRE(plain == scores[q]);
-        }
-        const std::vector<std::vector<std::uint16_t>> alone(masks, masks + most);
-        for (std::size_t together = 2; together <= most; ++together) {
-          for (auto& some : masks) std::fill(some.begin(), some.end(), std::uint16_t{0x5555});
-          table->scan_8bit(scans.data(), together, count);
-          for (std::size_t q = 0; q < together; ++q) REQUIRE(masks[q] == alone[q]);
-        }
-      }
-  }
+  scans_find_the_same<8>();
 }
 
-TEST_CASE("scans of 4 bits, of one query to four") {
-  for (const auto* table : tables()) {
-    CAPTURE(std::string(table->name));
-    Random random{2};
-    for (const std::size_t d : {1u, 5u, 16u, 64u, 149u})
-      for (const std::size_t count : {1u, 4u, 9u, 16u}) {
-        CAPTURE(d);
-        CAPTURE(count);
-        const std::size_t all = count * pz::kernels::panel_rows;
-        const auto panels = random_panels<4>(random, d, count);
-        std::vector<std::uint16_t> scales, biases;
-        for (const float v : values(random, all, 0.01f)) scales.push_back(upper_half(v));
-        for (const float v : values(random, all)) biases.push_back(upper_half(v));
-        std::vector<std::uint16_t> masks[most], want(count), alone(count);
-        std::vector<pz::kernels::NibbleScan> scans;
-        std::vector<Query> queries;
-        for (std::size_t q = 0; q < most; ++q) queries.emplace_back(random, d, 127);
-        for (std::size_t q = 0; q < most; ++q) {
-          masks[q].resize(count);
-          scans.push_back({panels.data(), scales.data(), biases.data(), d, queries[q].values.data(),
-                           -8 * queries[q].sum, 0.02f, 0.3f, masks[q].data()});
-        }
-        for (std::size_t together = 2; together <= most; ++together) {
-          table->scan_4bit(scans.data(), together, count);
-          for (std::size_t q = 0; q < together; ++q) {
-            pz::kernels::NibbleScan one = scans[q];
-            one.masks = alone.data();
-            table->scan_4bit(&one, 1, count);
-            REQUIRE(alone == masks[q]);
-            one.masks = want.data();
-            reference().scan_4bit(&one, 1, count);
-            // Of scores with three digits hardly one lies so near the limit that rounding decides.
-            int different = 0;
-            for (std::size_t p = 0; p < count; ++p)
-              different += std::popcount(static_cast<unsigned>(want[p] ^ masks[q][p]));
-            REQUIRE(different <= 1);
-          }
-        }
-      }
-  }
-}
+TEST_CASE("scans of 4 bits, of one query to four") { scans_find_the_same<4>(); }
 
 TEST_CASE("products of single rows, and what prepares a query") {
   for (const auto* table : tables()) {

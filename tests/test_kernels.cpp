@@ -61,53 +61,51 @@ struct Panels {
     for (auto* some : {&scales, &biases})
       for (float& v : *some) v = std::bit_cast<float>(std::uint32_t{upper_half(v)} << 16);
   }
-  pz::kernels::PanelScan scan(const std::vector<std::int8_t>& query, std::int32_t sum) const {
-    return {bytes.data(), scales.data(), biases.data(), columns, query.data(), -128 * sum, 0.02f};
+  static pz::kernels::PanelQuery query_of(const std::vector<std::int8_t>& query, std::int32_t sum) {
+    return {query.data(), (Bits == 8 ? -128 : -8) * sum, 0.02f};
   }
-  // The masks of the rows that reach `limit`, alone and as the second of two queries.
-  void scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
-            std::vector<std::uint16_t>& masks) const {
-    std::vector<std::uint16_t> other(count), second(count);
+  pz::kernels::PanelRows<float> as_bytes() const {
+    return {bytes.data(), scales.data(), biases.data(), columns};
+  }
+  // The rows from panel `first` on that reach `limit`, and their scores, alone and as the second of
+  // two queries.
+  struct Found {
+    std::vector<std::uint32_t> rows;
+    std::vector<float> scores;
+    bool operator==(const Found&) const = default;
+  };
+  Found scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
+             std::size_t first = 0) const {
     const std::vector<std::int8_t> zero(query.size());
-    if constexpr (Bits == 8) {
-      const std::size_t all = count * pz::kernels::panel_rows;
-      std::vector<float> scores(all), other_scores(all), second_scores(all), plain(all);
-      const auto one = [&](const std::vector<std::int8_t>& q, std::int32_t s, auto& m, auto& y) {
-        pz::kernels::PanelScan wanted = scan(q, s);
-        wanted.limit = limit;
-        wanted.masks = m.data();
-        wanted.scores = y.data();
-        return wanted;
-      };
-      const pz::kernels::PanelScan alone = one(query, sum, masks, scores);
-      const pz::kernels::PanelScan both[]{one(zero, 0, other, other_scores),
-                                          one(query, sum, second, second_scores)};
-      Fast::scan_8bit(&alone, 1, count);
-      Fast::scan_8bit(both, 2, count);
-      Fast::matrix_vector_i8(scan(query, sum), count, plain.data());
-      REQUIRE(std::memcmp(scores.data(), plain.data(), all * sizeof(float)) == 0);
-      REQUIRE(std::memcmp(scores.data(), second_scores.data(), all * sizeof(float)) == 0);
-    } else {
-      std::vector<std::uint16_t> short_scales, short_biases;
-      for (const float v : scales) short_scales.push_back(upper_half(v));
-      for (const float v : biases) short_biases.push_back(upper_half(v));
-      const auto one = [&](const std::vector<std::int8_t>& q, std::int32_t s, auto& m) {
-        return pz::kernels::NibbleScan{bytes.data(),
-                                       short_scales.data(),
-                                       short_biases.data(),
-                                       columns,
-                                       q.data(),
-                                       -8 * s,
-                                       0.02f,
-                                       limit,
-                                       m.data()};
-      };
-      const pz::kernels::NibbleScan alone = one(query, sum, masks);
-      const pz::kernels::NibbleScan both[]{one(zero, 0, other), one(query, sum, second)};
-      Fast::scan_4bit(&alone, 1, count);
-      Fast::scan_4bit(both, 2, count);
-    }
-    REQUIRE(masks == second);
+    const std::size_t all = count * pz::kernels::panel_rows;
+    const auto scan = [&](std::vector<pz::kernels::PanelQuery> queries) {
+      std::vector<Found> found(queries.size());
+      std::vector<pz::kernels::PanelQuery*> pointers;
+      for (std::size_t q = 0; q < queries.size(); ++q) {
+        found[q] = {std::vector<std::uint32_t>(all), std::vector<float>(all)};
+        queries[q].limit = limit;
+        queries[q].rows = found[q].rows.data();
+        queries[q].scores = found[q].scores.data();
+        pointers.push_back(&queries[q]);
+      }
+      if constexpr (Bits == 8) {
+        Fast::scan_8bit(as_bytes(), first, count, pointers.data(), pointers.size());
+      } else {
+        std::vector<std::uint16_t> short_scales, short_biases;
+        for (const float v : scales) short_scales.push_back(upper_half(v));
+        for (const float v : biases) short_biases.push_back(upper_half(v));
+        Fast::scan_4bit({bytes.data(), short_scales.data(), short_biases.data(), columns}, first,
+                        count, pointers.data(), pointers.size());
+      }
+      for (std::size_t q = 0; q < queries.size(); ++q) {
+        found[q].rows.resize(queries[q].found);
+        found[q].scores.resize(Bits == 8 ? queries[q].found : 0);
+      }
+      return found.back();
+    };
+    const Found alone = scan({query_of(query, sum)});
+    REQUIRE(alone == scan({query_of(zero, 0), query_of(query, sum)}));
+    return alone;
   }
   static std::uint16_t upper_half(float v) {
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
@@ -119,7 +117,7 @@ void scan_is_exact() {
   const int limit = Bits == 8 ? Fast::query_limit : 127;
   Random random{1};
   for (const std::size_t d : {1u, 3u, 4u, 5u, 15u, 16u, 17u, 64u, 100u, 149u, 1024u}) {
-    for (const std::size_t count : {1u, 3u, 4u, 9u}) {
+    for (const std::size_t count : {1u, 3u, 4u, 9u, 37u}) {
       CAPTURE(d);
       CAPTURE(count);
       const Panels<Bits> panels{random, d, count};
@@ -141,23 +139,26 @@ void scan_is_exact() {
                                      panels.biases[r]);
       }
       if (Bits == 8) {
-        Fast::matrix_vector_i8(panels.scan(query, sum), count, fast.data());
+        Fast::matrix_vector_i8(panels.as_bytes(), count, panels.query_of(query, sum), fast.data());
         close(fast, want, all, 2e-6f);
       }
-      std::vector<std::uint16_t> masks(count);
-      for (const float at : {-1e30f, -0.5f, 0.0f, 0.7f, 1e30f}) {
-        panels.scan(query, sum, at, masks);
-        for (std::size_t r = 0; r < all; ++r) {
-          const bool reached = (masks[r / 16] >> (r % 16) & 1) != 0;
-          // Rounding may decide where a score lies on the limit.
-          if (std::abs(want[r] - at) > 1e-5f * std::max(1.0f, std::abs(want[r])))
-            REQUIRE(reached == (want[r] >= at));
+      for (const float at : {-1e30f, -0.5f, 0.0f, 0.7f, 1e30f})
+        for (const std::size_t first : {std::size_t{0}, count / 2}) {
+          const auto found = panels.scan(query, sum, at, first);
+          std::size_t next = 0;
+          for (std::size_t r = first * pz::kernels::panel_rows; r < all; ++r) {
+            const bool reached = next < found.rows.size() && found.rows[next] == r;
+            // Rounding may decide where a score lies on the limit.
+            if (std::abs(want[r] - at) > 1e-5f * std::max(1.0f, std::abs(want[r])))
+              REQUIRE(reached == (want[r] >= at));
+            if (Bits == 8 && reached) REQUIRE(found.scores[next] == fast[r]);
+            next += reached;
+          }
+          REQUIRE(next == found.rows.size());
         }
-      }
       auto nothing = panels;
       for (float& b : nothing.biases) b = std::numeric_limits<float>::quiet_NaN();
-      nothing.scan(query, sum, -std::numeric_limits<float>::infinity(), masks);
-      for (const std::uint16_t mask : masks) REQUIRE(mask == 0);
+      REQUIRE(nothing.scan(query, sum, -std::numeric_limits<float>::infinity()).rows.empty());
     }
   }
 }
