@@ -1535,7 +1535,10 @@ struct Kernels : Vectors<Tag> {
   template <int Bits, std::size_t Queries, class Real, class Query, class Finish>
   static void for_panels(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
                          Query* const* queries, const Finish& finish) noexcept {
-    constexpr std::size_t sums = Queries == 4 ? O::most_sums : O::panels;
+    // Rows of 4 bits come out of memory, which is fastest from one end to the other.
+    constexpr std::size_t sums = Queries == 4                ? O::most_sums
+                                 : Bits == 4 && Queries == 1 ? 1
+                                                             : O::panels;
     constexpr std::size_t some = sums > Queries ? sums / Queries : 1;
     std::size_t p = first;
     for (; p + some <= last; p += some)
@@ -1563,14 +1566,10 @@ struct Kernels : Vectors<Tag> {
         unrolled<Panels>([&](auto b) PERSONALIZE_INLINE {
           const std::int8_t* query = values[q] + s * columns_a_step;
           const std::uint8_t* row = rows + b * stride + s * step_bytes;
-          if constexpr (Bits == 8) {
+          if constexpr (Bits == 8)
             O::step(sums[q][b], row, query);
-          } else {
-            // Rows of 4 bits come out of memory; that several panels are read side by side hides
-            // from the processor what will be next.
-            if constexpr (q == 0) __builtin_prefetch(row + 4 * Panels * stride);
+          else
             O::step_4bit(sums[q][b], row, query);
-          }
         });
       });
     finish(p, sums);

@@ -15,13 +15,13 @@
 #else
 #define PERSONALIZE_KERNEL
 #endif
-#define PERSONALIZE_INLINE __attribute__((always_inline)) inline
+#define TRAIN_INLINE __attribute__((always_inline)) inline
 
 namespace personalize::tools {
 namespace {
 
 // e^x, relative error below 2e-7, branch-free so that loops over it vectorise (Cephes' polynomial).
-PERSONALIZE_INLINE float exponential(float x) noexcept {
+TRAIN_INLINE float exponential(float x) noexcept {
   x = x < -87.0F ? -87.0F : x;
   x = x > 88.0F ? 88.0F : x;
   // 1.5 * 2^23: adding it rounds to an integer held in the low bits.
@@ -40,8 +40,8 @@ PERSONALIZE_INLINE float exponential(float x) noexcept {
                               (std::bit_cast<std::uint32_t>(t) << 23U));
 }
 
-PERSONALIZE_INLINE float sigmoid(float x) noexcept { return 1.0F / (1.0F + exponential(-x)); }
-PERSONALIZE_INLINE float hyperbolic_tangent(float x) noexcept {
+TRAIN_INLINE float sigmoid(float x) noexcept { return 1.0F / (1.0F + exponential(-x)); }
+TRAIN_INLINE float hyperbolic_tangent(float x) noexcept {
   return 1.0F - 2.0F / (exponential(2.0F * x) + 1.0F);
 }
 
