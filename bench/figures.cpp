@@ -16,11 +16,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -131,7 +133,35 @@ std::vector<std::vector<float>> random_queries(std::size_t d) {
   return queries;
 }
 
-void top_100(std::size_t items, float spread, bool against_read) {
+// Calls one_query, which takes the number of a query, against one read of the model's int8 rows.
+void against_read(Figure figure, const pz::Model& model,
+                  const std::function<void(std::size_t)>& one_query) {
+  figure.peer = "one read of the int8 matrix";
+  const auto rows = std::as_bytes(model.parts().item_vectors.i8());
+  std::size_t next = 0;
+  std::uint64_t sum = 0;
+  measure(
+      figure, [&] { one_query(next++); },
+      [&] {
+        // Vectors, two chains of them: with less, adding up would take longer than reading.
+        using Batch = xsimd::batch<std::uint64_t>;
+        constexpr std::size_t width = Batch::size * sizeof(std::uint64_t);
+        const auto load = [&](std::size_t at) {
+          return Batch::load_unaligned(reinterpret_cast<const std::uint64_t*>(rows.data() + at));
+        };
+        Batch one(std::uint64_t{0}), two(std::uint64_t{0});
+        for (std::size_t at = 0; at + 4 * width <= rows.size(); at += 4 * width) {
+          one += load(at) + load(at + width);
+          two += load(at + 2 * width) + load(at + 3 * width);
+        }
+        std::array<std::uint64_t, Batch::size> sums;
+        (one + two).store_unaligned(sums.data());
+        for (const std::uint64_t v : sums) sum += v;
+      });
+  if (sum == 1) std::puts("");
+}
+
+void top_100(std::size_t items, float spread, bool million) {
   const auto model = model_of(items, 64, pz::ElementType::i8, spread);
   const pz::Scorer scorer(*model);
   const auto queries = random_queries(64);
@@ -147,27 +177,10 @@ void top_100(std::size_t items, float spread, bool against_read) {
   const Work ours = [&] {
     scorer.top_k(queries[next++ % queries.size()], 100, {}, workspace, top);
   };
-  if (against_read) {
-    figure.peer = "one read of the int8 matrix";
-    const auto rows = std::as_bytes(model->parts().item_vectors.i8());
-    std::uint64_t sum = 0;
-    measure(figure, ours, [&] {
-      // Vectors, two chains of them: with less, adding up would take longer than reading.
-      using Batch = xsimd::batch<std::uint64_t>;
-      constexpr std::size_t width = Batch::size * sizeof(std::uint64_t);
-      const auto load = [&](std::size_t at) {
-        return Batch::load_unaligned(reinterpret_cast<const std::uint64_t*>(rows.data() + at));
-      };
-      Batch one(std::uint64_t{0}), two(std::uint64_t{0});
-      for (std::size_t at = 0; at + 4 * width <= rows.size(); at += 4 * width) {
-        one += load(at) + load(at + width);
-        two += load(at + 2 * width) + load(at + 3 * width);
-      }
-      std::array<std::uint64_t, Batch::size> sums;
-      (one + two).store_unaligned(sums.data());
-      for (const std::uint64_t v : sums) sum += v;
+  if (million) {
+    against_read(figure, *model, [&](std::size_t query) {
+      scorer.top_k(queries[query % queries.size()], 100, {}, workspace, top);
     });
-    if (sum == 1) std::puts("");
     return;
   }
 #if defined(PERSONALIZE_BENCH_FAISS)
@@ -187,6 +200,37 @@ void top_100(std::size_t items, float spread, bool against_read) {
   (void)next_peer;
   measure(figure, ours);
 #endif
+}
+
+// Of a model trained on a million items (million.py), for the users whose histories lie beside it.
+void top_100_trained() {
+  const std::string folder = "build/million/";
+  const auto model = pz::Model::load(folder + "model.pzm");
+  std::ifstream histories(folder + "histories.txt");
+  if (!model || !histories) {
+    std::fprintf(stderr, "top_100_trained: bench/run top_100_trained makes what it needs\n");
+    return;
+  }
+  const pz::Encoder encoder(**model);
+  auto steps = encoder.make_workspace();
+  std::vector<std::vector<float>> queries;
+  for (std::string history; std::getline(histories, history);) {
+    std::vector<float> state(encoder.state_size());
+    std::istringstream items(history);
+    for (std::uint32_t item; items >> item;) encoder.step({.item = item}, state, steps);
+    const auto query = encoder.query(state);
+    queries.emplace_back(query.begin(), query.end());
+    queries.back().resize(pz::kernels::padded((*model)->dimension()));
+  }
+  const pz::Scorer scorer(**model);
+  auto workspace = scorer.make_workspace();
+  std::vector<pz::ScoredItem> top;
+  against_read({.name = "top_100_trained",
+                .data = "N=1000000 d=64 int8, trained, hidden states of 1,000 users",
+                .calls = 125},
+               **model, [&](std::size_t query) {
+                 scorer.top_k(queries[query % queries.size()], 100, {}, workspace, top);
+               });
 }
 
 // 64 users in one pass against one by one, a user.
@@ -491,6 +535,7 @@ int main(int count, char** arguments) {
        [] {
          for (const float spread : {0.35f, 1.0f}) top_100(1'000'000, spread, true);
        }},
+      {"top_100_trained", top_100_trained},
       {"top_100_batch", batch_of_64},
       {"top_100_avx2", avx2_against_avx512},
       {"gru_step", step_128},
