@@ -4185,7 +4185,8 @@ struct Eligibility {
 // The k-th largest lower bound of those seen so far is a lower bound of the k-th best score: an
 // item whose upper bound stays below it is out. What passes in 4 bits is looked at in 8, and what
 // is left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later
-// rows stays below.
+// rows stays below. A sample of the rows, seen first, tells where the k-th best score will lie; if
+// in the end fewer than k lower bounds reach that, the scan is done again without.
 class Scorer {
   struct Search;
 
@@ -4548,8 +4549,8 @@ class Scorer {
   }
 
   // First a sample of the chunks, from which each query guesses where its k-th best score will lie,
-  // on the low side. With that for a threshold a third of the items become candidates that would
-  // otherwise. A guess that is not confirmed at the end, by k lower bounds, was too high.
+  // on the low side: with that for a threshold a third fewer items become candidates. narrow()
+  // finds out whether the guess was too high.
   void scan(std::span<Search*> active) const {
     if (active.empty()) return;
     const std::size_t chunks = panels_.chunks.size();
