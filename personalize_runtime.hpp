@@ -4301,6 +4301,7 @@ class Scorer {
   static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
   static constexpr std::size_t second_look = 64;  // items, in which time their rows come
   static constexpr std::size_t most_waiting = second_look + 2 * chunk_rows;
+  static constexpr std::size_t least_slices = 4;  // a chunk fetched in fewer would be dropped
 
   // Of a chunk's rows, or of all rows from a chunk on.
   struct Bounds {
@@ -4446,7 +4447,7 @@ class Scorer {
       for (std::size_t chunk = 0; chunk < panels_.chunks.size(); ++chunk) {
         if (!reaches(search, from_[chunk])) break;
         Search* const one = &search;
-        scan_chunk_for_those_it_reaches(chunk, {&one, 1});
+        visit(chunk, chunk + 1, {&one, 1});
       }
       settle_all();
     }
@@ -4567,7 +4568,7 @@ class Scorer {
         search->wanted = search->next_raise = std::min(search->k, most);
       }
       for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
-        scan_chunk_for_those_it_reaches(chunk, active);
+        visit(chunk, chunk + stride, active);
       for (Search* search : active) {
         make_ready(*search, search->waiting);
         second_looks(*search);
@@ -4587,19 +4588,31 @@ class Scorer {
         active = active.first(active.size() - 1);
       }
       if (active.empty()) return;
-      if (!sampled(chunk)) scan_chunk_for_those_it_reaches(chunk, active);
+      if (!sampled(chunk)) visit(chunk, chunk + 1, active);
     }
   }
 
-  void scan_chunk_for_those_it_reaches(std::size_t chunk, std::span<Search* const> searches) const {
+  // Scans a chunk for those searches that it may concern. In a batch, `next`, the chunk that will
+  // follow, comes from memory meanwhile, a slice for each few of them.
+  void visit(std::size_t chunk, std::size_t next, std::span<Search* const> searches) const {
     std::array<Search*, kernels::most_queries> some;
     std::size_t count = 0;
+    const std::size_t bytes = chunk_panels * panels_.bytes_a_panel;
+    const std::size_t slices = searches.size() / some.size();
+    const bool ahead = slices >= least_slices && (next + 1) * chunk_rows <= order_.size();
+    const std::uint8_t* slice = panels_.bytes.data() + (ahead ? next * bytes : 0);
+    const std::size_t slice_bytes = ahead ? bytes / slices : 0;
+    const auto scan_some = [&] {
+      for (std::size_t at = 0; at < slice_bytes; at += 64) __builtin_prefetch(slice + at);
+      slice += slice_bytes;
+      scan_chunk(chunk, {some.data(), std::exchange(count, 0)});
+    };
     for (Search* search : searches) {
       if (!reaches(*search, panels_.chunks[chunk])) continue;
       some[count++] = search;
-      if (count == some.size()) scan_chunk(chunk, {some.data(), std::exchange(count, 0)});
+      if (count == some.size()) scan_some();
     }
-    if (count > 0) scan_chunk(chunk, {some.data(), count});
+    if (count > 0) scan_some();
   }
 
   // Every so many chunks one of the sample, 0: none. Where the best rows stand in front, the scan
