@@ -1485,7 +1485,8 @@ struct Kernels : Vectors<Tag> {
 
   // Several queries wait for the multiplication. Nothing predicts where rows are found, and what is
   // under way when a prediction fails costs more than a panel: so the scores and masks of a strip
-  // of panels are kept and looked through together.
+  // of panels are kept and looked through together. rows by value, scales and limits copied: of
+  // what others might point at a compiler fears that storing scores changes it.
   template <int Bits, std::size_t Queries, class Real>
   static void scan_together(const PanelRows<Real> rows, std::size_t first, std::size_t last,
                             PanelQuery* const* queries) noexcept {
