@@ -116,6 +116,8 @@
 #else
 #define PERSONALIZE_UNROLL _Pragma("GCC unroll 16")
 #endif
+// Also of every function that only prefetches: GCC takes one for without effect and leaves its
+// calls out.
 #define PERSONALIZE_INLINE __attribute__((always_inline))
 
 namespace personalize {
@@ -1533,9 +1535,9 @@ struct Kernels : Vectors<Tag> {
   }
 
   // finish(p, sums): sums[q][b] are the dot products of query q with panel p + b.
-  template <int Bits, std::size_t Queries, class Real, class Query, class Finish>
+  template <int Bits, std::size_t Queries, class Real, class Finish>
   static void for_panels(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
-                         Query* const* queries, const Finish& finish) noexcept {
+                         const PanelQuery* const* queries, const Finish& finish) noexcept {
     // Rows of 4 bits come out of memory, which is fastest from one end to the other.
     constexpr std::size_t sums = Queries == 4                ? O::most_sums
                                  : Bits == 4 && Queries == 1 ? 1
@@ -1547,10 +1549,9 @@ struct Kernels : Vectors<Tag> {
     for (; p < last; ++p) multiply_panels<Bits, Queries, 1>(rows, p, queries, finish);
   }
 
-  template <int Bits, std::size_t Queries, std::size_t Panels, class Real, class Query,
-            class Finish>
-  static void multiply_panels(const PanelRows<Real>& all, std::size_t p, Query* const* queries,
-                              const Finish& finish) noexcept {
+  template <int Bits, std::size_t Queries, std::size_t Panels, class Real, class Finish>
+  static void multiply_panels(const PanelRows<Real>& all, std::size_t p,
+                              const PanelQuery* const* queries, const Finish& finish) noexcept {
     constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
     const std::size_t count = (all.columns + columns_a_step - 1) / columns_a_step;
     const std::size_t stride = count * step_bytes;
@@ -4300,6 +4301,7 @@ class Scorer {
   static constexpr std::size_t largest_8bit = std::size_t{1} << 24;  // bytes of int8 vectors
   static constexpr std::size_t chunk_panels = 16;
   static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
+  static constexpr float lowest = -std::numeric_limits<float>::infinity();
   static constexpr std::size_t second_look = 64;  // items, in which time their rows come
   static constexpr std::size_t most_waiting = second_look + 2 * chunk_rows;
   static constexpr std::size_t least_slices = 4;  // a chunk fetched in fewer would be dropped
@@ -4356,6 +4358,7 @@ class Scorer {
     std::array<float, most_waiting> waiting_margins;
 
     std::size_t growth() const noexcept { return std::max<std::size_t>(k, 64); }
+    void put_off_raise() noexcept { next_raise = std::max(wanted, found) + growth(); }
     void add(std::uint32_t item, float low, float high) noexcept {
       lower[found] = low;
       upper[found] = high;
@@ -4429,7 +4432,7 @@ class Scorer {
 
   static void start(Search& search) noexcept {
     search.found = search.settled = search.waiting = search.ready = 0;
-    search.threshold = -std::numeric_limits<float>::infinity();
+    search.threshold = lowest;
     search.guessed = false;
     search.wanted = search.next_raise = search.k;
   }
@@ -4437,20 +4440,12 @@ class Scorer {
   // To what needs an exact score, which is fetched.
   void narrow(Search& search) const {
     if (search.k == 0) return;
-    const auto settle_all = [&] {
-      make_ready(search, search.waiting);
-      second_looks(search);
-      raise(search);
-    };
-    settle_all();
-    if (search.guessed && search.threshold > -std::numeric_limits<float>::infinity()) {
+    catch_up(search);
+    if (search.guessed) {
       start(search);
-      for (std::size_t chunk = 0; chunk < panels_.chunks.size(); ++chunk) {
-        if (!reaches(search, from_[chunk])) break;
-        Search* const one = &search;
-        visit(chunk, chunk + 1, {&one, 1});
-      }
-      settle_all();
+      Search* one = &search;
+      scan_chunks({&one, 1}, 0);
+      catch_up(search);
     }
     read_ahead(search);
   }
@@ -4495,8 +4490,7 @@ class Scorer {
                                              : std::as_bytes(vectors.f32().subspan(item * d, d));
   }
 
-  // Has what an exact score needs come from memory. Inlined, for GCC takes a function that only
-  // fetches for one without effect and leaves its calls out.
+  // Has what an exact score needs come from memory.
   PERSONALIZE_INLINE void prefetch(std::uint32_t item) const noexcept {
     const auto row = stored_row(item);
     __builtin_prefetch(row.data());
@@ -4555,31 +4549,33 @@ class Scorer {
   // finds out whether the guess was too high.
   void scan(std::span<Search*> active) const {
     if (active.empty()) return;
-    const std::size_t chunks = panels_.chunks.size();
     const std::size_t stride = sample_stride(active.front()->k);
-    const auto sampled = [&](std::size_t chunk) {
-      return stride != 0 && chunk % stride == stride / 2;
-    };
-    if (stride != 0) {
-      const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
-      for (Search* search : active) {
-        // Of the k best so many are in the sample, and three standard deviations.
-        const double mean = static_cast<double>(search->k * count) / static_cast<double>(chunks);
-        const auto most = static_cast<std::size_t>(mean + 3 * std::sqrt(mean) + 3);
-        search->wanted = search->next_raise = std::min(search->k, most);
-      }
-      for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
-        visit(chunk, chunk + stride, active);
-      for (Search* search : active) {
-        make_ready(*search, search->waiting);
-        second_looks(*search);
-        raise(*search);
-        search->guessed = search->wanted < search->k;
-        search->wanted = search->k;
-        search->next_raise = std::max(search->k, search->found) + search->growth();
-      }
+    if (stride != 0) scan_sample(active, stride);
+    scan_chunks(active, stride);
+  }
+
+  void scan_sample(std::span<Search* const> searches, std::size_t stride) const {
+    const std::size_t chunks = panels_.chunks.size();
+    const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
+    for (Search* search : searches) {
+      // Of the k best so many are in the sample, and three standard deviations.
+      const double mean = static_cast<double>(search->k * count) / static_cast<double>(chunks);
+      const auto most = static_cast<std::size_t>(mean + 3 * std::sqrt(mean) + 3);
+      search->wanted = search->next_raise = std::min(search->k, most);
     }
-    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
+    for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
+      visit(chunk, chunk + stride, searches);
+    for (Search* search : searches) {
+      catch_up(*search);
+      search->guessed = search->wanted < search->k && search->threshold > lowest;
+      search->wanted = search->k;
+      search->put_off_raise();
+    }
+  }
+
+  // All chunks but those of a sample. stride: see sample_stride.
+  void scan_chunks(std::span<Search*> active, std::size_t stride) const {
+    for (std::size_t chunk = 0; chunk < panels_.chunks.size(); ++chunk) {
       for (std::size_t i = 0; i < active.size();) {
         if (reaches(*active[i], from_[chunk])) {
           ++i;
@@ -4589,8 +4585,16 @@ class Scorer {
         active = active.first(active.size() - 1);
       }
       if (active.empty()) return;
-      if (!sampled(chunk)) visit(chunk, chunk + 1, active);
+      const bool sampled = stride != 0 && chunk % stride == stride / 2;
+      if (!sampled) visit(chunk, chunk + 1, active);
     }
+  }
+
+  // What was found and put off.
+  void catch_up(Search& search) const {
+    make_ready(search, search.waiting);
+    second_looks(search);
+    raise(search);
   }
 
   // Scans a chunk for those searches that it may concern. In a batch, `next`, the chunk that will
@@ -4749,7 +4753,6 @@ class Scorer {
   // drops little (ties), exact scores do.
   void raise(Search& search) const {
     settle(search);
-    constexpr float lowest = -std::numeric_limits<float>::infinity();
     const auto reach = [&](float threshold) {
       if (threshold < search.threshold) return;
       search.threshold = threshold;
@@ -4779,7 +4782,7 @@ class Scorer {
       search.found = search.settled = search.best.size();
       if (search.found == search.k) reach(score_of(search.best.back()));
     }
-    search.next_raise = std::max(search.wanted, search.found) + search.growth();
+    search.put_off_raise();
   }
 
   // The keys of the best of the candidates, the k-th last.
@@ -5053,11 +5056,7 @@ class ItemCounters {
 
   // Brings the item's counters into the cache ahead of an add.
   PERSONALIZE_INLINE void prefetch(std::uint32_t item) const noexcept {
-#if defined(__GNUC__)
     __builtin_prefetch(&at(Kind::positive, item), 1);
-#else
-    (void)item;
-#endif
   }
 
  private:

@@ -133,31 +133,27 @@ std::vector<std::vector<float>> random_queries(std::size_t d) {
   return queries;
 }
 
-// Calls one_query, which takes the number of a query, against one read of the model's int8 rows.
-void against_read(Figure figure, const pz::Model& model,
-                  const std::function<void(std::size_t)>& one_query) {
+// Against one read of the model's int8 rows.
+void against_read(Figure figure, const pz::Model& model, const Work& ours) {
   figure.peer = "one read of the int8 matrix";
   const auto rows = std::as_bytes(model.parts().item_vectors.i8());
-  std::size_t next = 0;
   std::uint64_t sum = 0;
-  measure(
-      figure, [&] { one_query(next++); },
-      [&] {
-        // Vectors, two chains of them: with less, adding up would take longer than reading.
-        using Batch = xsimd::batch<std::uint64_t>;
-        constexpr std::size_t width = Batch::size * sizeof(std::uint64_t);
-        const auto load = [&](std::size_t at) {
-          return Batch::load_unaligned(reinterpret_cast<const std::uint64_t*>(rows.data() + at));
-        };
-        Batch one(std::uint64_t{0}), two(std::uint64_t{0});
-        for (std::size_t at = 0; at + 4 * width <= rows.size(); at += 4 * width) {
-          one += load(at) + load(at + width);
-          two += load(at + 2 * width) + load(at + 3 * width);
-        }
-        std::array<std::uint64_t, Batch::size> sums;
-        (one + two).store_unaligned(sums.data());
-        for (const std::uint64_t v : sums) sum += v;
-      });
+  measure(figure, ours, [&] {
+    // Vectors, two chains of them: with less, adding up would take longer than reading.
+    using Batch = xsimd::batch<std::uint64_t>;
+    constexpr std::size_t width = Batch::size * sizeof(std::uint64_t);
+    const auto load = [&](std::size_t at) {
+      return Batch::load_unaligned(reinterpret_cast<const std::uint64_t*>(rows.data() + at));
+    };
+    Batch one(std::uint64_t{0}), two(std::uint64_t{0});
+    for (std::size_t at = 0; at + 4 * width <= rows.size(); at += 4 * width) {
+      one += load(at) + load(at + width);
+      two += load(at + 2 * width) + load(at + 3 * width);
+    }
+    std::array<std::uint64_t, Batch::size> sums;
+    (one + two).store_unaligned(sums.data());
+    for (const std::uint64_t v : sums) sum += v;
+  });
   if (sum == 1) std::puts("");
 }
 
@@ -178,9 +174,7 @@ void top_100(std::size_t items, float spread, bool million) {
     scorer.top_k(queries[next++ % queries.size()], 100, {}, workspace, top);
   };
   if (million) {
-    against_read(figure, *model, [&](std::size_t query) {
-      scorer.top_k(queries[query % queries.size()], 100, {}, workspace, top);
-    });
+    against_read(figure, *model, ours);
     return;
   }
 #if defined(PERSONALIZE_BENCH_FAISS)
@@ -225,12 +219,12 @@ void top_100_trained() {
   const pz::Scorer scorer(**model);
   auto workspace = scorer.make_workspace();
   std::vector<pz::ScoredItem> top;
+  std::size_t next = 0;
   against_read({.name = "top_100_trained",
                 .data = "N=1000000 d=64 int8, trained, hidden states of 1,000 users",
                 .calls = 125},
-               **model, [&](std::size_t query) {
-                 scorer.top_k(queries[query % queries.size()], 100, {}, workspace, top);
-               });
+               **model,
+               [&] { scorer.top_k(queries[next++ % queries.size()], 100, {}, workspace, top); });
 }
 
 // 64 users in one pass against one by one, a user.
