@@ -57,7 +57,8 @@ struct Query {
   std::int32_t sum = 0;
 };
 
-constexpr std::size_t most = pz::kernels::most_queries;
+// Two groups of four queries, one of two and one alone.
+constexpr std::size_t most = 11;
 
 // Rows of 8 bits with their scales and biases as floats, or of 4 bits with bfloat16.
 template <int Bits>
@@ -99,18 +100,16 @@ struct Panels {
                              {std::vector<std::uint32_t>(all), std::vector<float>(all)});
     pz::kernels::PanelQuery scans[most], *pointers[most];
     for (std::size_t q = 0; q < queries.size(); ++q) {
-      scans[q] = {queries[q].values.data(),
-                  (Bits == 8 ? -128 : -8) * queries[q].sum,
-                  0.02f,
-                  limit,
-                  found[q].rows.data(),
-                  found[q].scores.data()};
+      scans[q] = {queries[q].values.data(), (Bits == 8 ? -128 : -8) * queries[q].sum, 0.02f};
+      scans[q].limit = limit;
+      scans[q].rows = found[q].rows.data();
+      scans[q].lower = scans[q].upper = found[q].scores.data();
       pointers[q] = &scans[q];
     }
     if constexpr (Bits == 8)
-      table.scan_8bit(rows(), 0, count, pointers, queries.size());
+      table.scan_8bit(rows(), 0, count, 0, pointers, queries.size());
     else
-      table.scan_4bit(rows(), 0, count, pointers, queries.size());
+      table.scan_4bit(rows(), 0, count, 0, pointers, queries.size());
     for (std::size_t q = 0; q < queries.size(); ++q) {
       found[q].rows.resize(scans[q].found);
       found[q].scores.resize(Bits == 8 ? scans[q].found : 0);

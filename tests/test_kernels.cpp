@@ -67,11 +67,12 @@ struct Panels {
   pz::kernels::PanelRows<float> as_bytes() const {
     return {bytes.data(), scales.data(), biases.data(), columns};
   }
-  // The rows from panel `first` on that reach `limit`, and their scores, alone and as the second of
-  // two queries.
+  static constexpr float margin = 0.25f;
+  // The rows from panel `first` on that reach `limit`, and their scores less and plus a margin,
+  // alone and as the second of two queries.
   struct Found {
     std::vector<std::uint32_t> rows;
-    std::vector<float> scores;
+    std::vector<float> lower, upper;
     bool operator==(const Found&) const = default;
   };
   Found scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
@@ -82,24 +83,29 @@ struct Panels {
       std::vector<Found> found(queries.size());
       std::vector<pz::kernels::PanelQuery*> pointers;
       for (std::size_t q = 0; q < queries.size(); ++q) {
-        found[q] = {std::vector<std::uint32_t>(all), std::vector<float>(all)};
+        found[q] = {std::vector<std::uint32_t>(all), std::vector<float>(all),
+                    std::vector<float>(all)};
         queries[q].limit = limit;
         queries[q].rows = found[q].rows.data();
-        queries[q].scores = found[q].scores.data();
+        queries[q].margin = margin;
+        queries[q].lower = found[q].lower.data();
+        queries[q].upper = found[q].upper.data();
         pointers.push_back(&queries[q]);
       }
       if constexpr (Bits == 8) {
-        Fast::scan_8bit(as_bytes(), first, count, pointers.data(), pointers.size());
+        Fast::scan_8bit(as_bytes(), first, count, pz::kernels::nowhere, pointers.data(),
+                        pointers.size());
       } else {
         std::vector<std::uint16_t> short_scales, short_biases;
         for (const float v : scales) short_scales.push_back(upper_half(v));
         for (const float v : biases) short_biases.push_back(upper_half(v));
         Fast::scan_4bit({bytes.data(), short_scales.data(), short_biases.data(), columns}, first,
-                        count, pointers.data(), pointers.size());
+                        count, pz::kernels::nowhere, pointers.data(), pointers.size());
       }
       for (std::size_t q = 0; q < queries.size(); ++q) {
         found[q].rows.resize(queries[q].found);
-        found[q].scores.resize(Bits == 8 ? queries[q].found : 0);
+        found[q].lower.resize(Bits == 8 ? queries[q].found : 0);
+        found[q].upper.resize(found[q].lower.size());
       }
       return found.back();
     };
@@ -151,7 +157,10 @@ void scan_is_exact() {
             // Rounding may decide where a score lies on the limit.
             if (std::abs(want[r] - at) > 1e-5f * std::max(1.0f, std::abs(want[r])))
               REQUIRE(reached == (want[r] >= at));
-            if (Bits == 8 && reached) REQUIRE(found.scores[next] == fast[r]);
+            if (Bits == 8 && reached) {
+              REQUIRE(found.lower[next] == fast[r] - panels.margin);
+              REQUIRE(found.upper[next] == fast[r] + panels.margin);
+            }
             next += reached;
           }
           REQUIRE(next == found.rows.size());
