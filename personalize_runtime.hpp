@@ -89,6 +89,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #define PERSONALIZE_HAS_FSYNC 1
 #else
@@ -2837,19 +2838,31 @@ class StringTable {
 namespace detail {
 
 // From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
-// does comes from memory as two.
+// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
+// a row anywhere in 64 MB would wait for its page's address first.
 template <class T>
 struct LineAllocator {
   using value_type = T;
-  static constexpr std::align_val_t line{64};
+  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
+  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
 
   LineAllocator() = default;
   template <class Other>
   LineAllocator(const LineAllocator<Other>&) noexcept {}
   T* allocate(std::size_t count) {
-    return static_cast<T*>(::operator new(count * sizeof(T), line));
+    const std::size_t bytes = count * sizeof(T);
+    void* const p = ::operator new(bytes, alignment(bytes));
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(p);
   }
-  void deallocate(T* p, std::size_t) noexcept { ::operator delete(p, line); }
+  void deallocate(T* p, std::size_t count) noexcept {
+    ::operator delete(p, alignment(count * sizeof(T)));
+  }
+  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
+    return bytes >= large ? huge_page : line;
+  }
   friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
 };
 template <class T>
