@@ -304,7 +304,7 @@ TEST_CASE("a batch gives each query what it gets alone") {
       if (random.below(10) == 0) excluded.set(i);
     }
     std::vector<std::vector<float>> queries;
-    std::vector<std::vector<pz::ScoredItem>> tops(30);
+    std::vector<std::vector<pz::ScoredItem>> tops(140);  // more than go through a chunk together
     std::vector<pz::Scorer::Query> batch;
     for (std::size_t i = 0; i < tops.size(); ++i) {
       queries.push_back(random_query(random, 64));
