@@ -1467,6 +1467,9 @@ struct Kernels : Vectors<Tag> {
   }
 
   static constexpr std::size_t word_panels = 4;  // whose masks make up a word
+  // Bytes that a query alone is ahead of rows of 4 bits, which come out of memory: a tenth faster
+  // than what the processor fetches by itself. 1 to 8 KiB do the same.
+  static constexpr std::size_t memory_ahead = 4096;
 
   // Adds the rows of a mask to what the query found. row: the first one's index; scores: from the
   // first one's on.
@@ -1640,7 +1643,11 @@ struct Kernels : Vectors<Tag> {
     for (std::size_t s = 0; s < count; ++s) {
       typename O::Rows rows[Panels];
       unrolled<Panels>([&](auto b) PERSONALIZE_INLINE {
-        rows[b] = O::load(panels + b * stride + s * step_bytes);
+        const std::uint8_t* const row = panels + b * stride + s * step_bytes;
+        if constexpr (Bits == 4 && Queries == 1)
+          __builtin_prefetch(
+              reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + memory_ahead));
+        rows[b] = O::load(row);
       });
       unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
         const std::int8_t* const query = values[q] + s * columns_a_step;
@@ -4300,8 +4307,8 @@ class Scorer {
     std::vector<Search*> active;
   };
 
-  // The model must outlive the scorer. Takes N * (d + 12) bytes up to 16 MB of item vectors,
-  // N * (d / 2 + 8) beyond.
+  // The model must outlive the scorer. Takes N * (d + 20) bytes up to 16 MB of item vectors,
+  // N * (d / 2 + 16) beyond.
   explicit Scorer(const Model& model, const kernels::Table& table = kernels::chosen())
       : Scorer(model.parts().item_vectors, model.parts().biases, usual_query_length(model), table) {
   }
@@ -4372,7 +4379,12 @@ class Scorer {
   void score(std::span<const float> query, std::span<const std::uint32_t> items,
              Workspace& workspace, std::span<float> scores) const noexcept {
     widen(query, workspace.query);
-    exact(workspace.query.data(), items, scores.data());
+    std::array<Place, exact_together> places;
+    for (std::size_t begin = 0; begin < items.size(); begin += places.size()) {
+      const std::size_t count = std::min(places.size(), items.size() - begin);
+      for (std::size_t i = 0; i < count; ++i) places[i] = place_of(items[begin + i]);
+      exact(workspace.query.data(), {places.data(), count}, scores.data() + begin);
+    }
   }
 
   // Of one item, without a workspace; many are faster together.
@@ -4383,7 +4395,8 @@ class Scorer {
                   (vectors_->type() == ElementType::i8
                        ? static_cast<double>(vectors_->i8()[item * vectors_->columns() + c])
                        : static_cast<double>(vectors_->f32()[item * vectors_->columns() + c]));
-    return score_of_dot(item, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
+    return score_of_dot(place_of(item),
+                        ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
   }
 
   const char* instruction_set() const noexcept { return table_->name; }
@@ -4398,6 +4411,7 @@ class Scorer {
   static constexpr std::size_t second_look = 64;  // items, in which time their rows come
   static constexpr std::size_t most_waiting = second_look + 2 * chunk_rows;
   static constexpr std::size_t most_together = 64;   // queries through a chunk
+  static constexpr std::size_t exact_together = 64;  // items that get exact scores
   static constexpr std::size_t chunks_a_look = 8;    // at which searches later rows still concern
   static constexpr std::size_t least_to_fetch = 16;  // queries, in whose time the next chunk comes
 
@@ -4414,6 +4428,12 @@ class Scorer {
       least_residual = std::min(least_residual, other.least_residual);
       bias = std::max(bias, other.bias);
     }
+  };
+
+  // What a score takes besides the row's values, together: of one line from memory, not of three.
+  struct Place {
+    std::uint32_t item;
+    float scale, bias;  // scale 1 where rows are f32
   };
 
   // All rows, in order_; see kernels::PanelRows.
@@ -4438,26 +4458,30 @@ class Scorer {
     std::size_t k = 0;
     std::size_t wanted = 0;      // k, or how many of the k best a sample holds at most
     std::size_t next_raise = 0;  // found, when the threshold is raised again
-    // Candidates: bounds of their scores, the items; from settled on still positions. lower is -inf
-    // from found to the next multiple of kernels::lanes.
+    // Candidates: bounds of their scores, positions; up to settled the places there, all of which
+    // may be ranked. lower is -inf from found to the next multiple of kernels::lanes.
     std::size_t found = 0, settled = 0;
     std::vector<float> lower, upper;
-    std::vector<std::uint32_t> items;
+    std::vector<std::uint32_t> positions;
+    std::vector<Place> places;
     Eligibility eligibility;
     std::vector<double> query;  // [padded(d)]
     std::vector<std::int8_t> quantised;
     std::vector<std::uint64_t> best, sorted;  // keys, while candidates are resolved
-    // Items for a second look, from `ready` on still positions, and how far off that can be.
+    // Positions for a second look and how far off that can be; up to `ready` the places there.
+    // [most_waiting] with panels of 4 bits.
     std::size_t waiting = 0, ready = 0;
-    std::vector<std::uint32_t> waiting_items;  // [most_waiting] with panels of 4 bits
-    std::vector<float> waiting_margins;        // likewise
+    std::vector<std::uint32_t> waiting_positions;
+    std::vector<float> waiting_margins;
+    std::vector<Place> waiting_places;
 
     std::size_t growth() const noexcept { return std::max<std::size_t>(wanted, 64); }
     void put_off_raise() noexcept { next_raise = std::max(wanted, found) + growth(); }
-    void add(std::uint32_t item, float low, float high) noexcept {
+    void add(const Place& place, float low, float high) noexcept {
       lower[found] = low;
       upper[found] = high;
-      items[found++] = item;
+      places[found++] = place;
+      settled = found;
     }
   };
 
@@ -4467,8 +4491,9 @@ class Scorer {
     search.query.resize(padded);
     search.quantised.resize(padded);
     if (panels_.bits == 4) {
-      search.waiting_items.resize(most_waiting);
+      search.waiting_positions.resize(most_waiting);
       search.waiting_margins.resize(most_waiting);
+      search.waiting_places.resize(most_waiting);
     }
     return search;
   }
@@ -4498,10 +4523,11 @@ class Scorer {
     search.eligibility = query.eligibility;
     start(search);
     const std::size_t capacity = kernels::padded(search.k + 2 * search.growth() + 2 * chunk_rows);
-    if (search.items.size() < capacity) {
+    if (search.places.size() < capacity) {
       search.lower.resize(capacity);
       search.upper.resize(capacity);
-      search.items.resize(capacity);
+      search.positions.resize(capacity);
+      search.places.resize(capacity);
       search.best.reserve(capacity);
       search.sorted.reserve(capacity);
     }
@@ -4512,7 +4538,7 @@ class Scorer {
     const float step = table_->quantise(d, query.query.data(), bytes ? table_->query_limit : 127,
                                         search.quantised.data(), sum);
     search.scan = {search.quantised.data(), (bytes ? -128 : -8) * sum, step};
-    search.scan.rows = bytes ? search.items.data() : search.waiting_items.data();
+    search.scan.rows = bytes ? search.positions.data() : search.waiting_positions.data();
     search.scan.lower = search.lower.data();
     search.scan.upper = search.upper.data();
     double squares = 0, errors = 0;
@@ -4560,28 +4586,28 @@ class Scorer {
     for (const std::uint64_t key : search.best) top.push_back({item_of(key), score_of(key)});
   }
 
-  void exact(const double* query, std::span<const std::uint32_t> items,
-             float* scores) const noexcept {
+  // Of at most exact_together places.
+  void exact(const double* query, std::span<const Place> places, float* scores) const noexcept {
     const Matrix& vectors = *vectors_;
     const std::size_t d = vectors.columns();
-    std::array<double, 64> dots;
-    for (std::size_t begin = 0; begin < items.size(); begin += dots.size()) {
-      const auto some = items.subspan(begin, std::min(dots.size(), items.size() - begin));
-      if (vectors.type() == ElementType::i8)
-        table_->dots_i8(vectors.i8().data(), d, query, some.data(), some.size(), dots.data());
-      else
-        table_->dots_f32(vectors.f32().data(), d, query, some.data(), some.size(), dots.data());
-      for (std::size_t i = 0; i < some.size(); ++i)
-        scores[begin + i] = score_of_dot(some[i], dots[i]);
-    }
+    std::array<std::uint32_t, exact_together> items;
+    std::array<double, exact_together> dots;
+    for (std::size_t i = 0; i < places.size(); ++i) items[i] = places[i].item;
+    if (vectors.type() == ElementType::i8)
+      table_->dots_i8(vectors.i8().data(), d, query, items.data(), places.size(), dots.data());
+    else
+      table_->dots_f32(vectors.f32().data(), d, query, items.data(), places.size(), dots.data());
+    for (std::size_t i = 0; i < places.size(); ++i) scores[i] = score_of_dot(places[i], dots[i]);
   }
 
-  float score_of_dot(std::uint32_t item, double dot) const noexcept {
-    const double bias = biases_by_item_[item];
+  static float score_of_dot(const Place& place, double dot) noexcept {
     return static_cast<float>(
-        vectors_->type() == ElementType::i8
-            ? std::fma(static_cast<double>(vectors_->scales()[item]), dot, bias)
-            : dot + bias);
+        std::fma(static_cast<double>(place.scale), dot, static_cast<double>(place.bias)));
+  }
+
+  Place place_of(std::uint32_t item) const noexcept {
+    return {item, vectors_->type() == ElementType::i8 ? vectors_->scales()[item] : 1.0f,
+            biases_by_item_[item]};
   }
 
   std::span<const std::byte> stored_row(std::uint32_t item) const noexcept {
@@ -4591,25 +4617,13 @@ class Scorer {
                                              : std::as_bytes(vectors.f32().subspan(item * d, d));
   }
 
-  // Has what an exact score needs come from memory.
-  PERSONALIZE_INLINE void prefetch(std::uint32_t item) const noexcept {
-    const auto row = stored_row(item);
-    __builtin_prefetch(row.data());
-    __builtin_prefetch(row.data() + std::min<std::size_t>(row.size() - 1, 64));
-    if (vectors_->type() == ElementType::i8) __builtin_prefetch(vectors_->scales().data() + item);
-    __builtin_prefetch(biases_by_item_.data() + item);
-  }
-
-  // The same for all candidates, by reading it: of hundreds of prefetches at a time processors drop
-  // most.
+  // Has the candidates' rows come from memory, by reading them: of hundreds of prefetches at a time
+  // processors drop most.
   void read_ahead(const Search& search) const noexcept {
     unsigned sum = 0;
-    const auto read = [&sum](const void* at) { sum += *static_cast<const unsigned char*>(at); };
-    for (const std::uint32_t item : std::span(search.items.data(), search.found)) {
-      const auto row = stored_row(item);
-      for (std::size_t at = 0; at < row.size(); at += 64) read(row.data() + at);
-      if (vectors_->type() == ElementType::i8) read(vectors_->scales().data() + item);
-      read(biases_by_item_.data() + item);
+    for (const Place& place : std::span(search.places.data(), search.found)) {
+      const auto row = stored_row(place.item);
+      for (std::size_t at = 0; at < row.size(); at += 64) sum += static_cast<unsigned>(row[at]);
     }
     asm volatile("" : : "r"(sum));  // or the reads would be left out
   }
@@ -4626,21 +4640,21 @@ class Scorer {
 
   void look_at_all(Search& search) const {
     const std::size_t items = vectors_->rows();
-    std::array<std::uint32_t, 64> some;
+    std::array<Place, 64> some;
     std::array<float, 64> scores;
+    static_assert(some.size() <= exact_together);
     for (std::size_t begin = 0; begin < items; begin += 64) {
       const std::size_t left = std::min<std::size_t>(64, items - begin);
       std::uint64_t allowed = search.eligibility.word(begin / 64);
       if (left < 64) allowed &= (std::uint64_t{1} << left) - 1;
       std::size_t count = 0;
       for (; allowed != 0; allowed &= allowed - 1)
-        some[count++] = static_cast<std::uint32_t>(begin) +
-                        static_cast<std::uint32_t>(std::countr_zero(allowed));
+        some[count++] = place_of(static_cast<std::uint32_t>(begin) +
+                                 static_cast<std::uint32_t>(std::countr_zero(allowed)));
       exact(search.query.data(), {some.data(), count}, scores.data());
       for (std::size_t i = 0; i < count; ++i)
         if (std::isfinite(scores[i]) && scores[i] >= search.threshold)
           search.add(some[i], scores[i], scores[i]);
-      search.settled = search.found;
       if (search.found >= search.next_raise) raise(search);
     }
   }
@@ -4776,26 +4790,26 @@ class Scorer {
     }
   }
 
-  // What the scan of a chunk found. Which item stands at a position is looked up later, many at a
-  // time: one alone would wait for memory.
+  // What the scan of a chunk found. What stands at a position is looked up later, many at a time:
+  // one alone would wait for memory.
   void note_waiting(Search& search, float margin) const {
     make_ready(search, search.waiting);
     for (; search.waiting < search.scan.found; ++search.waiting) {
-      __builtin_prefetch(order_.data() + search.waiting_items[search.waiting]);
+      __builtin_prefetch(order_.data() + search.waiting_positions[search.waiting]);
       search.waiting_margins[search.waiting] = margin;
     }
     if (search.ready >= second_look) second_looks(search);
     if (search.found >= search.next_raise) raise(search);
   }
 
-  // Candidates' positions become items, less those that may not be ranked.
+  // Candidates' positions become places, less those that may not be ranked.
   void settle(Search& search) const noexcept {
     std::size_t kept = search.settled;
     for (std::size_t i = kept; i < search.found; ++i) {
       search.lower[kept] = search.lower[i];
       search.upper[kept] = search.upper[i];
-      search.items[kept] = order_[search.items[i]];
-      kept += search.eligibility.test(search.items[kept]);
+      search.places[kept] = order_[search.positions[i]];
+      kept += search.eligibility.test(search.places[kept].item);
     }
     search.found = search.settled = kept;
   }
@@ -4803,9 +4817,11 @@ class Scorer {
   // The same for the first `count` of what waits; their rows are fetched.
   void make_ready(Search& search, std::size_t count) const noexcept {
     for (; search.ready < count; ++search.ready) {
-      std::uint32_t& item = search.waiting_items[search.ready];
-      item = order_[item];
-      prefetch(item);
+      const Place& place = order_[search.waiting_positions[search.ready]];
+      search.waiting_places[search.ready] = place;
+      const auto row = stored_row(place.item);
+      __builtin_prefetch(row.data());
+      __builtin_prefetch(row.data() + std::min<std::size_t>(row.size() - 1, 64));
     }
   }
 
@@ -4813,37 +4829,40 @@ class Scorer {
   void second_looks(Search& search) const {
     if (search.ready == 0) return;
     const Matrix& vectors = *vectors_;
-    std::array<std::uint32_t, most_waiting> items;
+    std::array<Place, most_waiting> places;
     std::array<float, most_waiting> margins, scores;
     const bool integers = vectors.type() == ElementType::i8;
     std::size_t count = 0;
     for (std::size_t i = 0; i < search.ready; ++i) {
-      items[count] = search.waiting_items[i];
+      places[count] = search.waiting_places[i];
       margins[count] = integers ? search.waiting_margins[i] : 0.0f;
-      count += search.eligibility.test(search.waiting_items[i]);
+      count += search.eligibility.test(places[count].item);
     }
     const std::size_t left = search.waiting - search.ready;
     for (std::size_t i = 0; i < left; ++i) {
-      search.waiting_items[i] = search.waiting_items[search.ready + i];
+      search.waiting_positions[i] = search.waiting_positions[search.ready + i];
       search.waiting_margins[i] = search.waiting_margins[search.ready + i];
     }
     search.waiting = left;
     search.ready = 0;
     if (integers) {
-      // In 8 bits rows are raised by 128 for the product, in 4 by 8.
+      std::array<std::uint32_t, most_waiting> items;
       std::array<std::int32_t, most_waiting> dots;
+      for (std::size_t i = 0; i < count; ++i) items[i] = places[i].item;
+      // In 8 bits rows are raised by 128 for the product, in 4 by 8.
       table_->row_dots(vectors.i8().data(), vectors.columns(), search.quantised.data(),
                        16 * search.scan.offset, items.data(), count, dots.data());
       for (std::size_t i = 0; i < count; ++i)
-        scores[i] = static_cast<float>(dots[i]) * search.scan.scale * vectors.scales()[items[i]] +
-                    biases_by_item_[items[i]];
+        scores[i] =
+            static_cast<float>(dots[i]) * search.scan.scale * places[i].scale + places[i].bias;
     } else {
-      exact(search.query.data(), {items.data(), count}, scores.data());
+      for (std::size_t begin = 0; begin < count; begin += exact_together)
+        exact(search.query.data(), {places.data() + begin, std::min(exact_together, count - begin)},
+              scores.data() + begin);
     }
     for (std::size_t i = 0; i < count; ++i)
       if (scores[i] + margins[i] >= search.threshold)
-        search.add(items[i], scores[i] - margins[i], scores[i] + margins[i]);
-    search.settled = search.found;
+        search.add(places[i], scores[i] - margins[i], scores[i] + margins[i]);
   }
 
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
@@ -4862,25 +4881,25 @@ class Scorer {
       reach(table_->kth_largest(size, search.lower.data(), search.wanted,
                                 search.guessed ? lowest : search.threshold));
       std::size_t kept = 0;
-      const auto keep = [&](std::size_t begin, std::size_t end) {
+      const auto keep = [&](std::size_t begin, std::size_t end, auto& where) {
         for (std::size_t i = begin; i < end; ++i) {
           const float upper = search.upper[i];
           search.lower[kept] = search.lower[i];
           search.upper[kept] = upper;
-          search.items[kept] = search.items[i];
+          where[kept] = where[i];
           kept += upper >= search.threshold;
         }
         return kept;
       };
       const std::size_t settled = search.settled;
-      search.settled = keep(0, settled);
-      search.found = keep(settled, search.found);
+      search.settled = keep(0, settled, search.places);
+      search.found = keep(settled, search.found, search.positions);
     }
     if (search.found > search.k + search.growth()) {
       settle(search);
       resolve(search);
       for (std::size_t i = 0; i < search.best.size(); ++i) {
-        search.items[i] = item_of(search.best[i]);
+        search.places[i] = place_of(item_of(search.best[i]));
         search.lower[i] = search.upper[i] = score_of(search.best[i]);
       }
       search.found = search.settled = search.best.size();
@@ -4891,14 +4910,14 @@ class Scorer {
 
   // The keys of the k best candidates, best first.
   void resolve(Search& search) const {
-    std::array<float, 64> scores;
-    const std::span<const std::uint32_t> items(search.items.data(), search.found);
+    std::array<float, exact_together> scores;
+    const std::span<const Place> places(search.places.data(), search.found);
     search.best.clear();
-    for (std::size_t begin = 0; begin < items.size(); begin += scores.size()) {
-      const auto some = items.subspan(begin, std::min(scores.size(), items.size() - begin));
+    for (std::size_t begin = 0; begin < places.size(); begin += scores.size()) {
+      const auto some = places.subspan(begin, std::min(scores.size(), places.size() - begin));
       exact(search.query.data(), some, scores.data());
       for (std::size_t i = 0; i < some.size(); ++i)
-        if (std::isfinite(scores[i])) search.best.push_back(key_of(scores[i], some[i]));
+        if (std::isfinite(scores[i])) search.best.push_back(key_of(scores[i], some[i].item));
     }
     sort_best(search.best, search.k, search.sorted);
     search.best.swap(search.sorted);
@@ -4967,7 +4986,9 @@ class Scorer {
     const Matrix& vectors = *vectors_;
     const std::size_t items = vectors.rows(), d = vectors.columns();
     std::vector<float> row(d), norms(items), reach(items);
+    order_.reserve(kernels::padded(items));
     for (std::uint32_t i = 0; i < items; ++i) {
+      order_.push_back(place_of(i));
       vectors.row(i, row);
       double squares = 0;
       for (const float v : row) squares += static_cast<double>(v) * v;
@@ -4976,10 +4997,9 @@ class Scorer {
       if (std::isnan(reach[i])) reach[i] = -std::numeric_limits<float>::infinity();
       largest_bias_ = std::max(largest_bias_, std::abs(biases_by_item_[i]));
     }
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](const Place& a, const Place& b) { return reach[a.item] > reach[b.item]; });
     order_.resize(kernels::padded(items));
-    std::iota(order_.begin(), order_.end(), 0u);
-    std::stable_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(items),
-                     [&](std::uint32_t a, std::uint32_t b) { return reach[a] > reach[b]; });
     panels_ = make_panels(items * d <= largest_8bit ? 8 : 4, norms);
     from_ = panels_.chunks;
     for (std::size_t c = from_.size() - 1; c > 0; --c) from_[c - 1].add(from_[c]);
@@ -5004,7 +5024,7 @@ class Scorer {
     std::vector<float> row(d);
     std::vector<std::int8_t> values(d);
     for (std::size_t p = 0; p < items; ++p) {
-      const std::uint32_t item = order_[p];
+      const std::uint32_t item = order_[p].item;
       std::uint8_t* panel = panels.bytes.data() + p / kernels::panel_rows * panels.bytes_a_panel;
       const std::size_t lane = p % kernels::panel_rows;
       float residual = 0;
@@ -5062,7 +5082,7 @@ class Scorer {
   const Matrix* vectors_;
   std::span<const float> biases_by_item_;
   const kernels::Table* table_;
-  std::vector<std::uint32_t> order_;  // position in the panels to item, padded to whole panels
+  detail::LineVector<Place> order_;  // by position in the panels, padded to whole panels
   Panels panels_;
   std::vector<Bounds> from_;  // of each chunk and all later ones
   float length_ = 0;          // of a usual query
