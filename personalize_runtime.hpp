@@ -1521,15 +1521,15 @@ struct Kernels : Vectors<Tag> {
   // The scores of a group of queries with a strip of panels, and which of them reach the limits.
   template <std::size_t Queries>
   struct Strip {
-    static constexpr std::size_t places = Queries * strip;  // query-major
-    alignas(64) float scores[places * panel_rows];
-    alignas(64) std::uint16_t masks[places]{};
+    static constexpr std::size_t cells = Queries * strip;  // [query][panel]
+    alignas(64) float scores[cells * panel_rows];
+    alignas(64) std::uint16_t masks[cells]{};
     PanelQuery* const* queries = nullptr;
     std::size_t begin = 0;
 
-    std::uint64_t word(std::size_t place) const noexcept {
+    std::uint64_t word(std::size_t cell) const noexcept {
       std::uint64_t mask;
-      __builtin_memcpy(&mask, masks + place, sizeof mask);
+      __builtin_memcpy(&mask, masks + cell, sizeof mask);
       return mask;
     }
   };
@@ -1563,11 +1563,11 @@ struct Kernels : Vectors<Tag> {
           constexpr std::size_t panels = sizeof sums[0] / sizeof sums[0][0];
           unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
             unrolled<panels>([&](auto b) PERSONALIZE_INLINE {
-              const std::size_t row = (p + b) * panel_rows, place = q * strip + (p + b - begin);
+              const std::size_t row = (p + b) * panel_rows, cell = q * strip + (p + b - begin);
               const auto sixteen =
                   O::scores(sums[q][b], scale[q], rows.scales + row, rows.biases + row);
-              if constexpr (Bits == 8) O::store(sixteen, now.scores + place * panel_rows);
-              now.masks[place] = static_cast<std::uint16_t>(O::reaching(sixteen, limit[q]));
+              if constexpr (Bits == 8) O::store(sixteen, now.scores + cell * panel_rows);
+              now.masks[cell] = static_cast<std::uint16_t>(O::reaching(sixteen, limit[q]));
             });
           });
         };
@@ -1580,15 +1580,15 @@ struct Kernels : Vectors<Tag> {
 
   template <int Bits, std::size_t Queries>
   static void look_through(const Strip<Queries>& found) noexcept {
-    std::size_t places[Strip<Queries>::places / word_panels], count = 0;
-    for (std::size_t place = 0; place < Strip<Queries>::places; place += word_panels) {
-      places[count] = place;
-      count += found.word(place) != 0;
+    std::size_t hits[Strip<Queries>::cells / word_panels], count = 0;
+    for (std::size_t cell = 0; cell < Strip<Queries>::cells; cell += word_panels) {
+      hits[count] = cell;
+      count += found.word(cell) != 0;
     }
     for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t place = places[i];
-      collect<Bits>(*found.queries[place / strip], found.word(place),
-                    (found.begin + place % strip) * panel_rows, found.scores + place * panel_rows);
+      const std::size_t cell = hits[i];
+      collect<Bits>(*found.queries[cell / strip], found.word(cell),
+                    (found.begin + cell % strip) * panel_rows, found.scores + cell * panel_rows);
     }
   }
 
