@@ -1630,8 +1630,7 @@ struct Kernels : Vectors<Tag> {
   static void multiply_panels(const PanelRows<Real>& all, std::size_t p,
                               const PanelQuery* const* queries, const Finish& finish) noexcept {
     constexpr std::size_t columns_a_step = Bits == 8 ? 4 : 8;
-    const std::size_t count = (all.columns + columns_a_step - 1) / columns_a_step;
-    const std::size_t stride = count * step_bytes;
+    const std::size_t count = steps<Bits>(all.columns), stride = panel_bytes<Bits>(all.columns);
     const std::int8_t* values[Queries];
     typename O::Sums sums[Queries][Panels];
     unrolled<Queries>([&](auto q) PERSONALIZE_INLINE {
@@ -4420,7 +4419,7 @@ class Scorer {
     float norm = 0;      // largest |v|
     float residual = 0;  // largest |r|
     float least_residual = std::numeric_limits<float>::infinity();
-    float bias = -std::numeric_limits<float>::infinity();  // largest
+    float bias = lowest;  // largest
 
     void add(const Bounds& other) noexcept {
       norm = std::max(norm, other.norm);
@@ -4467,7 +4466,7 @@ class Scorer {
     Eligibility eligibility;
     std::vector<double> query;  // [padded(d)]
     std::vector<std::int8_t> quantised;
-    std::vector<std::uint64_t> best, sorted;  // keys, while candidates are resolved
+    std::vector<std::uint64_t> keys, best;  // of the candidates and of the k best, once resolved
     // Positions for a second look and how far off that can be; up to `ready` the places there.
     // [most_waiting] with panels of 4 bits.
     std::size_t waiting = 0, ready = 0;
@@ -4528,8 +4527,8 @@ class Scorer {
       search.upper.resize(capacity);
       search.positions.resize(capacity);
       search.places.resize(capacity);
+      search.keys.reserve(capacity);
       search.best.reserve(capacity);
-      search.sorted.reserve(capacity);
     }
     widen(query.query, search.query);
     const std::size_t d = vectors_->columns();
@@ -4586,18 +4585,21 @@ class Scorer {
     for (const std::uint64_t key : search.best) top.push_back({item_of(key), score_of(key)});
   }
 
-  // Of at most exact_together places.
   void exact(const double* query, std::span<const Place> places, float* scores) const noexcept {
     const Matrix& vectors = *vectors_;
     const std::size_t d = vectors.columns();
     std::array<std::uint32_t, exact_together> items;
     std::array<double, exact_together> dots;
-    for (std::size_t i = 0; i < places.size(); ++i) items[i] = places[i].item;
-    if (vectors.type() == ElementType::i8)
-      table_->dots_i8(vectors.i8().data(), d, query, items.data(), places.size(), dots.data());
-    else
-      table_->dots_f32(vectors.f32().data(), d, query, items.data(), places.size(), dots.data());
-    for (std::size_t i = 0; i < places.size(); ++i) scores[i] = score_of_dot(places[i], dots[i]);
+    for (std::size_t begin = 0; begin < places.size(); begin += items.size()) {
+      const auto some = places.subspan(begin, std::min(items.size(), places.size() - begin));
+      for (std::size_t i = 0; i < some.size(); ++i) items[i] = some[i].item;
+      if (vectors.type() == ElementType::i8)
+        table_->dots_i8(vectors.i8().data(), d, query, items.data(), some.size(), dots.data());
+      else
+        table_->dots_f32(vectors.f32().data(), d, query, items.data(), some.size(), dots.data());
+      for (std::size_t i = 0; i < some.size(); ++i)
+        scores[begin + i] = score_of_dot(some[i], dots[i]);
+    }
   }
 
   static float score_of_dot(const Place& place, double dot) noexcept {
@@ -4642,7 +4644,6 @@ class Scorer {
     const std::size_t items = vectors_->rows();
     std::array<Place, 64> some;
     std::array<float, 64> scores;
-    static_assert(some.size() <= exact_together);
     for (std::size_t begin = 0; begin < items; begin += 64) {
       const std::size_t left = std::min<std::size_t>(64, items - begin);
       std::uint64_t allowed = search.eligibility.word(begin / 64);
@@ -4714,7 +4715,7 @@ class Scorer {
 
   // What was found and put off.
   void catch_up(Search& search) const {
-    make_ready(search, search.waiting);
+    make_ready(search);
     second_looks(search);
     raise(search);
   }
@@ -4793,7 +4794,7 @@ class Scorer {
   // What the scan of a chunk found. What stands at a position is looked up later, many at a time:
   // one alone would wait for memory.
   void note_waiting(Search& search, float margin) const {
-    make_ready(search, search.waiting);
+    make_ready(search);
     for (; search.waiting < search.scan.found; ++search.waiting) {
       __builtin_prefetch(order_.data() + search.waiting_positions[search.waiting]);
       search.waiting_margins[search.waiting] = margin;
@@ -4814,9 +4815,9 @@ class Scorer {
     search.found = search.settled = kept;
   }
 
-  // The same for the first `count` of what waits; their rows are fetched.
-  void make_ready(Search& search, std::size_t count) const noexcept {
-    for (; search.ready < count; ++search.ready) {
+  // The same for what waits; the rows are fetched.
+  void make_ready(Search& search) const noexcept {
+    for (; search.ready < search.waiting; ++search.ready) {
       const Place& place = order_[search.waiting_positions[search.ready]];
       search.waiting_places[search.ready] = place;
       const auto row = stored_row(place.item);
@@ -4856,9 +4857,7 @@ class Scorer {
         scores[i] =
             static_cast<float>(dots[i]) * search.scan.scale * places[i].scale + places[i].bias;
     } else {
-      for (std::size_t begin = 0; begin < count; begin += exact_together)
-        exact(search.query.data(), {places.data() + begin, std::min(exact_together, count - begin)},
-              scores.data() + begin);
+      exact(search.query.data(), {places.data(), count}, scores.data());
     }
     for (std::size_t i = 0; i < count; ++i)
       if (scores[i] + margins[i] >= search.threshold)
@@ -4912,24 +4911,23 @@ class Scorer {
   void resolve(Search& search) const {
     std::array<float, exact_together> scores;
     const std::span<const Place> places(search.places.data(), search.found);
-    search.best.clear();
+    search.keys.clear();
     for (std::size_t begin = 0; begin < places.size(); begin += scores.size()) {
       const auto some = places.subspan(begin, std::min(scores.size(), places.size() - begin));
       exact(search.query.data(), some, scores.data());
       for (std::size_t i = 0; i < some.size(); ++i)
-        if (std::isfinite(scores[i])) search.best.push_back(key_of(scores[i], some[i].item));
+        if (std::isfinite(scores[i])) search.keys.push_back(key_of(scores[i], some[i].item));
     }
-    sort_best(search.best, search.k, search.sorted);
-    search.best.swap(search.sorted);
+    sort_best(search.keys, search.k, search.best);
   }
 
   // The k greatest keys, greatest first. A bucket a key or so, by leading bits of the distance from
   // the greatest, and each bucket sorted: random comparisons, half of them predicted wrongly, took
   // four times as long.
   static void sort_best(std::span<const std::uint64_t> keys, std::size_t k,
-                        std::vector<std::uint64_t>& sorted) {
+                        std::vector<std::uint64_t>& best) {
     constexpr int most_bits = 10;
-    sorted.resize(keys.size());
+    best.resize(keys.size());
     if (keys.empty()) return;
     const auto [least, most] = std::minmax_element(keys.begin(), keys.end());
     const std::uint64_t greatest = *most;
@@ -4941,12 +4939,12 @@ class Scorer {
     std::fill_n(ends.begin(), buckets + 1, 0u);
     for (const std::uint64_t key : keys) ++ends[bucket(key) + 1];
     for (std::size_t b = 1; b < buckets; ++b) ends[b] += ends[b - 1];
-    for (const std::uint64_t key : keys) sorted[ends[bucket(key)]++] = key;
+    for (const std::uint64_t key : keys) best[ends[bucket(key)]++] = key;
     const std::size_t count = std::min(k, keys.size());
-    const auto at = [&](std::size_t i) { return sorted.begin() + static_cast<std::ptrdiff_t>(i); };
+    const auto at = [&](std::size_t i) { return best.begin() + static_cast<std::ptrdiff_t>(i); };
     for (std::size_t b = 0, begin = 0; begin < count; begin = ends[b++])
       std::sort(at(begin), at(ends[b]), std::greater<>{});
-    sorted.resize(count);
+    best.resize(count);
   }
 
   static float nearest(float v, float most) noexcept {
@@ -4994,7 +4992,7 @@ class Scorer {
       for (const float v : row) squares += static_cast<double>(v) * v;
       norms[i] = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
       reach[i] = length * norms[i] + biases_by_item_[i];
-      if (std::isnan(reach[i])) reach[i] = -std::numeric_limits<float>::infinity();
+      if (std::isnan(reach[i])) reach[i] = lowest;
       largest_bias_ = std::max(largest_bias_, std::abs(biases_by_item_[i]));
     }
     std::stable_sort(order_.begin(), order_.end(),
