@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "small_model.hpp"
+#include "kernel_inputs.hpp"
 
 namespace pz = personalize;
 
@@ -26,101 +26,16 @@ std::vector<const pz::kernels::Table*> tables() {
 
 const pz::kernels::Table& reference() { return *tables().back(); }
 
-using small_model::Random;
-
-std::vector<float> values(Random& random, std::size_t n, float scale = 1.0f) {
-  std::vector<float> v(pz::kernels::padded(n) + pz::kernels::lanes);
-  for (std::size_t i = 0; i < n; ++i) v[i] = random.normal() * scale;
-  return v;
-}
-
-std::vector<std::int8_t> integers(Random& random, std::size_t n, int most) {
-  std::vector<std::int8_t> v(pz::kernels::padded(n) + pz::kernels::lanes);
-  for (std::size_t i = 0; i < n; ++i)
-    v[i] = static_cast<std::int8_t>(
-        static_cast<int>(random.below(static_cast<std::uint32_t>(2 * most + 1))) - most);
-  return v;
-}
-
-void close(std::span<const float> got, std::span<const float> want, std::size_t n, float bound) {
-  for (std::size_t i = 0; i < n; ++i) {
-    CAPTURE(i);
-    REQUIRE(std::abs(got[i] - want[i]) <= bound * std::max(1.0f, std::abs(want[i])));
-  }
-}
-
-struct Query {
-  Query(Random& random, std::size_t d, int most) : values(integers(random, d, most)) {
-    for (const std::int8_t v : values) sum += v;
-  }
-  std::vector<std::int8_t> values;
-  std::int32_t sum = 0;
-};
+using kernel_inputs::close;
+using kernel_inputs::Found;
+using kernel_inputs::integers;
+using kernel_inputs::Panels;
+using kernel_inputs::Query;
+using kernel_inputs::Random;
+using kernel_inputs::values;
 
 // Two groups of four queries, one of two and one alone.
 constexpr std::size_t most = 11;
-
-// Rows of 8 bits with their scales and biases as floats, or of 4 bits with bfloat16.
-template <int Bits>
-struct Panels {
-  using Real = std::conditional_t<Bits == 8, float, std::uint16_t>;
-
-  Panels(Random& random, std::size_t d, std::size_t n)
-      : columns(d), count(n), bytes(n * pz::kernels::panel_bytes<Bits>(d)) {
-    const std::size_t all = n * pz::kernels::panel_rows;
-    for (std::size_t r = 0; r < all; ++r) {
-      const auto row = integers(random, d, Bits == 8 ? 127 : 7);
-      pz::kernels::put_in_panel<Bits>(
-          bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
-          r % pz::kernels::panel_rows, row.data(), d);
-    }
-    for (const float v : values(random, all, 0.01f)) scales.push_back(real(v));
-    for (const float v : values(random, all)) biases.push_back(real(v));
-  }
-  static Real real(float v) {
-    if constexpr (Bits == 8)
-      return v;
-    else
-      return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
-  }
-  pz::kernels::PanelRows<Real> rows() const {
-    return {bytes.data(), scales.data(), biases.data(), columns};
-  }
-
-  struct Found {
-    std::vector<std::uint32_t> rows;
-    std::vector<float> scores;
-    bool operator==(const Found&) const = default;
-  };
-  // What each query finds, all in one scan.
-  std::vector<Found> scan(const pz::kernels::Table& table, std::span<const Query> queries,
-                          float limit) const {
-    const std::size_t all = count * pz::kernels::panel_rows;
-    std::vector<Found> found(queries.size(),
-                             {std::vector<std::uint32_t>(all), std::vector<float>(all)});
-    pz::kernels::PanelQuery scans[most], *pointers[most];
-    for (std::size_t q = 0; q < queries.size(); ++q) {
-      scans[q] = {queries[q].values.data(), (Bits == 8 ? -128 : -8) * queries[q].sum, 0.02f};
-      scans[q].limit = limit;
-      scans[q].rows = found[q].rows.data();
-      scans[q].lower = scans[q].upper = found[q].scores.data();
-      pointers[q] = &scans[q];
-    }
-    if constexpr (Bits == 8)
-      table.scan_8bit(rows(), 0, count, 0, pointers, queries.size());
-    else
-      table.scan_4bit(rows(), 0, count, 0, pointers, queries.size());
-    for (std::size_t q = 0; q < queries.size(); ++q) {
-      found[q].rows.resize(scans[q].found);
-      found[q].scores.resize(Bits == 8 ? scans[q].found : 0);
-    }
-    return found;
-  }
-
-  std::size_t columns, count;
-  std::vector<std::uint8_t> bytes;
-  std::vector<Real> scales, biases;
-};
 
 // Rounding may decide about a score that lies on the limit, about no other.
 template <int Bits>
@@ -137,7 +52,7 @@ void scans_find_the_same() {
         for (std::size_t q = 0; q < most; ++q)
           queries.emplace_back(random, d, Bits == 8 ? table->query_limit : 127);
         const float limit = 0.3f;
-        std::vector<typename Panels<Bits>::Found> alone;
+        std::vector<Found> alone;
         for (const Query& query : queries) {
           alone.push_back(panels.scan(*table, {&query, 1}, limit)[0]);
           const auto more = panels.scan(reference(), {&query, 1}, limit - 1e-4f)[0];
@@ -147,27 +62,27 @@ void scans_find_the_same() {
               std::includes(more.rows.begin(), more.rows.end(), got.rows.begin(), got.rows.end()));
           REQUIRE(std::includes(got.rows.begin(), got.rows.end(), fewer.rows.begin(),
                                 fewer.rows.end()));
-          for (std::size_t i = 0; i < got.scores.size(); ++i) {
+          for (std::size_t i = 0; i < got.lower.size(); ++i) {
             const auto at = std::find(more.rows.begin(), more.rows.end(), got.rows[i]);
-            const float want = more.scores[static_cast<std::size_t>(at - more.rows.begin())];
-            REQUIRE(std::abs(got.scores[i] - want) <= 2e-6f * std::max(1.0f, std::abs(want)));
+            const float want = more.lower[static_cast<std::size_t>(at - more.rows.begin())];
+            REQUIRE(std::abs(got.lower[i] - want) <= 2e-6f * std::max(1.0f, std::abs(want)));
           }
         }
         for (std::size_t together = 2; together <= most; ++together) {
-          const auto found = panels.scan(*table, std::span(queries).first(together), limit);
+          // What follows comes from memory meanwhile; here it is the same again.
+          const auto found =
+              panels.scan(*table, std::span(queries).first(together), limit, 0, 0, 0);
           for (std::size_t q = 0; q < together; ++q) REQUIRE(found[q] == alone[q]);
         }
         if constexpr (Bits == 8) {
-          const std::size_t all = count * pz::kernels::panel_rows;
-          std::vector<float> got(all), want(all);
+          std::vector<float> got(panels.all()), want(panels.all());
           for (std::size_t q = 0; q < most; ++q) {
-            const pz::kernels::PanelQuery query{queries[q].values.data(), -128 * queries[q].sum,
-                                                0.02f};
-            table->matrix_vector_i8(panels.rows(), count, query, got.data());
-            reference().matrix_vector_i8(panels.rows(), count, query, want.data());
-            close(got, want, all, 2e-6f);
+            const auto query = panels.scanned(queries[q]);
+            table->matrix_vector_i8(panels.view(), count, query, got.data());
+            reference().matrix_vector_i8(panels.view(), count, query, want.data());
+            close(got, want, panels.all(), 2e-6f);
             for (std::size_t i = 0; i < alone[q].rows.size(); ++i)
-              REQUIRE(alone[q].scores[i] == got[alone[q].rows[i]]);
+              REQUIRE(alone[q].lower[i] == got[alone[q].rows[i]]);
           }
         }
       }

@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "small_model.hpp"
+#include "kernel_inputs.hpp"
 
 namespace pz = personalize;
 
@@ -18,139 +18,49 @@ namespace {
 
 using Fast = pz::kernels::Kernels<pz::kernels::Default>;
 using Reference = pz::kernels::Kernels<pz::kernels::Scalar>;
-using small_model::Random;
-
-std::vector<float> values(Random& random, std::size_t n, float scale = 1.0f) {
-  std::vector<float> v(n + pz::kernels::lanes);
-  for (std::size_t i = 0; i < n; ++i) v[i] = random.normal() * scale;
-  return v;
-}
-
-void close(const std::vector<float>& a, const std::vector<float>& b, std::size_t n, float bound) {
-  for (std::size_t i = 0; i < n; ++i) {
-    CAPTURE(i);
-    REQUIRE(std::abs(a[i] - b[i]) <= bound * std::max(1.0f, std::abs(b[i])));
-  }
-}
+using kernel_inputs::close;
+using kernel_inputs::Panels;
+using kernel_inputs::Query;
+using kernel_inputs::Random;
+using kernel_inputs::values;
 
 }  // namespace
 
 template <int Bits>
-struct Panels {
-  static constexpr int most = Bits == 8 ? 127 : 7;
-  std::vector<std::uint8_t> bytes;
-  std::vector<std::int8_t> rows;
-  std::vector<float> scales, biases;
-  std::size_t columns, count;
-
-  Panels(Random& random, std::size_t d, std::size_t n) : columns(d), count(n) {
-    const std::size_t all = n * pz::kernels::panel_rows;
-    bytes.assign(n * pz::kernels::panel_bytes<Bits>(d), 0);
-    rows.resize(all * d + pz::kernels::lanes);
-    for (std::size_t r = 0; r < all; ++r) {
-      for (std::size_t c = 0; c < d; ++c)
-        rows[r * d + c] =
-            static_cast<std::int8_t>(static_cast<int>(random.below(2 * most + 1)) - most);
-      pz::kernels::put_in_panel<Bits>(
-          bytes.data() + r / pz::kernels::panel_rows * pz::kernels::panel_bytes<Bits>(d),
-          r % pz::kernels::panel_rows, rows.data() + r * d, d);
-    }
-    scales = values(random, all, 0.01f);
-    biases = values(random, all);
-    // What bfloat16 can hold.
-    for (auto* some : {&scales, &biases})
-      for (float& v : *some) v = std::bit_cast<float>(std::uint32_t{upper_half(v)} << 16);
-  }
-  static pz::kernels::PanelQuery query_of(const std::vector<std::int8_t>& query, std::int32_t sum) {
-    return {query.data(), (Bits == 8 ? -128 : -8) * sum, 0.02f};
-  }
-  pz::kernels::PanelRows<float> as_bytes() const {
-    return {bytes.data(), scales.data(), biases.data(), columns};
-  }
-  static constexpr float margin = 0.25f;
-  // The rows from panel `first` on that reach `limit`, and their scores less and plus a margin,
-  // alone and as the second of two queries.
-  struct Found {
-    std::vector<std::uint32_t> rows;
-    std::vector<float> lower, upper;
-    bool operator==(const Found&) const = default;
-  };
-  Found scan(const std::vector<std::int8_t>& query, std::int32_t sum, float limit,
-             std::size_t first = 0) const {
-    const std::vector<std::int8_t> zero(query.size());
-    const std::size_t all = count * pz::kernels::panel_rows;
-    const auto scan = [&](std::vector<pz::kernels::PanelQuery> queries) {
-      std::vector<Found> found(queries.size());
-      std::vector<pz::kernels::PanelQuery*> pointers;
-      for (std::size_t q = 0; q < queries.size(); ++q) {
-        found[q] = {std::vector<std::uint32_t>(all), std::vector<float>(all),
-                    std::vector<float>(all)};
-        queries[q].limit = limit;
-        queries[q].rows = found[q].rows.data();
-        queries[q].margin = margin;
-        queries[q].lower = found[q].lower.data();
-        queries[q].upper = found[q].upper.data();
-        pointers.push_back(&queries[q]);
-      }
-      if constexpr (Bits == 8) {
-        Fast::scan_8bit(as_bytes(), first, count, pz::kernels::nowhere, pointers.data(),
-                        pointers.size());
-      } else {
-        std::vector<std::uint16_t> short_scales, short_biases;
-        for (const float v : scales) short_scales.push_back(upper_half(v));
-        for (const float v : biases) short_biases.push_back(upper_half(v));
-        Fast::scan_4bit({bytes.data(), short_scales.data(), short_biases.data(), columns}, first,
-                        count, pz::kernels::nowhere, pointers.data(), pointers.size());
-      }
-      for (std::size_t q = 0; q < queries.size(); ++q) {
-        found[q].rows.resize(queries[q].found);
-        found[q].lower.resize(Bits == 8 ? queries[q].found : 0);
-        found[q].upper.resize(found[q].lower.size());
-      }
-      return found.back();
-    };
-    const Found alone = scan({query_of(query, sum)});
-    REQUIRE(alone == scan({query_of(zero, 0), query_of(query, sum)}));
-    return alone;
-  }
-  static std::uint16_t upper_half(float v) {
-    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
-  }
-};
-
-template <int Bits>
 void scan_is_exact() {
-  const int limit = Bits == 8 ? Fast::query_limit : 127;
+  const pz::kernels::Table& table = pz::kernels::table_of<pz::kernels::Default>;
+  const int limit = Bits == 8 ? table.query_limit : 127;
   Random random{1};
   for (const std::size_t d : {1u, 3u, 4u, 5u, 15u, 16u, 17u, 64u, 100u, 149u, 1024u}) {
     for (const std::size_t count : {1u, 3u, 4u, 9u, 37u}) {
       CAPTURE(d);
       CAPTURE(count);
       const Panels<Bits> panels{random, d, count};
-      std::vector<std::int8_t> query(pz::kernels::padded(d));
-      std::int32_t sum = 0;
-      for (std::size_t c = 0; c < d; ++c) {
-        const int any =
-            static_cast<int>(random.below(static_cast<std::uint32_t>(2 * limit + 1))) - limit;
-        // The extremes of every product, for one of the widths.
-        query[c] = static_cast<std::int8_t>(d != 64 ? any : c % 3 == 0 ? -limit : limit);
-        sum += query[c];
-      }
-      const std::size_t all = count * pz::kernels::panel_rows;
+      std::vector<std::int8_t> integers = kernel_inputs::integers(random, d, limit);
+      // The extremes of every product, for one of the widths.
+      if (d == 64)
+        for (std::size_t c = 0; c < d; ++c)
+          integers[c] = static_cast<std::int8_t>(c % 3 == 0 ? -limit : limit);
+      const Query query{integers}, zero{std::vector<std::int8_t>(integers.size())};
+      const std::size_t all = panels.all();
       std::vector<float> fast(all), want(all);
       for (std::size_t r = 0; r < all; ++r) {
         std::int64_t dot = 0;
-        for (std::size_t c = 0; c < d; ++c) dot += panels.rows[r * d + c] * query[c];
-        want[r] = static_cast<float>(static_cast<double>(dot) * 0.02f * panels.scales[r] +
-                                     panels.biases[r]);
+        for (std::size_t c = 0; c < d; ++c) dot += panels.rows[r][c] * query.values[c];
+        want[r] =
+            static_cast<float>(static_cast<double>(dot) * 0.02f * panels.wide(panels.scales[r]) +
+                               panels.wide(panels.biases[r]));
       }
-      if (Bits == 8) {
-        Fast::matrix_vector_i8(panels.as_bytes(), count, panels.query_of(query, sum), fast.data());
+      if constexpr (Bits == 8) {
+        Fast::matrix_vector_i8(panels.view(), count, panels.scanned(query), fast.data());
         close(fast, want, all, 2e-6f);
       }
+      const float margin = 0.25f;
       for (const float at : {-1e30f, -0.5f, 0.0f, 0.7f, 1e30f})
         for (const std::size_t first : {std::size_t{0}, count / 2}) {
-          const auto found = panels.scan(query, sum, at, first);
+          const auto found = panels.scan(table, {&query, 1}, at, margin, first)[0];
+          // As the second of two queries.
+          REQUIRE(panels.scan(table, std::vector{zero, query}, at, margin, first)[1] == found);
           std::size_t next = 0;
           for (std::size_t r = first * pz::kernels::panel_rows; r < all; ++r) {
             const bool reached = next < found.rows.size() && found.rows[next] == r;
@@ -158,16 +68,17 @@ void scan_is_exact() {
             if (std::abs(want[r] - at) > 1e-5f * std::max(1.0f, std::abs(want[r])))
               REQUIRE(reached == (want[r] >= at));
             if (Bits == 8 && reached) {
-              REQUIRE(found.lower[next] == fast[r] - panels.margin);
-              REQUIRE(found.upper[next] == fast[r] + panels.margin);
+              REQUIRE(found.lower[next] == fast[r] - margin);
+              REQUIRE(found.upper[next] == fast[r] + margin);
             }
             next += reached;
           }
           REQUIRE(next == found.rows.size());
         }
       auto nothing = panels;
-      for (float& b : nothing.biases) b = std::numeric_limits<float>::quiet_NaN();
-      REQUIRE(nothing.scan(query, sum, -std::numeric_limits<float>::infinity()).rows.empty());
+      for (auto& b : nothing.biases) b = panels.real(std::numeric_limits<float>::quiet_NaN());
+      constexpr float any = -std::numeric_limits<float>::infinity();
+      REQUIRE(nothing.scan(table, {&query, 1}, any)[0].rows.empty());
     }
   }
 }
