@@ -4266,6 +4266,10 @@ inline bool ranks_before(const ScoredItem& a, const ScoredItem& b) noexcept {
 struct Eligibility {
   const ItemMask* eligible = nullptr;
   const ItemMask* excluded = nullptr;
+  // How many are in `excluded` at most, where that is known. With a few a scan asks only of what is
+  // left at its end whether they are among it.
+  std::size_t excluded_count = unknown;
+  static constexpr std::size_t unknown = ~std::size_t{0};
 
   std::uint64_t word(std::size_t w) const noexcept {
     return (eligible ? eligible->word(w) : ~std::uint64_t{0}) & ~(excluded ? excluded->word(w) : 0);
@@ -4284,7 +4288,8 @@ struct Eligibility {
 // v = t v^ + r (v^ of 8 or 4 bits), Cauchy and Schwarz bound what that leaves out:
 //   | q . v - s t q^ . v^ | = | e . t v^ + q . r | <= |e| (|v| + |r|) + |q| |r|.
 // The k-th largest lower bound of those seen so far is a lower bound of the k-th best score: an
-// item whose upper bound stays below it is out. What passes in 4 bits is looked at in 8, and what
+// item whose upper bound stays below it is out. (Where m items are excluded, few, the k + m-th: so
+// nobody needs to know which before the end.) What passes in 4 bits is looked at in 8, and what
 // is left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later
 // rows stays below. A sample of the rows, seen first, tells where the k-th best score will lie; if
 // in the end fewer than k lower bounds reach that, the scan is done again without.
@@ -4344,7 +4349,7 @@ class Scorer {
 
   // Replaces `top` by the k best eligible items, best first. query: [padded(d)], zero beyond d. An
   // item whose score is not finite is left out. At most one pass over the panels; allocates only
-  // while top and workspace grow to k and some 3 k + 600.
+  // while top and workspace grow to k and some 6 k + 700.
   void top_k(std::span<const float> query, std::size_t k, const Eligibility& eligibility,
              Workspace& workspace, std::vector<ScoredItem>& top) const {
     const Query one{query, k, eligibility, &top};
@@ -4455,7 +4460,11 @@ class Scorer {
     float threshold = 0;         // no higher than the k-th best score, unless guessed
     bool guessed = false;
     std::size_t k = 0;
-    std::size_t wanted = 0;      // k, or how many of the k best a sample holds at most
+    // So many lower bounds make sure of k items that may be ranked: k, and as many as may turn out
+    // to be excluded.
+    std::size_t enough = 0;
+    bool filtered = false;       // nothing excluded is among the candidates when they are counted
+    std::size_t wanted = 0;      // enough, or how many of the best so many a sample holds at most
     std::size_t next_raise = 0;  // found, when the threshold is raised again
     // Candidates: bounds of their scores, positions; up to settled the places there, all of which
     // may be ranked. lower is -inf from found to the next multiple of kernels::lanes.
@@ -4518,10 +4527,19 @@ class Scorer {
   }
 
   void begin(const Query& query, Search& search) const {
-    search.k = query.k;
+    search.k = search.enough = query.k;
     search.eligibility = query.eligibility;
+    search.filtered = !query.eligibility.all();
+    // A second look at rows of 4 bits filters them without further cost.
+    if (search.filtered && !query.eligibility.eligible && panels_.bits == 8 &&
+        query.eligibility.excluded_count <= search.k) {
+      search.enough += query.eligibility.excluded_count;
+      search.filtered = false;
+    }
     start(search);
-    const std::size_t capacity = kernels::padded(search.k + 2 * search.growth() + 2 * chunk_rows);
+    // Of the most that `enough` may be, so that it does not grow with a user's history.
+    const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
+    const std::size_t capacity = kernels::padded(3 * most + 2 * chunk_rows);
     if (search.places.size() < capacity) {
       search.lower.resize(capacity);
       search.upper.resize(capacity);
@@ -4560,7 +4578,7 @@ class Scorer {
     search.found = search.settled = search.waiting = search.ready = 0;
     search.threshold = lowest;
     search.guessed = false;
-    search.wanted = search.next_raise = search.k;
+    search.wanted = search.next_raise = search.enough;
   }
 
   // To what needs an exact score, which is fetched.
@@ -4574,6 +4592,10 @@ class Scorer {
       catch_up(search);
     }
     settle(search);
+    if (search.enough > search.k) {
+      search.wanted = search.k;
+      raise(search);
+    }
     read_ahead(search);
   }
 
@@ -4665,7 +4687,7 @@ class Scorer {
   // finds out whether the guess was too high.
   void scan(std::span<Search*> active) const {
     if (active.empty()) return;
-    const std::size_t stride = sample_stride(active.front()->k);
+    const std::size_t stride = sample_stride(active.front()->enough);
     if (stride != 0) scan_sample(active, stride);
     scan_chunks(active, stride);
   }
@@ -4674,17 +4696,17 @@ class Scorer {
     const std::size_t chunks = panels_.chunks.size();
     const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
     for (Search* search : searches) {
-      // Of the k best so many are in the sample, and three standard deviations.
-      const double mean = static_cast<double>(search->k * count) / static_cast<double>(chunks);
+      // Of the best so many are in the sample, and three standard deviations.
+      const double mean = static_cast<double>(search->enough * count) / static_cast<double>(chunks);
       const auto most = static_cast<std::size_t>(mean + 3 * std::sqrt(mean) + 3);
-      search->wanted = search->next_raise = std::min(search->k, most);
+      search->wanted = search->next_raise = std::min(search->enough, most);
     }
     for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
       visit(chunk, chunk + stride, searches);
     for (Search* search : searches) {
       catch_up(*search);
-      search->guessed = search->wanted < search->k && search->threshold > lowest;
-      search->wanted = search->k;
+      search->guessed = search->wanted < search->enough && search->threshold > lowest;
+      search->wanted = search->enough;
       search->put_off_raise();
     }
   }
@@ -4867,7 +4889,7 @@ class Scorer {
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
   // drops little (ties), exact scores do.
   void raise(Search& search) const {
-    if (!search.eligibility.all()) settle(search);
+    if (search.filtered) settle(search);
     const auto reach = [&](float threshold) {
       if (threshold < search.threshold) return;
       search.threshold = threshold;
@@ -4894,7 +4916,7 @@ class Scorer {
       search.settled = keep(0, settled, search.places);
       search.found = keep(settled, search.found, search.positions);
     }
-    if (search.found > search.k + search.growth()) {
+    if (search.found > search.enough + search.growth()) {
       settle(search);
       resolve(search);
       for (std::size_t i = 0; i < search.best.size(); ++i) {
@@ -6267,7 +6289,7 @@ class Recommender {
       const ItemFeedback counted = feedback_of(*catalogue, *item, timestamp);
       Explanation parts{};
       parts.score = score(*catalogue, known, *item, *scratch);
-      parts.discount = scratch->discount[*item];
+      parts.discount = scratch->discount(*item);
       parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
       parts.taste =
           known ? taste(*catalogue, *item, scratch->query) + leaning_of(*catalogue, *item, *scratch)
@@ -6514,7 +6536,7 @@ class Recommender {
     ItemMask eligible{0};
     // All zero between requests: items of the user's history, items placed, discounts.
     ItemMask excluded{0}, taken{0};
-    std::vector<float> discount;
+    std::vector<float> discounts;
     std::vector<ScoredItem> top, pool;
     std::vector<float> pool_scores, pool_expected;
     float normaliser = 0;
@@ -6522,6 +6544,10 @@ class Recommender {
     std::vector<SlotChoice> choices;
     std::vector<LoggedPick> seen;
     LoggedSlate logged;
+
+    float discount(std::uint32_t item) const noexcept {
+      return ignored.empty() ? 0.0f : discounts[item];  // the array seldom is in a cache
+    }
   };
 
   struct State {
@@ -6589,15 +6615,15 @@ class Recommender {
       for (std::vector<float>* each : {&scratch_->leaning, &scratch_->pull, &scratch_->vector})
         each->resize(catalogue.model->dimension());
       if (scratch_->scoring.query.empty()) scratch_->scoring = catalogue.scorer->make_workspace();
-      if (scratch_->discount.size() >= items) return;
+      if (scratch_->discounts.size() >= items) return;
       scratch_->excluded = scratch_->taken = ItemMask(items);
-      scratch_->discount.assign(items, 0.0f);
+      scratch_->discounts.assign(items, 0.0f);
     }
     ScratchLease(const ScratchLease&) = delete;
     ScratchLease& operator=(const ScratchLease&) = delete;
     ~ScratchLease() {
       for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
-      for (const ScoredItem& ignored : scratch_->ignored) scratch_->discount[ignored.item] = 0;
+      for (const ScoredItem& ignored : scratch_->ignored) scratch_->discounts[ignored.item] = 0;
       for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
       scratch_->choices.clear();
       scratch_->interacted.clear();
@@ -6887,7 +6913,7 @@ class Recommender {
 
   static float score(const Catalogue& catalogue, bool known, std::uint32_t item,
                      const Scratch& scratch) noexcept {
-    return undiscounted(catalogue, known, item, scratch) - scratch.discount[item];
+    return undiscounted(catalogue, known, item, scratch) - scratch.discount(item);
   }
 
   // A pick's u. In the pool, its score has the bonus as well.
@@ -7036,7 +7062,7 @@ class Recommender {
     for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance(scratch.top[i]) - largest);
     scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
     if (scratch.ignored.empty()) return;
-    for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount[scored.item];
+    for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
     std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
   }
 
@@ -7068,7 +7094,7 @@ class Recommender {
     for (std::size_t j = 0; j < items; ++j) {
       const PoolItem& candidate = catalogue.pool[j];
       if (!eligibility.test(candidate.item) || !young(candidate.created, latest)) continue;
-      const float u = scratch.pool_scores[j] - scratch.discount[candidate.item];
+      const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
       scratch.pool_scores[scratch.pool.size()] = u;
       scratch.pool.push_back({candidate.item, u + candidate.bonus});
     }
@@ -7081,7 +7107,7 @@ class Recommender {
   LoggedPick assess(const Catalogue& catalogue, bool known, std::size_t place,
                     const SlotChoice& choice, const Scratch& scratch) const noexcept {
     const std::uint32_t item = choice.pick.item;
-    const float slope = catalogue.calibration.slope, discount = scratch.discount[item];
+    const float slope = catalogue.calibration.slope, discount = scratch.discount(item);
     const float u = exploitation_score(scratch, choice);
     const float relevance = u + discount - learned(catalogue, known, item, scratch);
     LoggedPick pick;
@@ -7626,7 +7652,7 @@ class Recommender {
         known.impressions.for_each(timestamp, [&](std::uint32_t item, float count) {
           if (item >= items) return;  // of an update that came after this request's catalogue
           scratch.ignored.push_back({item, ignored_discount * count / catalogue.calibration.slope});
-          scratch.discount[item] = scratch.ignored.back().score;
+          scratch.discounts[item] = scratch.ignored.back().score;
         });
       if (known.last_timestamp != no_timestamp) {
         const auto query = catalogue.encoder->query(known.state);
@@ -7662,13 +7688,14 @@ class Recommender {
   static Eligibility restrict_to(const Catalogue& catalogue, const Request& request,
                                  Scratch& scratch) {
     for (const std::uint32_t item : scratch.interacted) scratch.excluded.set(item);
+    const ItemMask* excluded = scratch.interacted.empty() ? nullptr : &scratch.excluded;
     const ItemMask* eligible = request.eligible;
     if (eligible && eligible->size() < catalogue.model->item_count()) {
       scratch.eligible = *eligible;
       scratch.eligible.resize(catalogue.model->item_count());
       eligible = &scratch.eligible;
     }
-    return {eligible, &scratch.excluded};
+    return {eligible, excluded, scratch.interacted.size()};
   }
 
   std::unique_ptr<State> state_;

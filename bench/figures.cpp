@@ -345,6 +345,43 @@ void event_and_slate() {
   }
 }
 
+// 64 users together against one by one, a user.
+void recommend_64() {
+  const auto model = model_of(100'000, 64, pz::ElementType::i8);
+  auto shop = pz::Recommender::create(model);
+  if (!shop) std::abort();
+  const std::int64_t now = 1'700'000'000;
+  std::vector<std::string> users;
+  for (int u = 0; u < 64; ++u) users.push_back("user " + std::to_string(u));
+  std::vector<pz::Request> requests;
+  std::uint32_t item = 0;
+  for (const std::string& user : users) {
+    for (int event = 0; event < 20; ++event) {
+      item = (item + 7919) % 100'000;
+      if (!shop->record({.user = user, .item = model->item_id(item), .timestamp = now + event}))
+        std::abort();
+    }
+    requests.push_back(
+        {.user = user, .count = 25, .exclude_interacted = true, .timestamp = now + 60});
+  }
+  std::vector<pz::Slate> slates(requests.size());
+  measure(
+      {.name = "recommend_batch",
+       .data =
+           "slates of 25 for 64 users together, N=100000 d=64 int8, seen items excluded, time a "
+           "user",
+       .peer = "64 single requests",
+       .calls = 5,
+       .per_call = 64},
+      [&] {
+        if (!shop->recommend(requests, slates)) std::abort();
+      },
+      [&] {
+        for (std::size_t i = 0; i < slates.size(); ++i)
+          if (!shop->recommend(requests[i], slates[i])) std::abort();
+      });
+}
+
 void load() {
   const auto file =
       pz::write_model(parts_of(1'000'000, 64, pz::ElementType::i8), {.zstd_level = 3});
@@ -535,6 +572,7 @@ int main(int count, char** arguments) {
       {"gru_step", step_128},
       {"gru_step_lookup", step_128_lookup},
       {"event_and_slate", event_and_slate},
+      {"recommend_batch", recommend_64},
       {"load", load},
       {"load_memory", load_memory},
       {"exploration_added", exploration_added},

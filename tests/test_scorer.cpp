@@ -104,6 +104,45 @@ TEST_CASE("top k is the head of a full sort") {
   }
 }
 
+TEST_CASE("a few excluded items, the best or any, known how many or not, are exact as well") {
+  small_model::Random random{29};
+  for (const std::size_t items : {40u, 1000u, 20'000u}) {
+    for (const bool int8 : {false, true}) {
+      const auto model = small_model::model({.items = items, .dimension = 20}, int8);
+      const pz::Scorer scorer{*model};
+      auto workspace = scorer.make_workspace();
+      for (const std::size_t k : {1u, 25u, 100u})
+        for (const std::size_t count : {std::size_t{1}, k / 2, k, 2 * k}) {
+          CAPTURE(items);
+          CAPTURE(k);
+          CAPTURE(count);
+          const auto query = random_query(random, 20);
+          const auto best = full_sort(scorer, items, query, count, {});
+          pz::ItemMask first(items), any(items);
+          for (const pz::ScoredItem& one : best) {
+            first.set(one.item);
+            any.set(random.below(static_cast<std::uint32_t>(items)));
+          }
+          std::vector<pz::Eligibility> filters{{}};
+          for (const pz::ItemMask* excluded : {&first, &any})
+            for (const std::size_t known : {count, count + 3, pz::Eligibility::unknown})
+              filters.push_back({nullptr, excluded, known});
+          std::vector<std::vector<pz::ScoredItem>> tops(filters.size());
+          std::vector<pz::Scorer::Query> batch;
+          for (std::size_t f = 0; f < filters.size(); ++f) {
+            CAPTURE(f);
+            same(top_k(scorer, query, k, filters[f]),
+                 full_sort(scorer, items, query, k, filters[f]));
+            batch.push_back({query, k, filters[f], &tops[f]});
+          }
+          scorer.top_k(batch, workspace);
+          for (std::size_t f = 0; f < filters.size(); ++f)
+            same(tops[f], full_sort(scorer, items, query, k, filters[f]));
+        }
+    }
+  }
+}
+
 TEST_CASE("equal scores are ordered by item index") {
   pz::ModelParts parts = small_model::parts({.items = 700});
   std::fill(parts.biases.begin(), parts.biases.end(), 1.0f);
@@ -116,6 +155,11 @@ TEST_CASE("equal scores are ordered by item index") {
   top = top_k(scorer, random_query(random, 20), 300, {});
   REQUIRE(top.size() == 300);
   for (std::uint32_t r = 0; r < 300; ++r) CHECK(top[r].item == r);
+  pz::ItemMask first(700);
+  for (std::uint32_t i = 0; i < 50; ++i) first.set(i);
+  top = top_k(scorer, random_query(random, 20), 60, {nullptr, &first, 50});
+  REQUIRE(top.size() == 60);
+  for (std::uint32_t r = 0; r < 60; ++r) CHECK(top[r].item == 50 + r);
 }
 
 TEST_CASE("rising scores, the worst case of a threshold, are exact as well") {
