@@ -2242,14 +2242,13 @@ class SectionDecoder {
   Result<std::optional<Chunk>> next(std::vector<std::byte>& buffer, std::uint64_t& ordinal) {
     const std::lock_guard lock{mutex_};
     ordinal = ordinal_;
-    while (!stopped_ && chunk_ == chunks_) {
-      if (section_ + 1 == sections_.size() + 1) return std::optional<Chunk>{};
-      if (auto opened = open_section(buffer); !opened) {
-        stopped_ = true;
-        return opened.error();
-      }
-    }
     if (stopped_) return std::optional<Chunk>{};
+    // Until this is done: what an error or a lack of memory leaves half done is not for others.
+    stopped_ = true;
+    while (chunk_ == chunks_) {
+      if (section_ == sections_.size()) return std::optional<Chunk>{};
+      if (auto opened = open_section(buffer); !opened) return opened.error();
+    }
     const std::size_t s = section_ - 1;
     const SectionInfo& section = sections_[s];
     Chunk chunk{s, chunk_, ordinal_++, {}, 0, section.checksum};
@@ -2265,11 +2264,9 @@ class SectionDecoder {
     chunk.raw_size = static_cast<std::size_t>(raw);
     const auto taken = source_.take(static_cast<std::size_t>(stored), buffer,
                                     std::max(chunk.raw_size, static_cast<std::size_t>(stored)));
-    if (!taken) {
-      stopped_ = true;
-      return taken.error();
-    }
+    if (!taken) return taken.error();
     chunk.stored = *taken;
+    stopped_ = false;
     return std::optional(chunk);
   }
 

@@ -31,7 +31,10 @@ Allocations allocations;
 // The size stands in front, in as many bytes as the alignment is.
 void* allocate(std::size_t size, std::size_t alignment) {
   ++allocations.count;
-  if (allocations.fail_at > 0 && --allocations.fail_at == 0) throw std::bad_alloc();
+  std::int64_t left = allocations.fail_at;
+  while (left > 0 && !allocations.fail_at.compare_exchange_weak(left, left - 1)) {
+  }
+  if (left == 1) throw std::bad_alloc();
   const std::size_t whole = (size + 2 * alignment - 1) / alignment * alignment;
   auto* p = static_cast<char*>(std::aligned_alloc(alignment, whole));
   if (!p) throw std::bad_alloc();
