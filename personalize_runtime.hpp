@@ -4285,10 +4285,10 @@ struct Eligibility {
 // v = t v^ + r (v^ of 8 or 4 bits), Cauchy and Schwarz bound what that leaves out:
 //   | q . v - s t q^ . v^ | = | e . t v^ + q . r | <= |e| (|v| + |r|) + |q| |r|.
 // The k-th largest lower bound of those seen so far is a lower bound of the k-th best score: an
-// item whose upper bound stays below it is out. (Where m items are excluded, few, the k + m-th: so
-// nobody needs to know which before the end.) What passes in 4 bits is looked at in 8, and what
-// is left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later
-// rows stays below. A sample of the rows, seen first, tells where the k-th best score will lie; if
+// item whose upper bound stays below it is out. (Where only a few items are excluded, m of them, so
+// is the k + m-th of all, whichever they are.) What passes in 4 bits is looked at in 8, and what is
+// left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later rows
+// stays below. A sample of the rows, seen first, tells where the k-th best score will lie; if
 // in the end fewer than k lower bounds reach that, the scan is done again without.
 class Scorer {
   struct Search;
@@ -4460,7 +4460,6 @@ class Scorer {
     // So many lower bounds make sure of k items that may be ranked: k, and as many as may turn out
     // to be excluded.
     std::size_t enough = 0;
-    bool filtered = false;       // nothing excluded is among the candidates when they are counted
     std::size_t wanted = 0;      // enough, or how many of the best so many a sample holds at most
     std::size_t next_raise = 0;  // found, when the threshold is raised again
     // Candidates: bounds of their scores, positions; up to settled the places there, all of which
@@ -4480,6 +4479,8 @@ class Scorer {
     std::vector<float> waiting_margins;
     std::vector<Place> waiting_places;
 
+    // Whether candidates go through the filter before their bounds are counted.
+    bool filtered() const noexcept { return enough == k && !eligibility.all(); }
     std::size_t growth() const noexcept { return std::max<std::size_t>(wanted, 64); }
     void put_off_raise() noexcept { next_raise = std::max(wanted, found) + growth(); }
     void add(const Place& place, float low, float high) noexcept {
@@ -4526,13 +4527,10 @@ class Scorer {
   void begin(const Query& query, Search& search) const {
     search.k = search.enough = query.k;
     search.eligibility = query.eligibility;
-    search.filtered = !query.eligibility.all();
     // A second look at rows of 4 bits filters them without further cost.
-    if (search.filtered && !query.eligibility.eligible && panels_.bits == 8 &&
-        query.eligibility.excluded_count <= search.k) {
+    if (query.eligibility.excluded && !query.eligibility.eligible && panels_.bits == 8 &&
+        query.eligibility.excluded_count <= search.k)
       search.enough += query.eligibility.excluded_count;
-      search.filtered = false;
-    }
     start(search);
     // Of the most that `enough` may be, so that it does not grow with a user's history.
     const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
@@ -4886,7 +4884,7 @@ class Scorer {
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
   // drops little (ties), exact scores do.
   void raise(Search& search) const {
-    if (search.filtered) settle(search);
+    if (search.filtered()) settle(search);
     const auto reach = [&](float threshold) {
       if (threshold < search.threshold) return;
       search.threshold = threshold;

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -79,6 +78,7 @@ void scan_is_exact() {
       for (auto& b : nothing.biases) b = panels.real(std::numeric_limits<float>::quiet_NaN());
       constexpr float any = -std::numeric_limits<float>::infinity();
       REQUIRE(nothing.scan(table, {&query, 1}, any)[0].rows.empty());
+      REQUIRE(nothing.scan(table, std::vector{zero, query}, any)[1].rows.empty());
     }
   }
 }
