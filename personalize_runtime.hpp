@@ -17,17 +17,24 @@
 //   if (!slate) return fail(slate.error().message);
 //   for (const pz::Pick& pick : slate->items) show(pick.item, pick.score, pz::name(pick.reason));
 //
-// Contents (each room uses only earlier rooms)
-//   0 preamble      version, configuration macros
-//   1 errors        Errc, Error, Result<T>
-//   2 kernels       SIMD and scalar forms of row scoring, matrix-vector product, gates, norms
-//   3 model file    container of checked, compressed sections; XXH64
-//   4 model         item ids, vectors, statistics, metadata, encoder weights
-//   5 encoder       one event in, new user state out
-//   6 scorer        exact top-k over the eligible items
-//   7 impressions   decayed counters, recent impressions, the log behind recommendation ids
-//   8 exploration   calibration, posterior, vector correction, slots with propensities
-//   9 recommender   users and sessions: record, recommend, rank, put_item, update
+// Contents (each room uses only earlier rooms; its banner says which)
+//   0 preamble          version, configuration macros
+//   1 errors            Errc, Error, Result<T>
+//   2 basics            bytes and files, hashes, random numbers, tables of strings
+//   3 instruction sets  integer products, scores and sums of each, scalar first
+//   4 kernels           row scoring, matrix-vector products, gates, norms; dispatch
+//   5 container         checked, compressed sections of a file
+//   6 model             item vectors, statistics, metadata, encoder operations: plain data, checks
+//   7 model file        reading and writing; Model
+//   8 encoder           one event in, new user state out
+//   9 filters           which items may be ranked
+//  10 scorer            exact top-k over the eligible items
+//  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
+//  12 exploration       calibration, posterior, vector correction, slots with propensities
+//  13 catalogue         the items as feedback has shaped them, and how the next generation is built
+//  14 users             users and sessions within a budget in bytes
+//  15 state             (reserved for what outlives the process: save, restore, journal)
+//  16 recommender       record, recommend, rank, put_item, update
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
 
@@ -225,19 +232,573 @@ auto guarded(Call call) -> decltype(call()) {
 }  // namespace detail
 
 // ============================================================================================
-// Room 2: kernels. Owns the arithmetic on rows and vectors: once for each instruction set, under a
-// tag of its own, and once in scalar form as the reference. Uses nothing.
+// Room 2: basics. Owns what knows nothing of recommendations: bytes and files, hashes, random
+// numbers, aligned memory, tables of distinct strings. Uses room 1.
+// ============================================================================================
+
+// XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
+inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed = 0) noexcept {
+  constexpr std::uint64_t p1 = 11400714785074694791u, p2 = 14029467366897019727u,
+                          p3 = 1609587929392839161u, p4 = 9650029242287828579u,
+                          p5 = 2870177450012600261u;
+  const auto read = [](const std::byte* p, auto value) {
+    std::memcpy(&value, p, sizeof value);
+    return static_cast<std::uint64_t>(value);
+  };
+  const auto round = [](std::uint64_t sum, std::uint64_t input) {
+    return std::rotl(sum + input * p2, 31) * p1;
+  };
+  const std::byte* p = bytes.data();
+  std::size_t left = bytes.size();
+  std::uint64_t hash;
+  if (left >= 32) {
+    std::array<std::uint64_t, 4> sums{seed + p1 + p2, seed + p2, seed, seed - p1};
+    for (; left >= 32; left -= 32)
+      for (std::uint64_t& sum : sums) {
+        sum = round(sum, read(p, std::uint64_t{}));
+        p += 8;
+      }
+    hash = std::rotl(sums[0], 1) + std::rotl(sums[1], 7) + std::rotl(sums[2], 12) +
+           std::rotl(sums[3], 18);
+    for (const std::uint64_t sum : sums) hash = (hash ^ round(0, sum)) * p1 + p4;
+  } else {
+    hash = seed + p5;
+  }
+  hash += bytes.size();
+  for (; left >= 8; left -= 8, p += 8)
+    hash = std::rotl(hash ^ round(0, read(p, std::uint64_t{})), 27) * p1 + p4;
+  if (left >= 4) {
+    hash = std::rotl(hash ^ (read(p, std::uint32_t{}) * p1), 23) * p2 + p3;
+    left -= 4;
+    p += 4;
+  }
+  for (; left > 0; --left, ++p)
+    hash = std::rotl(hash ^ (static_cast<std::uint64_t>(*p) * p5), 11) * p1;
+  hash = (hash ^ (hash >> 33)) * p2;
+  hash = (hash ^ (hash >> 29)) * p3;
+  return hash ^ (hash >> 32);
+}
+
+namespace detail {
+
+template <class T>
+T load_integer(const std::byte* p) noexcept {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <class T>
+void append_integer(std::vector<std::byte>& out, T value) {
+  const auto* p = reinterpret_cast<const std::byte*>(&value);
+  out.insert(out.end(), p, p + sizeof value);
+}
+
+inline std::optional<std::uint64_t> checked_product(std::uint64_t a, std::uint64_t b) noexcept {
+  if (b != 0 && a > std::numeric_limits<std::uint64_t>::max() / b) return std::nullopt;
+  return a * b;
+}
+
+using HashKey = std::array<std::uint64_t, 2>;
+
+// SipHash-2-4 (Aumasson and Bernstein 2012): without the key its values cannot be foretold.
+inline std::uint64_t siphash(const HashKey& key, std::span<const std::byte> data) noexcept {
+  std::uint64_t v0 = key[0] ^ 0x736F6D6570736575u, v1 = key[1] ^ 0x646F72616E646F6Du;
+  std::uint64_t v2 = key[0] ^ 0x6C7967656E657261u, v3 = key[1] ^ 0x7465646279746573u;
+  const auto round = [&] {
+    v0 += v1, v1 = std::rotl(v1, 13) ^ v0, v0 = std::rotl(v0, 32);
+    v2 += v3, v3 = std::rotl(v3, 16) ^ v2;
+    v0 += v3, v3 = std::rotl(v3, 21) ^ v0;
+    v2 += v1, v1 = std::rotl(v1, 17) ^ v2, v2 = std::rotl(v2, 32);
+  };
+  const auto absorb = [&](std::uint64_t word) {
+    v3 ^= word;
+    round();
+    round();
+    v0 ^= word;
+  };
+  std::size_t at = 0;
+  for (; at + 8 <= data.size(); at += 8) absorb(load_integer<std::uint64_t>(data.data() + at));
+  std::uint64_t last = static_cast<std::uint64_t>(data.size()) << 56;
+  for (std::size_t i = 0; at + i < data.size(); ++i)
+    last |= std::to_integer<std::uint64_t>(data[at + i]) << (8 * i);
+  absorb(last);
+  v2 ^= 0xFF;
+  for (int i = 0; i < 4; ++i) round();
+  return v0 ^ v1 ^ v2 ^ v3;
+}
+
+}  // namespace detail
+
+// Philox4x32-10 (Salmon et al. 2011): random bits as a function of key and counter.
+class CounterRandom {
+ public:
+  CounterRandom(std::uint64_t key, std::uint64_t stream) noexcept : key_(key), stream_(stream) {}
+
+  // Two uniform numbers in [0, 1); the same for the same key, stream and index.
+  std::array<double, 2> uniform(std::uint64_t index) const noexcept {
+    const auto [a, b, c, d] = block(key_, {index, stream_});
+    const auto unit = [](std::uint32_t high, std::uint32_t low) {
+      return static_cast<double>((std::uint64_t{high} << 32 | low) >> 11) * 0x1p-53;
+    };
+    return {unit(a, b), unit(c, d)};
+  }
+
+  static std::array<std::uint32_t, 4> block(std::uint64_t key,
+                                            const std::array<std::uint64_t, 2>& counter) noexcept {
+    const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
+    const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
+    std::array<std::uint32_t, 4> c{low(counter[0]), high(counter[0]), low(counter[1]),
+                                   high(counter[1])};
+    std::uint32_t k0 = low(key), k1 = high(key);
+    for (int round = 0; round < 10; ++round) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
+      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c[2];
+      c = {high(p1) ^ c[1] ^ k0, low(p1), high(p0) ^ c[3] ^ k1, low(p0)};
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    return c;
+  }
+
+ private:
+  std::uint64_t key_, stream_;
+};
+
+namespace detail {
+
+// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
+// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
+// a row anywhere in 64 MB would wait for its page's address first.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
+  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
+
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) noexcept {}
+  T* allocate(std::size_t count) {
+    const std::size_t bytes = count * sizeof(T);
+    void* const p = ::operator new(bytes, alignment(bytes));
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, std::size_t count) noexcept {
+    ::operator delete(p, alignment(count * sizeof(T)));
+  }
+  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
+    return bytes >= large ? huge_page : line;
+  }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
+};
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
+
+// Without an exit inside the loop: compilers make vectors of it.
+inline bool all_finite(std::span<const float> values) noexcept {
+  constexpr std::uint32_t exponent = 0x7f800000;
+  std::uint32_t most = 0;
+  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & exponent);
+  return most != exponent;
+}
+
+}  // namespace detail
+
+inline constexpr std::size_t max_id_bytes = 256;
+
+// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
+// text.
+class StringTable {
+ public:
+  // The index of the new string. Errors: empty, over 256 bytes, or already there (corrupt).
+  Result<std::uint32_t> add(std::string_view text) {
+    if (auto checked = check_length(text); !checked) return checked.error();
+    if ((size() + 1) * 4 > slots_.size() * 3) rehash(std::max<std::size_t>(16, slots_.size() * 2));
+    const std::uint64_t hash = hash_of(text);
+    const std::size_t slot = find_slot(text, hash);
+    if (auto checked = check_free(text, slot); !checked) return checked.error();
+    text_.resize(empty() ? 0 : ends_.back());
+    text_.append(text);
+    ends_.push_back(text_.size());
+    slots_[slot] = entry(hash, size());
+    return static_cast<std::uint32_t>(size() - 1);
+  }
+
+  std::optional<std::uint32_t> find(std::string_view text) const noexcept {
+    if (slots_.empty()) return std::nullopt;
+    const std::size_t slot = find_slot(text, hash_of(text));
+    if (slot == npos || slots_[slot] == 0) return std::nullopt;
+    return number_in(slots_[slot]);
+  }
+
+  // Valid until the next add.
+  std::string_view operator[](std::size_t index) const noexcept {
+    const std::size_t begin = index == 0 ? 0 : ends_[index - 1];
+    return std::string_view(text_).substr(begin, ends_[index] - begin);
+  }
+
+  std::size_t size() const noexcept { return ends_.size(); }
+  bool empty() const noexcept { return ends_.empty(); }
+
+  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together.
+  // Their u16 lengths go to [0], their text to [1]; then number() makes a table of them.
+  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
+    ends_.resize(count);
+    text_.resize(bytes);
+    // The lengths wait in the last quarter of the ends, which so are written behind those read.
+    const auto ends = std::as_writable_bytes(std::span(ends_));
+    return {ends.last(count * sizeof(std::uint16_t)), std::as_writable_bytes(std::span(text_))};
+  }
+
+  // Errors (corrupt): lengths that do not add up to the text; a string empty, over 256 bytes, or
+  // there twice.
+  Result<void> number() {
+    const std::byte* lengths = std::as_bytes(std::span(ends_)).data() + size() * 6;
+    std::size_t end = 0;
+    for (std::size_t i = 0; i < size(); ++i) {
+      end += detail::load_integer<std::uint16_t>(lengths + 2 * i);
+      ends_[i] = end;
+    }
+    if (end != text_.size())
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
+    std::size_t slots = 16;
+    while (size() * 4 > slots * 3) slots *= 2;
+    slots_.assign(slots, 0);
+    // A batch of slots comes out of memory while the next strings are hashed.
+    constexpr std::size_t batch = 32;
+    std::array<std::uint64_t, batch> hashes;
+    for (std::size_t begin = 0; begin < size(); begin += batch) {
+      const std::size_t count = std::min(batch, size() - begin);
+      for (std::size_t i = 0; i < count; ++i) {
+        hashes[i] = hash_of((*this)[begin + i]);
+        prefetch(hashes[i]);
+      }
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::string_view text = (*this)[begin + i];
+        const std::size_t slot = find_slot(text, hashes[i]);
+        auto checked = check_length(text);
+        if (checked) checked = check_free(text, slot);
+        if (!checked)
+          return Error{Errc::corrupt,
+                       "string " + std::to_string(begin + i) + ": " + checked.error().message};
+        slots_[slot] = entry(hashes[i], begin + i + 1);
+      }
+    }
+    return {};
+  }
+
+ private:
+  static_assert(sizeof(std::size_t) == 8, "ends_ keeps the lengths in its last quarter");
+  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
+  // At three quarters' load no honest table comes near this; a file made to collide stops here.
+  static constexpr std::size_t max_probes = 512;
+
+  static std::uint64_t hash_of(std::string_view text) noexcept {
+    return xxh64(std::as_bytes(std::span(text)));
+  }
+  // Half of the hash, so that other strings are seldom looked at, and the number + 1.
+  static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
+    return (hash >> 32) << 32 | number;
+  }
+  static std::uint32_t number_in(std::uint64_t entry) noexcept {
+    return static_cast<std::uint32_t>(entry) - 1;
+  }
+
+  static Result<void> check_length(std::string_view text) {
+    if (text.empty() || text.size() > max_id_bytes)
+      return Error{Errc::invalid_argument,
+                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+    return {};
+  }
+
+  Result<void> check_free(std::string_view text, std::size_t slot) const {
+    if (slot == npos)
+      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
+    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+    return {};
+  }
+
+  PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
+    __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
+  }
+
+  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
+    const std::size_t mask = slots_.size() - 1;
+    std::size_t slot = static_cast<std::size_t>(hash) & mask;
+    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
+      const std::uint64_t there = slots_[slot];
+      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
+        return slot;
+    }
+    return npos;
+  }
+
+  void rehash(std::size_t slots) {
+    std::vector<std::uint64_t> old(slots);
+    old.swap(slots_);
+    for (std::size_t i = 0; i < size(); ++i) {
+      const std::uint64_t hash = hash_of((*this)[i]);
+      if (const std::size_t slot = find_slot((*this)[i], hash); slot != npos)
+        slots_[slot] = entry(hash, i + 1);
+    }
+  }
+
+  std::string text_;
+  std::vector<std::size_t> ends_;
+  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
+};
+
+namespace detail {
+
+struct CloseFile {
+  void operator()(std::FILE* file) const noexcept { std::fclose(file); }
+};
+using File = std::unique_ptr<std::FILE, CloseFile>;
+
+inline Error io_error(const std::string& path, const char* what) {
+  return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
+}
+
+// A file's bytes from front to back, out of memory or off the disk.
+class ByteSource {
+ public:
+  explicit ByteSource(std::span<const std::byte> bytes) : bytes_(bytes), size_(bytes.size()) {}
+
+  static Result<ByteSource> open(const std::string& path) {
+    ByteSource source{{}};
+    source.file_.reset(std::fopen(path.c_str(), "rb"));
+    if (!source.file_) return io_error(path, "cannot open");
+    long size = -1;
+    if (std::fseek(source.file_.get(), 0, SEEK_END) == 0) size = std::ftell(source.file_.get());
+    if (size < 0 || std::fseek(source.file_.get(), 0, SEEK_SET) != 0)
+      return io_error(path, "cannot tell its size");
+    source.size_ = static_cast<std::uint64_t>(size);
+    source.path_ = path;
+    return source;
+  }
+
+  std::uint64_t size() const noexcept { return size_; }
+
+  // The next `count` bytes, where they lie or in `buffer`, which becomes `room` >= count bytes long
+  // where it is too short. The caller has compared with size().
+  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer,
+                                          std::size_t room) {
+    if (!file_) {
+      const auto taken = bytes_.first(count);
+      bytes_ = bytes_.subspan(count);
+      return taken;
+    }
+    if (buffer.size() < count) {
+      buffer = {};
+      buffer.resize(room);
+    }
+    if (std::fread(buffer.data(), 1, count, file_.get()) != count) {
+      if (std::ferror(file_.get())) return io_error(path_, "cannot read");
+      return Error{Errc::truncated, "the file became shorter while it was read"};
+    }
+    return std::span<const std::byte>(buffer).first(count);
+  }
+
+ private:
+  std::span<const std::byte> bytes_;
+  File file_;
+  std::string path_;
+  std::uint64_t size_ = 0;
+};
+
+// Where a file's bytes go, front to back; what was written can be written over.
+class ByteSink {
+ public:
+  virtual ~ByteSink() = default;
+  virtual void append(std::span<const std::byte> bytes) = 0;
+  virtual void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) = 0;
+};
+
+class MemorySink final : public ByteSink {
+ public:
+  void append(std::span<const std::byte> more) override {
+    bytes.insert(bytes.end(), more.begin(), more.end());
+  }
+  void overwrite(std::uint64_t offset, std::span<const std::byte> with) override {
+    std::copy(with.begin(), with.end(), bytes.begin() + static_cast<std::ptrdiff_t>(offset));
+  }
+  std::vector<std::byte> bytes;
+};
+
+// A file that replaces `path` at once or not at all: written beside it, synced, renamed.
+class FileSink final : public ByteSink {
+ public:
+  explicit FileSink(const std::string& path)
+      : path_(path), part_(path + ".part"), file_(std::fopen(part_.c_str(), "wb")) {
+    if (!file_) error_ = io_error(part_, "cannot create");
+  }
+  FileSink(const FileSink&) = delete;
+  FileSink& operator=(const FileSink&) = delete;
+  ~FileSink() override {
+    if (!file_) return;
+    file_.reset();
+    std::remove(part_.c_str());
+  }
+
+  void append(std::span<const std::byte> bytes) override {
+    if (!error_ && std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) != bytes.size())
+      error_ = io_error(path_, "cannot write");
+  }
+  void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) override {
+    seek(static_cast<long>(offset), SEEK_SET);
+    append(bytes);
+    seek(0, SEEK_END);
+  }
+
+  Result<void> commit() {
+    if (error_) return *error_;
+    bool written = std::fflush(file_.get()) == 0;
+#if PERSONALIZE_HAS_FSYNC
+    written = written && ::fsync(::fileno(file_.get())) == 0;
+#endif
+    written = std::fclose(file_.release()) == 0 && written;
+    if (written && std::rename(part_.c_str(), path_.c_str()) == 0) return {};
+    const Error error = io_error(path_, "cannot write");
+    std::remove(part_.c_str());
+    return error;
+  }
+
+ private:
+  void seek(long offset, int from) {
+    if (!error_ && std::fseek(file_.get(), offset, from) != 0)
+      error_ = io_error(path_, "cannot write");
+  }
+
+  std::string path_, part_;
+  File file_;
+  std::optional<Error> error_;
+};
+
+}  // namespace detail
+
+// The bytes of a file of at most `limit` bytes.
+inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
+  const detail::File file{std::fopen(path.c_str(), "rb")};
+  if (!file) return detail::io_error(path, "cannot open");
+  std::vector<std::byte> bytes;
+  constexpr std::size_t piece = std::size_t{1} << 20;
+  for (;;) {
+    const std::size_t have = bytes.size();
+    if (bytes.capacity() < have + piece) bytes.reserve(2 * have + piece);
+    bytes.resize(have + piece);
+    const std::size_t got = std::fread(bytes.data() + have, 1, piece, file.get());
+    bytes.resize(have + got);
+    if (bytes.size() > limit)
+      return Error{Errc::limit, path + ": larger than " + std::to_string(limit) + " bytes"};
+    if (got < piece) {
+      if (std::ferror(file.get())) return detail::io_error(path, "cannot read");
+      return bytes;
+    }
+  }
+}
+
+// Replaces `path` by `bytes` or leaves it as it was: writes beside it, syncs, renames.
+inline Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
+  detail::FileSink file{path};
+  file.append(bytes);
+  return file.commit();
+}
+
+// An array whose copies share their pages: a copy costs O(pages), a changed element one page.
+// Copies may be read by any number of threads; one that is being changed belongs to one thread. The
+// pages of an array made over a `base` lie in it.
+template <class T>
+class PagedArray {
+ public:
+  static constexpr std::size_t page_size = 1024;  // elements
+
+  PagedArray() = default;
+  // base: kept alive by owner.
+  PagedArray(const std::shared_ptr<const void>& owner, std::span<const T> base) {
+    size_ = base.size();
+    pages_.reserve(page_count(size_));
+    for (std::size_t begin = 0; begin < size_; begin += page_size)
+      pages_.push_back(std::shared_ptr<const T[]>(owner, base.data() + begin));
+    owned_.resize(pages_.size());
+  }
+  PagedArray(const PagedArray& other) : size_(other.size_), pages_(other.pages_) {
+    owned_.resize(pages_.size());
+  }
+  PagedArray(PagedArray&&) noexcept = default;
+  PagedArray& operator=(PagedArray other) noexcept {
+    size_ = other.size_;
+    pages_.swap(other.pages_);
+    owned_.swap(other.owned_);
+    return *this;
+  }
+
+  std::size_t size() const noexcept { return size_; }
+  bool empty() const noexcept { return size_ == 0; }
+  const T& operator[](std::size_t i) const noexcept { return pages_[i / page_size][i % page_size]; }
+  // The elements of page p that there are.
+  std::span<const T> page(std::size_t p) const noexcept {
+    return {pages_[p].get(), std::min(page_size, size_ - p * page_size)};
+  }
+  std::size_t pages() const noexcept { return pages_.size(); }
+
+  // To change element i: copies its page where that is shared. References stay valid until the
+  // array is copied.
+  T& edit(std::size_t i) { return own(i / page_size)[i % page_size]; }
+
+  void push_back(const T& value) {
+    if (size_ % page_size == 0) {
+      pages_.reserve(pages_.size() + 1);
+      owned_.reserve(pages_.size() + 1);
+      pages_.push_back(std::shared_ptr<const T[]>(new T[page_size]()));
+      owned_.push_back(true);
+    }
+    ++size_;
+    edit(size_ - 1) = value;
+  }
+
+  // Bytes of the pages that this array made; those of its base and of earlier copies are not in it.
+  std::size_t owned_bytes() const noexcept {
+    return static_cast<std::size_t>(std::count(owned_.begin(), owned_.end(), true)) * page_size *
+           sizeof(T);
+  }
+
+ private:
+  static std::size_t page_count(std::size_t size) noexcept {
+    return (size + page_size - 1) / page_size;
+  }
+  T* own(std::size_t p) {
+    assert(!owned_[p] || pages_[p].use_count() == 1);
+    if (!owned_[p]) {
+      std::shared_ptr<T[]> copy(new T[page_size]());
+      const auto from = page(p);
+      std::copy(from.begin(), from.end(), copy.get());
+      pages_[p] = std::move(copy);
+      owned_[p] = true;
+    }
+    return const_cast<T*>(pages_[p].get());  // made by this array, and not const
+  }
+
+  std::size_t size_ = 0;
+  std::vector<std::shared_ptr<const T[]>> pages_;
+  std::vector<bool> owned_;  // pages that no other array has seen
+};
+
+// ============================================================================================
+// Room 3: instruction sets. Owns the operations on integers, scores and sums that each instruction
+// set brings: once for each, under a tag of its own, and once in scalar form as the reference. Uses
+// nothing.
 //
-// Vectors are padded to a multiple of `lanes` floats. A kernel may read the padding, and may read
-// up to `lanes` elements past a row of a matrix: Matrix (room 4) keeps that slack.
+// Rows of int8 lie in panels (so that one instruction works on 16 rows):
+// [panels][groups of 4 columns][16 rows][4 columns], stored as value + 128 in a u8. Rows of 4 bits
+// lie in panels as well, two groups of columns to a byte: the first in the low half, stored as
+// value + 8. What stands behind the last column does not matter, where the query is zero. Dot
+// products with such rows are exact integers, the same on every instruction set.
 //
-// Rows of int8 lie in panels (DESIGN of the layout: so that one instruction works on 16 rows):
-// [panels][groups of 4 columns][16 rows][4 columns], stored as value + 128 in a u8; columns behind
-// the last are 0 + 128. Rows of 4 bits lie in panels as well, two groups of columns to a byte: the
-// first in the low half, stored as value + 8. Dot products with such rows are exact integers, the
-// same on every instruction set.
-//
-// Nothing in this room calls an inline function of the standard library: the room is compiled with
+// Nothing in rooms 3 and 4 calls an inline function of the standard library: they are compiled with
 // the flags of several instruction sets into one program, and the linker would be free to keep the
 // copy that only the newest processor can run.
 // ============================================================================================
@@ -977,6 +1538,18 @@ struct Ops<NeonDot> : Ops<Neon> {
 #endif
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
+
+}  // namespace kernels
+
+// ============================================================================================
+// Room 4: kernels. Owns the arithmetic on rows and vectors, made of an instruction set's
+// operations, and which instruction set a program uses. Uses room 3.
+//
+// Vectors are padded to a multiple of `lanes` floats. A kernel may read the padding, and may read
+// up to `lanes` elements past a row of a matrix: Matrix (room 6) keeps that slack.
+// ============================================================================================
+
+namespace kernels {
 
 // Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
 // reach low. The tag keeps each instruction set's copy apart.
@@ -1740,8 +2313,8 @@ inline const Table* const* available(std::size_t& count) noexcept {
 }  // namespace kernels
 
 // ============================================================================================
-// Room 3: model file. Owns the container: header, section table, checksums, compression, limits.
-// Uses room 1.
+// Room 5: container. Owns the file format's outside: header, section table, checksums, compression,
+// limits. Uses rooms 1 and 2.
 //
 // All integers little-endian. Header, 64 bytes:
 //
@@ -1785,51 +2358,8 @@ inline const Table* const* available(std::size_t& count) noexcept {
 // frame with codec 1, and the checksum was theirs. It is still read.
 //
 // Every byte of a file is covered by a checksum or must be zero, so a flipped bit anywhere is seen.
-// A file is read once, from front to back. What the sections hold stands in room 4.
+// A file is read once, from front to back. What the sections hold stands in room 6.
 // ============================================================================================
-
-// XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
-inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed = 0) noexcept {
-  constexpr std::uint64_t p1 = 11400714785074694791u, p2 = 14029467366897019727u,
-                          p3 = 1609587929392839161u, p4 = 9650029242287828579u,
-                          p5 = 2870177450012600261u;
-  const auto read = [](const std::byte* p, auto value) {
-    std::memcpy(&value, p, sizeof value);
-    return static_cast<std::uint64_t>(value);
-  };
-  const auto round = [](std::uint64_t sum, std::uint64_t input) {
-    return std::rotl(sum + input * p2, 31) * p1;
-  };
-  const std::byte* p = bytes.data();
-  std::size_t left = bytes.size();
-  std::uint64_t hash;
-  if (left >= 32) {
-    std::array<std::uint64_t, 4> sums{seed + p1 + p2, seed + p2, seed, seed - p1};
-    for (; left >= 32; left -= 32)
-      for (std::uint64_t& sum : sums) {
-        sum = round(sum, read(p, std::uint64_t{}));
-        p += 8;
-      }
-    hash = std::rotl(sums[0], 1) + std::rotl(sums[1], 7) + std::rotl(sums[2], 12) +
-           std::rotl(sums[3], 18);
-    for (const std::uint64_t sum : sums) hash = (hash ^ round(0, sum)) * p1 + p4;
-  } else {
-    hash = seed + p5;
-  }
-  hash += bytes.size();
-  for (; left >= 8; left -= 8, p += 8)
-    hash = std::rotl(hash ^ round(0, read(p, std::uint64_t{})), 27) * p1 + p4;
-  if (left >= 4) {
-    hash = std::rotl(hash ^ (read(p, std::uint32_t{}) * p1), 23) * p2 + p3;
-    left -= 4;
-    p += 4;
-  }
-  for (; left > 0; --left, ++p)
-    hash = std::rotl(hash ^ (static_cast<std::uint64_t>(*p) * p5), 11) * p1;
-  hash = (hash ^ (hash >> 33)) * p2;
-  hash = (hash ^ (hash >> 29)) * p3;
-  return hash ^ (hash >> 32);
-}
 
 enum class ElementType : std::uint8_t {
   u8 = 0,
@@ -1838,7 +2368,7 @@ enum class ElementType : std::uint8_t {
   i64 = 3,
   u32 = 4,
   string = 5,  // the u16 lengths of all strings, then their bytes (UTF-8)
-  // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 24 columns (room 4); by
+  // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 24 columns (room 7); by
   // chunk: the scales of its rows, their group scales, then the rows.
   i4 = 6,
 };
@@ -1946,83 +2476,9 @@ inline constexpr std::uint16_t format_major = 2, format_minor = 0;
 inline constexpr std::size_t header_size = 64, entry_size = 72, directory_entry_size = 12;
 inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 30;
 
-template <class T>
-T load_integer(const std::byte* p) noexcept {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
-template <class T>
-void append_integer(std::vector<std::byte>& out, T value) {
-  const auto* p = reinterpret_cast<const std::byte*>(&value);
-  out.insert(out.end(), p, p + sizeof value);
-}
-
-inline std::optional<std::uint64_t> checked_product(std::uint64_t a, std::uint64_t b) noexcept {
-  if (b != 0 && a > std::numeric_limits<std::uint64_t>::max() / b) return std::nullopt;
-  return a * b;
-}
-
 inline Error section_error(Errc code, const SectionInfo& section, const std::string& what) {
   return {code, "section " + section.label() + ": " + what, section.offset};
 }
-
-struct CloseFile {
-  void operator()(std::FILE* file) const noexcept { std::fclose(file); }
-};
-using File = std::unique_ptr<std::FILE, CloseFile>;
-
-inline Error io_error(const std::string& path, const char* what) {
-  return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
-}
-
-// A file's bytes from front to back, out of memory or off the disk.
-class ByteSource {
- public:
-  explicit ByteSource(std::span<const std::byte> bytes) : bytes_(bytes), size_(bytes.size()) {}
-
-  static Result<ByteSource> open(const std::string& path) {
-    ByteSource source{{}};
-    source.file_.reset(std::fopen(path.c_str(), "rb"));
-    if (!source.file_) return io_error(path, "cannot open");
-    long size = -1;
-    if (std::fseek(source.file_.get(), 0, SEEK_END) == 0) size = std::ftell(source.file_.get());
-    if (size < 0 || std::fseek(source.file_.get(), 0, SEEK_SET) != 0)
-      return io_error(path, "cannot tell its size");
-    source.size_ = static_cast<std::uint64_t>(size);
-    source.path_ = path;
-    return source;
-  }
-
-  std::uint64_t size() const noexcept { return size_; }
-
-  // The next `count` bytes, where they lie or in `buffer`, which becomes `room` >= count bytes long
-  // where it is too short. The caller has compared with size().
-  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer,
-                                          std::size_t room) {
-    if (!file_) {
-      const auto taken = bytes_.first(count);
-      bytes_ = bytes_.subspan(count);
-      return taken;
-    }
-    if (buffer.size() < count) {
-      buffer = {};
-      buffer.resize(room);
-    }
-    if (std::fread(buffer.data(), 1, count, file_.get()) != count) {
-      if (std::ferror(file_.get())) return io_error(path_, "cannot read");
-      return Error{Errc::truncated, "the file became shorter while it was read"};
-    }
-    return std::span<const std::byte>(buffer).first(count);
-  }
-
- private:
-  std::span<const std::byte> bytes_;
-  File file_;
-  std::string path_;
-  std::uint64_t size_ = 0;
-};
 
 // Header and section table of a file, checked: every entry lies inside the file and within
 // `limits`. Leaves the source at the first section.
@@ -2421,74 +2877,6 @@ inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte>
 
 namespace detail {
 
-// Where a file's bytes go, front to back; what was written can be written over.
-class ByteSink {
- public:
-  virtual ~ByteSink() = default;
-  virtual void append(std::span<const std::byte> bytes) = 0;
-  virtual void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) = 0;
-};
-
-class MemorySink final : public ByteSink {
- public:
-  void append(std::span<const std::byte> more) override {
-    bytes.insert(bytes.end(), more.begin(), more.end());
-  }
-  void overwrite(std::uint64_t offset, std::span<const std::byte> with) override {
-    std::copy(with.begin(), with.end(), bytes.begin() + static_cast<std::ptrdiff_t>(offset));
-  }
-  std::vector<std::byte> bytes;
-};
-
-// A file that replaces `path` at once or not at all: written beside it, synced, renamed.
-class FileSink final : public ByteSink {
- public:
-  explicit FileSink(const std::string& path)
-      : path_(path), part_(path + ".part"), file_(std::fopen(part_.c_str(), "wb")) {
-    if (!file_) error_ = io_error(part_, "cannot create");
-  }
-  FileSink(const FileSink&) = delete;
-  FileSink& operator=(const FileSink&) = delete;
-  ~FileSink() override {
-    if (!file_) return;
-    file_.reset();
-    std::remove(part_.c_str());
-  }
-
-  void append(std::span<const std::byte> bytes) override {
-    if (!error_ && std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) != bytes.size())
-      error_ = io_error(path_, "cannot write");
-  }
-  void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) override {
-    seek(static_cast<long>(offset), SEEK_SET);
-    append(bytes);
-    seek(0, SEEK_END);
-  }
-
-  Result<void> commit() {
-    if (error_) return *error_;
-    bool written = std::fflush(file_.get()) == 0;
-#if PERSONALIZE_HAS_FSYNC
-    written = written && ::fsync(::fileno(file_.get())) == 0;
-#endif
-    written = std::fclose(file_.release()) == 0 && written;
-    if (written && std::rename(part_.c_str(), path_.c_str()) == 0) return {};
-    const Error error = io_error(path_, "cannot write");
-    std::remove(part_.c_str());
-    return error;
-  }
-
- private:
-  void seek(long offset, int from) {
-    if (!error_ && std::fseek(file_.get(), offset, from) != 0)
-      error_ = io_error(path_, "cannot write");
-  }
-
-  std::string path_, part_;
-  File file_;
-  std::optional<Error> error_;
-};
-
 #ifndef PERSONALIZE_NO_ZSTD
 struct FreeZstdCompression {
   void operator()(ZSTD_CCtx* context) const noexcept { ZSTD_freeCCtx(context); }
@@ -2637,37 +3025,9 @@ class FileBuilder {
 
 }  // namespace detail
 
-// The bytes of a file of at most `limit` bytes.
-inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
-  const detail::File file{std::fopen(path.c_str(), "rb")};
-  if (!file) return detail::io_error(path, "cannot open");
-  std::vector<std::byte> bytes;
-  constexpr std::size_t piece = std::size_t{1} << 20;
-  for (;;) {
-    const std::size_t have = bytes.size();
-    if (bytes.capacity() < have + piece) bytes.reserve(2 * have + piece);
-    bytes.resize(have + piece);
-    const std::size_t got = std::fread(bytes.data() + have, 1, piece, file.get());
-    bytes.resize(have + got);
-    if (bytes.size() > limit)
-      return Error{Errc::limit, path + ": larger than " + std::to_string(limit) + " bytes"};
-    if (got < piece) {
-      if (std::ferror(file.get())) return detail::io_error(path, "cannot read");
-      return bytes;
-    }
-  }
-}
-
-// Replaces `path` by `bytes` or leaves it as it was: writes beside it, syncs, renames.
-inline Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
-  detail::FileSink file{path};
-  file.append(bytes);
-  return file.commit();
-}
-
 // ============================================================================================
-// Room 4: model. Owns what a model file holds: as plain data to build and write (ModelParts), and
-// immutable and shared to serve from (Model). Uses rooms 1 to 3.
+// Room 6: model. Owns what a model file holds, as plain data, and what must hold between its parts.
+// Uses rooms 1, 2, 4 and 5.
 //
 //   tag  index element  shape    content
 //   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range
@@ -2694,192 +3054,6 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
 // ============================================================================================
 
 inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
-inline constexpr std::size_t max_id_bytes = 256;
-
-// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
-// text.
-class StringTable {
- public:
-  // The index of the new string. Errors: empty, over 256 bytes, or already there (corrupt).
-  Result<std::uint32_t> add(std::string_view text) {
-    if (auto checked = check_length(text); !checked) return checked.error();
-    if ((size() + 1) * 4 > slots_.size() * 3) rehash(std::max<std::size_t>(16, slots_.size() * 2));
-    const std::uint64_t hash = hash_of(text);
-    const std::size_t slot = find_slot(text, hash);
-    if (auto checked = check_free(text, slot); !checked) return checked.error();
-    text_.resize(empty() ? 0 : ends_.back());
-    text_.append(text);
-    ends_.push_back(text_.size());
-    slots_[slot] = entry(hash, size());
-    return static_cast<std::uint32_t>(size() - 1);
-  }
-
-  std::optional<std::uint32_t> find(std::string_view text) const noexcept {
-    if (slots_.empty()) return std::nullopt;
-    const std::size_t slot = find_slot(text, hash_of(text));
-    if (slot == npos || slots_[slot] == 0) return std::nullopt;
-    return number_in(slots_[slot]);
-  }
-
-  // Valid until the next add.
-  std::string_view operator[](std::size_t index) const noexcept {
-    const std::size_t begin = index == 0 ? 0 : ends_[index - 1];
-    return std::string_view(text_).substr(begin, ends_[index] - begin);
-  }
-
-  std::size_t size() const noexcept { return ends_.size(); }
-  bool empty() const noexcept { return ends_.empty(); }
-
-  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together.
-  // Their u16 lengths go to [0], their text to [1]; then number() makes a table of them.
-  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
-    ends_.resize(count);
-    text_.resize(bytes);
-    // The lengths wait in the last quarter of the ends, which so are written behind those read.
-    const auto ends = std::as_writable_bytes(std::span(ends_));
-    return {ends.last(count * sizeof(std::uint16_t)), std::as_writable_bytes(std::span(text_))};
-  }
-
-  // Errors (corrupt): lengths that do not add up to the text; a string empty, over 256 bytes, or
-  // there twice.
-  Result<void> number() {
-    const std::byte* lengths = std::as_bytes(std::span(ends_)).data() + size() * 6;
-    std::size_t end = 0;
-    for (std::size_t i = 0; i < size(); ++i) {
-      end += detail::load_integer<std::uint16_t>(lengths + 2 * i);
-      ends_[i] = end;
-    }
-    if (end != text_.size())
-      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    std::size_t slots = 16;
-    while (size() * 4 > slots * 3) slots *= 2;
-    slots_.assign(slots, 0);
-    // A batch of slots comes out of memory while the next strings are hashed.
-    constexpr std::size_t batch = 32;
-    std::array<std::uint64_t, batch> hashes;
-    for (std::size_t begin = 0; begin < size(); begin += batch) {
-      const std::size_t count = std::min(batch, size() - begin);
-      for (std::size_t i = 0; i < count; ++i) {
-        hashes[i] = hash_of((*this)[begin + i]);
-        prefetch(hashes[i]);
-      }
-      for (std::size_t i = 0; i < count; ++i) {
-        const std::string_view text = (*this)[begin + i];
-        const std::size_t slot = find_slot(text, hashes[i]);
-        auto checked = check_length(text);
-        if (checked) checked = check_free(text, slot);
-        if (!checked)
-          return Error{Errc::corrupt,
-                       "string " + std::to_string(begin + i) + ": " + checked.error().message};
-        slots_[slot] = entry(hashes[i], begin + i + 1);
-      }
-    }
-    return {};
-  }
-
- private:
-  static_assert(sizeof(std::size_t) == 8, "ends_ keeps the lengths in its last quarter");
-  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
-  // At three quarters' load no honest table comes near this; a file made to collide stops here.
-  static constexpr std::size_t max_probes = 512;
-
-  static std::uint64_t hash_of(std::string_view text) noexcept {
-    return xxh64(std::as_bytes(std::span(text)));
-  }
-  // Half of the hash, so that other strings are seldom looked at, and the number + 1.
-  static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
-    return (hash >> 32) << 32 | number;
-  }
-  static std::uint32_t number_in(std::uint64_t entry) noexcept {
-    return static_cast<std::uint32_t>(entry) - 1;
-  }
-
-  static Result<void> check_length(std::string_view text) {
-    if (text.empty() || text.size() > max_id_bytes)
-      return Error{Errc::invalid_argument,
-                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
-    return {};
-  }
-
-  Result<void> check_free(std::string_view text, std::size_t slot) const {
-    if (slot == npos)
-      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
-    return {};
-  }
-
-  PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
-    __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
-  }
-
-  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
-    const std::size_t mask = slots_.size() - 1;
-    std::size_t slot = static_cast<std::size_t>(hash) & mask;
-    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
-      const std::uint64_t there = slots_[slot];
-      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
-        return slot;
-    }
-    return npos;
-  }
-
-  void rehash(std::size_t slots) {
-    std::vector<std::uint64_t> old(slots);
-    old.swap(slots_);
-    for (std::size_t i = 0; i < size(); ++i) {
-      const std::uint64_t hash = hash_of((*this)[i]);
-      if (const std::size_t slot = find_slot((*this)[i], hash); slot != npos)
-        slots_[slot] = entry(hash, i + 1);
-    }
-  }
-
-  std::string text_;
-  std::vector<std::size_t> ends_;
-  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
-};
-
-namespace detail {
-
-// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
-// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
-// a row anywhere in 64 MB would wait for its page's address first.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
-  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
-
-  LineAllocator() = default;
-  template <class Other>
-  LineAllocator(const LineAllocator<Other>&) noexcept {}
-  T* allocate(std::size_t count) {
-    const std::size_t bytes = count * sizeof(T);
-    void* const p = ::operator new(bytes, alignment(bytes));
-#if defined(MADV_HUGEPAGE)
-    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, std::size_t count) noexcept {
-    ::operator delete(p, alignment(count * sizeof(T)));
-  }
-  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
-    return bytes >= large ? huge_page : line;
-  }
-  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
-};
-template <class T>
-using LineVector = std::vector<T, LineAllocator<T>>;
-
-// Without an exit inside the loop: compilers make vectors of it.
-inline bool all_finite(std::span<const float> values) noexcept {
-  constexpr std::uint32_t exponent = 0x7f800000;
-  std::uint32_t most = 0;
-  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & exponent);
-  return most != exponent;
-}
-
-}  // namespace detail
 
 // Row-major [rows, columns], f32 or int8 with a scale a row (value = scale[row] * int8).
 class Matrix {
@@ -3237,6 +3411,15 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
     return Error{Errc::limit, "section IVEC or IINP: wider than LoadLimits::dimension"};
   return check_encoder(parts);
 }
+
+}  // namespace detail
+
+// ============================================================================================
+// Room 7: model file. Owns how a model is read and written, and Model, which serves from memory.
+// Uses rooms 1, 2, 5 and 6.
+// ============================================================================================
+
+namespace detail {
 
 // The bytes of a section of strings, and how many there are.
 void write_strings(const StringTable& table, const auto& append) {
@@ -3806,8 +3989,8 @@ class Model {
 };
 
 // ============================================================================================
-// Room 5: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
-// 1, 2 and 4.
+// Room 8: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
+// 1, 2, 4, 6 and 7.
 // ============================================================================================
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
@@ -4220,7 +4403,7 @@ class Encoder {
 };
 
 // ============================================================================================
-// Room 6: scorer. Owns the exact top-k over the eligible items. Uses rooms 2 and 4.
+// Room 9: filters. Owns which items may be ranked. Uses nothing.
 // ============================================================================================
 
 // One bit an item.
@@ -4274,6 +4457,10 @@ struct Eligibility {
   bool test(std::uint32_t item) const noexcept { return (word(item / 64) >> (item % 64) & 1) != 0; }
   bool all() const noexcept { return !eligible && !excluded; }
 };
+
+// ============================================================================================
+// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
+// ============================================================================================
 
 // Immutable; one for all threads, each with its own Workspace. The score of an item is
 //   f32(b_i + scale_i * sum_c q_c v_ic), summed in double as Kernels::dot says,
@@ -5105,43 +5292,10 @@ class Scorer {
 };
 
 // ============================================================================================
-// Room 7: impressions. Owns what is remembered of shown items: decayed counters an item, sums of
-// the contexts in which it was shown and chosen, each user's recent impressions, and the log of
-// slates behind recommendation ids. Uses rooms 3 and 6.
+// Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
+// contexts in which it was shown and chosen, each user's recent impressions, the slates behind
+// recommendation ids, and the log's entries. Uses rooms 2 and 10.
 // ============================================================================================
-
-namespace detail {
-
-using HashKey = std::array<std::uint64_t, 2>;
-
-// SipHash-2-4 (Aumasson and Bernstein 2012): without the key its values cannot be foretold.
-inline std::uint64_t siphash(const HashKey& key, std::span<const std::byte> data) noexcept {
-  std::uint64_t v0 = key[0] ^ 0x736F6D6570736575u, v1 = key[1] ^ 0x646F72616E646F6Du;
-  std::uint64_t v2 = key[0] ^ 0x6C7967656E657261u, v3 = key[1] ^ 0x7465646279746573u;
-  const auto round = [&] {
-    v0 += v1, v1 = std::rotl(v1, 13) ^ v0, v0 = std::rotl(v0, 32);
-    v2 += v3, v3 = std::rotl(v3, 16) ^ v2;
-    v0 += v3, v3 = std::rotl(v3, 21) ^ v0;
-    v2 += v1, v1 = std::rotl(v1, 17) ^ v2, v2 = std::rotl(v2, 32);
-  };
-  const auto absorb = [&](std::uint64_t word) {
-    v3 ^= word;
-    round();
-    round();
-    v0 ^= word;
-  };
-  std::size_t at = 0;
-  for (; at + 8 <= data.size(); at += 8) absorb(load_integer<std::uint64_t>(data.data() + at));
-  std::uint64_t last = static_cast<std::uint64_t>(data.size()) << 56;
-  for (std::size_t i = 0; at + i < data.size(); ++i)
-    last |= std::to_integer<std::uint64_t>(data[at + i]) << (8 * i);
-  absorb(last);
-  v2 ^= 0xFF;
-  for (int i = 0; i < 4; ++i) round();
-  return v0 ^ v1 ^ v2 ^ v3;
-}
-
-}  // namespace detail
 
 // A time on the scale of exponential decay: counts made at different times are comparable once each
 // is multiplied by 2^(t / half-life) (forward decay: Cormode et al. 2009), here split into a whole
@@ -5404,7 +5558,7 @@ class RecentImpressions {
   std::vector<Entry> entries_;
 };
 
-// One place of a slate and how it came about (room 8).
+// One place of a slate and how it came about (room 12).
 struct SlotChoice {
   ScoredItem pick{};
   ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
@@ -5420,7 +5574,7 @@ struct SlotChoice {
 struct LoggedPick {
   SlotChoice choice;        // with pool_value as the values below
   std::uint32_t place = 0;  // from 0
-  float relevance = 0;      // S, the model's score less the user's own normaliser (room 8)
+  float relevance = 0;      // S, the model's score less the user's own normaliser (room 12)
   float adjustment = 0;     // what feedback added when served, in log clicks
   float examination = 1;    // probability that a user looks at this position
   float expected = 0;       // positive events expected of the impression by the model alone
@@ -5539,45 +5693,55 @@ class SlateLog {
   mutable std::array<std::mutex, 64> mutexes_;
 };
 
-// ============================================================================================
-// Room 8: exploration. Owns what impressions teach (calibration, posterior, vector correction) and
-// the random choice of a slate with its probabilities. Uses room 6.
-// ============================================================================================
-
-// Philox4x32-10 (Salmon et al. 2011): random bits as a function of key and counter.
-class CounterRandom {
- public:
-  CounterRandom(std::uint64_t key, std::uint64_t stream) noexcept : key_(key), stream_(stream) {}
-
-  // Two uniform numbers in [0, 1); the same for the same key, stream and index.
-  std::array<double, 2> uniform(std::uint64_t index) const noexcept {
-    const auto [a, b, c, d] = block(key_, {index, stream_});
-    const auto unit = [](std::uint32_t high, std::uint32_t low) {
-      return static_cast<double>((std::uint64_t{high} << 32 | low) >> 11) * 0x1p-53;
-    };
-    return {unit(a, b), unit(c, d)};
-  }
-
-  static std::array<std::uint32_t, 4> block(std::uint64_t key,
-                                            const std::array<std::uint64_t, 2>& counter) noexcept {
-    const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
-    const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
-    std::array<std::uint32_t, 4> c{low(counter[0]), high(counter[0]), low(counter[1]),
-                                   high(counter[1])};
-    std::uint32_t k0 = low(key), k1 = high(key);
-    for (int round = 0; round < 10; ++round) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
-      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c[2];
-      c = {high(p1) ^ c[1] ^ k0, low(p1), high(p0) ^ c[3] ^ k1, low(p0)};
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    return c;
-  }
-
- private:
-  std::uint64_t key_, stream_;
+// One impression or, where `positive`, one positive event on it. With these, other exploration
+// weights and other policies can be evaluated (personalize evaluate --protocol off-policy).
+struct LogEntry {
+  std::int64_t timestamp;
+  std::string_view user;  // or session
+  std::string_view recommendation_id;
+  std::string_view item;
+  std::uint32_t position;  // from 1
+  bool positive;
+  SlotChoice choice;    // propensity and alternatives; pool_value: mean expected of the pool
+  float expected;       // positive events expected of the pick if seen, by all that is known
+  float best_expected;  // the same had the slot gone to choice.best
 };
+
+inline constexpr std::string_view log_csv_header =
+    "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
+    "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
+
+// The entry as a line of CSV under log_csv_header. Appends to `line`.
+inline void append_csv(const LogEntry& entry, std::string& line) {
+  const auto quoted = [&line](std::string_view text) {
+    if (text.find_first_of(",\"\r\n") == std::string_view::npos) {
+      line += text;
+    } else {
+      line += '"';
+      for (const char c : text) line.append(c == '"' ? 2 : 1, c);
+      line += '"';
+    }
+    line += ',';
+  };
+  line += std::to_string(entry.timestamp) + ',';
+  quoted(entry.user);
+  quoted(entry.recommendation_id);
+  quoted(entry.item);
+  std::array<char, 256> rest;
+  std::snprintf(
+      rest.data(), rest.size(), "%u,%d,%.9g,%d,%.9g,%.9g,%.9g,%.9g,%.9g\n", entry.position,
+      entry.positive ? 1 : 0, static_cast<double>(entry.choice.propensity),
+      entry.choice.pick.item == entry.choice.best.item ? 1 : 0,
+      static_cast<double>(entry.choice.pool_share), static_cast<double>(entry.choice.pool_logit),
+      static_cast<double>(entry.expected), static_cast<double>(entry.best_expected),
+      static_cast<double>(entry.choice.pool_value));
+  line += rest.data();
+}
+
+// ============================================================================================
+// Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction) and
+// the random choice of a slate with its probabilities. Uses rooms 2, 9, 10 and 11.
+// ============================================================================================
 
 // From relevance S to expected positive events of an examined impression: exp(slope S + intercept).
 struct Calibration {
@@ -5903,7 +6067,7 @@ class SlotPolicy {
 };
 
 // ============================================================================================
-// Room 9: recommender. Owns users and sessions and the catalogue as feedback has shaped it, and
+// Room 16: recommender. Owns users and sessions and the catalogue as feedback has shaped it, and
 // answers requests. Uses all earlier rooms.
 // ============================================================================================
 
@@ -6009,51 +6173,6 @@ struct Explanation {
   bool explorable;                  // in the pool of items with little feedback
 };
 
-// One impression or, where `positive`, one positive event on it. With these, other exploration
-// weights and other policies can be evaluated (personalize evaluate --protocol off-policy).
-struct LogEntry {
-  std::int64_t timestamp;
-  std::string_view user;  // or session
-  std::string_view recommendation_id;
-  std::string_view item;
-  std::uint32_t position;  // from 1
-  bool positive;
-  SlotChoice choice;    // propensity and alternatives; pool_value: mean expected of the pool
-  float expected;       // positive events expected of the pick if seen, by all that is known
-  float best_expected;  // the same had the slot gone to choice.best
-};
-
-inline constexpr std::string_view log_csv_header =
-    "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
-    "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
-
-// The entry as a line of CSV under log_csv_header. Appends to `line`.
-inline void append_csv(const LogEntry& entry, std::string& line) {
-  const auto quoted = [&line](std::string_view text) {
-    if (text.find_first_of(",\"\r\n") == std::string_view::npos) {
-      line += text;
-    } else {
-      line += '"';
-      for (const char c : text) line.append(c == '"' ? 2 : 1, c);
-      line += '"';
-    }
-    line += ',';
-  };
-  line += std::to_string(entry.timestamp) + ',';
-  quoted(entry.user);
-  quoted(entry.recommendation_id);
-  quoted(entry.item);
-  std::array<char, 256> rest;
-  std::snprintf(
-      rest.data(), rest.size(), "%u,%d,%.9g,%d,%.9g,%.9g,%.9g,%.9g,%.9g\n", entry.position,
-      entry.positive ? 1 : 0, static_cast<double>(entry.choice.propensity),
-      entry.choice.pick.item == entry.choice.best.item ? 1 : 0,
-      static_cast<double>(entry.choice.pool_share), static_cast<double>(entry.choice.pool_logit),
-      static_cast<double>(entry.expected), static_cast<double>(entry.best_expected),
-      static_cast<double>(entry.choice.pool_value));
-  line += rest.data();
-}
-
 struct RecommenderOptions {
   std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
   std::uint64_t max_users =
@@ -6095,7 +6214,7 @@ struct RecommenderOptions {
 // any thread. Users are spread over 64 locks; scoring runs outside of them.
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
-// with feedback on, what impressions taught (room 8) in units of the score. rho = 0.4 (impression
+// with feedback on, what impressions taught (room 12) in units of the score. rho = 0.4 (impression
 // discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's leaning
 // g, for the encoder sees what was chosen but not what was passed over: each impression y of an
 // item moves
