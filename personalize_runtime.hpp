@@ -215,7 +215,7 @@ namespace detail {
 // What `call` returns, a Result; where it runs out of memory, that as an error. The message is
 // short enough to need none.
 template <class Call>
-auto guarded(Call call) -> decltype(call()) {
+auto catching_bad_alloc(Call call) -> decltype(call()) {
 #if PERSONALIZE_HAS_EXCEPTIONS
   try {
     return call();
@@ -2667,7 +2667,7 @@ class SectionDecoder {
   // Takes chunks until there are none. Errors (the earliest of the file) go to error_.
   void work(bool reports) {
     std::uint64_t ordinal = 0;
-    const auto done = guarded([&]() -> Result<void> {
+    const auto done = catching_bad_alloc([&]() -> Result<void> {
       Worker worker;
       for (;;) {
         const auto chunk = next(worker.stored, ordinal);
@@ -2863,7 +2863,7 @@ class SectionDecoder {
 // checksum.
 inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
                                                       const LoadLimits& limits = {}) {
-  return detail::guarded([&]() -> Result<std::vector<SectionInfo>> {
+  return detail::catching_bad_alloc([&]() -> Result<std::vector<SectionInfo>> {
     detail::ByteSource source{file};
     auto sections = detail::read_table(source, limits);
     if (!sections) return sections;
@@ -3891,7 +3891,7 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
 // The parts of a model file in memory, every value checked. Errors name the section and the reason.
 inline Result<ModelParts> read_model(std::span<const std::byte> file,
                                      const LoadOptions& options = {}) {
-  return detail::guarded([&]() -> Result<ModelParts> {
+  return detail::catching_bad_alloc([&]() -> Result<ModelParts> {
     detail::ByteSource source{file};
     return detail::read_parts(source, options);
   });
@@ -3899,7 +3899,7 @@ inline Result<ModelParts> read_model(std::span<const std::byte> file,
 
 // The same of a file on disk, of which no more than a chunk at a time is held in memory.
 inline Result<ModelParts> read_model(const std::string& path, const LoadOptions& options = {}) {
-  return detail::guarded([&]() -> Result<ModelParts> {
+  return detail::catching_bad_alloc([&]() -> Result<ModelParts> {
     auto source = detail::ByteSource::open(path);
     if (!source) return source.error();
     auto parts = detail::read_parts(*source, options);
@@ -3926,7 +3926,7 @@ class Model {
   }
 
   static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts) {
-    return detail::guarded([&]() -> Result<std::shared_ptr<const Model>> {
+    return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
       if (auto checked = detail::check_parts(parts, LoadLimits{}); !checked) return checked.error();
       return of(std::move(parts));
     });
@@ -3980,7 +3980,7 @@ class Model {
 
   static Result<std::shared_ptr<const Model>> of(Result<ModelParts> parts) {
     if (!parts) return parts.error();
-    return detail::guarded([&]() -> Result<std::shared_ptr<const Model>> {
+    return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
       return std::shared_ptr<const Model>(new Model(std::move(*parts)));
     });
   }
@@ -6228,7 +6228,7 @@ class Recommender {
   // Errors (invalid_argument): an option outside its stated range.
   static Result<Recommender> create(std::shared_ptr<const Model> model,
                                     const RecommenderOptions& options = {}) {
-    return detail::guarded([&]() -> Result<Recommender> {
+    return detail::catching_bad_alloc([&]() -> Result<Recommender> {
       if (!model) return Error{Errc::invalid_argument, "the model is null"};
       if (auto checked = check(options); !checked) return checked.error();
       RecommenderOptions chosen = options;
@@ -6257,7 +6257,7 @@ class Recommender {
   // over 10,000 impressions. Where both are given, the session's earlier events become the user's
   // first.
   Result<Recorded> record(const Interaction& event) {
-    return detail::guarded([&]() -> Result<Recorded> {
+    return detail::catching_bad_alloc([&]() -> Result<Recorded> {
       if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
       if (auto checked = check_impressions(event.impressions); !checked) return checked.error();
       const std::int64_t timestamp = event.timestamp.value_or(system_seconds());
@@ -6292,7 +6292,7 @@ class Recommender {
   // Errors (invalid_argument; nothing is changed): no user and no session, neither a recommendation
   // id nor items, an id of over 256 bytes, over 10,000 items.
   Result<Recorded> record_impression(const Impression& impression) {
-    return detail::guarded([&]() -> Result<Recorded> {
+    return detail::catching_bad_alloc([&]() -> Result<Recorded> {
       if (auto checked = check_ids(impression.user, impression.session); !checked)
         return checked.error();
       if (auto checked = check_impressions(impression.items); !checked) return checked.error();
@@ -6311,7 +6311,7 @@ class Recommender {
   // events gets popular items. Errors (invalid_argument): no user and no session, an id of over 256
   // bytes, a count or a mask outside its range.
   Result<void> recommend(const Request& request, Slate& slate) {
-    return detail::guarded([&]() -> Result<void> {
+    return detail::catching_bad_alloc([&]() -> Result<void> {
       if (auto checked = check_request(request); !checked) return checked;
       const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
       if (auto updated = update_if_due(timestamp); !updated) return updated;
@@ -6331,7 +6331,7 @@ class Recommender {
   // requests than slates; where memory runs out on the way, the slates that were not reached are
   // empty.
   Result<void> recommend(std::span<const Request> requests, std::span<Slate> slates) {
-    return detail::guarded([&]() -> Result<void> {
+    return detail::catching_bad_alloc([&]() -> Result<void> {
       if (slates.size() < requests.size())
         return Error{Errc::invalid_argument, "there are more requests than slates"};
       for (const Request& request : requests)
@@ -6361,7 +6361,7 @@ class Recommender {
   // catalogue, not eligible or excluded come last, in the given order, with reason unknown and
   // score 0. Request::count is not used.
   Result<void> rank(const Request& request, std::span<const std::string_view> items, Slate& slate) {
-    return detail::guarded([&]() -> Result<void> {
+    return detail::catching_bad_alloc([&]() -> Result<void> {
       if (auto checked = check_ids(request.user, request.session); !checked) return checked;
       const auto catalogue = state_->current();
       ScratchLease scratch{*state_, *catalogue};
@@ -6391,7 +6391,7 @@ class Recommender {
 
   // What makes up an item's score for this user now. Errors: unknown_item; as recommend.
   Result<Explanation> explain(const Request& request, std::string_view id) {
-    return detail::guarded([&]() -> Result<Explanation> {
+    return detail::catching_bad_alloc([&]() -> Result<Explanation> {
       if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
       const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
       const auto catalogue = state_->current();
@@ -6428,7 +6428,7 @@ class Recommender {
   Result<void> put_item(const NewItem& item) {
     if (item.item.empty() || item.item.size() > max_id_bytes)
       return Error{Errc::invalid_argument, "an item id has 1 to 256 bytes"};
-    return detail::guarded([&]() -> Result<void> {
+    return detail::catching_bad_alloc([&]() -> Result<void> {
       PendingItem pending{
           std::string(item.item), item.creation_timestamp.value_or(system_seconds()), {}};
       for (const auto& [name, value] : item.fields) pending.fields.emplace_back(name, value);
@@ -6448,7 +6448,7 @@ class Recommender {
     const std::lock_guard lock{state_->update_mutex};
     state_->next_update.store(later(timestamp, state_->options.update_interval.count()),
                               std::memory_order_relaxed);
-    return detail::guarded([&] { return rebuild(timestamp); });
+    return detail::catching_bad_alloc([&] { return rebuild(timestamp); });
   }
 
   // Makes an anonymous session's events the user's own, after those the user already has, and
@@ -6457,7 +6457,7 @@ class Recommender {
     if (session.empty() || user.empty())
       return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
     if (auto checked = check_ids(user, session); !checked) return checked.error();
-    return detail::guarded([&]() -> Result<bool> { return merge(session, user); });
+    return detail::catching_bad_alloc([&]() -> Result<bool> { return merge(session, user); });
   }
 
   // Forgets a user or, with an empty user, a session. False where there was none.
@@ -7411,7 +7411,7 @@ class Recommender {
       has_pending = !state_->pending.empty();
     }
     if (!has_pending && !state_->changed.load(std::memory_order_relaxed)) return {};
-    auto rebuilt = detail::guarded([&] { return rebuild(timestamp); });
+    auto rebuilt = detail::catching_bad_alloc([&] { return rebuild(timestamp); });
     // What is wrong with a new item is for a caller of update() to hear, not of record().
     if (rebuilt || rebuilt.error().code != Errc::out_of_memory) return {};
     state_->next_update.store(due, std::memory_order_relaxed);
@@ -7454,7 +7454,7 @@ class Recommender {
     const ModelParts& parts = next->model->parts();
     next->biases = parts.biases;
     const bool changed = state_->changed.exchange(false, std::memory_order_relaxed);
-    auto built = detail::guarded([&]() -> Result<void> {
+    auto built = detail::catching_bad_alloc([&]() -> Result<void> {
       if (next->model != previous->model) next->mean_square = mean_square(parts.item_vectors);
       if (state_->options.feedback) learn(*next, now);
       next->scorer.emplace(vectors_of(*next), next->biases,
