@@ -408,15 +408,68 @@ inline bool all_finite(std::span<const float> values) noexcept {
 
 }  // namespace detail
 
+// UTF-8 (Unicode 15, table 3-7), and its control characters.
+namespace detail {
+
+// The bytes of the character that `text` begins with; 0 where they are not UTF-8. text: not empty.
+inline std::size_t utf8_character(std::string_view text) noexcept {
+  const auto byte = [&](std::size_t i) -> unsigned { return static_cast<unsigned char>(text[i]); };
+  const unsigned lead = byte(0);
+  if (lead < 0x80) return 1;
+  const std::size_t size = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+  if (lead < 0xC2 || lead > 0xF4 || text.size() < size) return 0;
+  // Overlong forms, surrogates and what lies behind U+10FFFF show in the second byte.
+  const unsigned least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+  const unsigned most = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+  if (byte(1) < least || byte(1) > most) return 0;
+  for (std::size_t i = 2; i < size; ++i)
+    if ((byte(i) & 0xC0) != 0x80) return 0;
+  return size;
+}
+
+inline bool valid_utf8(std::string_view text) noexcept {
+  for (std::size_t size; !text.empty(); text.remove_prefix(size))
+    if (size = utf8_character(text); size == 0) return false;
+  return true;
+}
+
+// Whether text may stand in a table of ids, in a line of a log and in JSON: UTF-8 without control
+// characters (U+0000 to U+001F, U+007F to U+009F). Says nothing of its length. Some 2 ns for an
+// ASCII id of 16 bytes.
+inline bool valid_id(std::string_view text) noexcept {
+  constexpr std::uint64_t each = 0x0101010101010101u, high = 0x80 * each;
+  while (!text.empty()) {
+    if (text.size() >= 8) {
+      std::uint64_t word;
+      std::memcpy(&word, text.data(), 8);
+      // All of 0x20 to 0x7E: neither over 0x7F, nor under 0x20, nor 0x7F.
+      if (((word | (word - 0x20 * each) | (word + each)) & high) == 0) {
+        text.remove_prefix(8);
+        continue;
+      }
+    }
+    const std::size_t size = utf8_character(text);
+    if (size == 0) return false;
+    const auto first = static_cast<unsigned char>(text[0]);
+    if (size == 1 && (first < 0x20 || first == 0x7F)) return false;
+    if (first == 0xC2 && static_cast<unsigned char>(text[1]) < 0xA0) return false;
+    text.remove_prefix(size);
+  }
+  return true;
+}
+
+}  // namespace detail
+
 inline constexpr std::size_t max_id_bytes = 256;
 
 // Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
 // text.
 class StringTable {
  public:
-  // The index of the new string. Errors: empty, over 256 bytes, or already there (corrupt).
+  // The index of the new string. Errors: empty, over 256 bytes, not UTF-8 or with a control
+  // character (invalid_argument); already there (corrupt).
   Result<std::uint32_t> add(std::string_view text) {
-    if (auto checked = check_length(text); !checked) return checked.error();
+    if (auto checked = check_text(text); !checked) return checked.error();
     if ((size() + 1) * 4 > slots_.size() * 3) rehash(std::max<std::size_t>(16, slots_.size() * 2));
     const std::uint64_t hash = hash_of(text);
     const std::size_t slot = find_slot(text, hash);
@@ -454,8 +507,7 @@ class StringTable {
     return {ends.last(count * sizeof(std::uint16_t)), std::as_writable_bytes(std::span(text_))};
   }
 
-  // Errors (corrupt): lengths that do not add up to the text; a string empty, over 256 bytes, or
-  // there twice.
+  // Errors (corrupt): lengths that do not add up to the text; a string that add() would refuse.
   Result<void> number() {
     const std::byte* lengths = std::as_bytes(std::span(ends_)).data() + size() * 6;
     std::size_t end = 0;
@@ -480,7 +532,7 @@ class StringTable {
       for (std::size_t i = 0; i < count; ++i) {
         const std::string_view text = (*this)[begin + i];
         const std::size_t slot = find_slot(text, hashes[i]);
-        auto checked = check_length(text);
+        auto checked = check_text(text);
         if (checked) checked = check_free(text, slot);
         if (!checked)
           return Error{Errc::corrupt,
@@ -508,10 +560,13 @@ class StringTable {
     return static_cast<std::uint32_t>(entry) - 1;
   }
 
-  static Result<void> check_length(std::string_view text) {
+  static Result<void> check_text(std::string_view text) {
     if (text.empty() || text.size() > max_id_bytes)
       return Error{Errc::invalid_argument,
                    "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+    if (!detail::valid_id(text))
+      return Error{Errc::invalid_argument,
+                   "an id is UTF-8 without control characters, this one is not"};
     return {};
   }
 

@@ -30,6 +30,46 @@ TEST_CASE("a string table numbers what it is given, in order") {
   CHECK_FALSE(table.find("id-1").has_value());
 }
 
+TEST_CASE("an id is UTF-8 without control characters, wherever in it the fault stands") {
+  using namespace std::string_literals;
+  for (const auto& text :
+       {"sword"s, "a longer id with blanks ~ and more"s, "\u00e4"s, "\u00a0"s, "\u20ac"s,
+        "\ud7ff\ue000"s, "\U00010000\U0010ffff"s, ""s, "\u07ff\u0800\uffff"s})
+    CHECK_MESSAGE(pz::detail::valid_id(text), text);
+  const std::vector<std::string> faults{"\0"s,
+                                        "\x1f",
+                                        "\n",
+                                        "\x7f",
+                                        "\xc2\x80",
+                                        "\xc2\x9f",
+                                        "\x80",
+                                        "\xbf",
+                                        "\xc0\x80",
+                                        "\xc1\xbf",
+                                        "\xc3",
+                                        "\xe2\x82",
+                                        "\xe0\x9f\xbf",
+                                        "\xed\xa0\x80",
+                                        "\xed\xbf\xbf",
+                                        "\xf0\x8f\xbf\xbf",
+                                        "\xf4\x90\x80\x80",
+                                        "\xf5\x80\x80\x80",
+                                        "\xff",
+                                        "\xe2\x28\xa1",
+                                        "\xf0\x90\x80\x28"};
+  for (const std::string& fault : faults)
+    for (std::size_t before = 0; before < 20; ++before)
+      for (const std::size_t behind : {0u, 1u, 8u}) {
+        const std::string text = std::string(before, 'x') + fault + std::string(behind, 'y');
+        REQUIRE_FALSE(pz::detail::valid_id(text));
+        pz::StringTable table;
+        const auto added = table.add(text);
+        REQUIRE_FALSE(added);
+        REQUIRE(added.error().code == pz::Errc::invalid_argument);
+        REQUIRE(table.empty());
+      }
+}
+
 TEST_CASE("quantised rows are within half a step, zero rows stay zero") {
   small_model::Random random{5};
   pz::Matrix m = small_model::random_matrix(random, 30, 33, 2.0f);
