@@ -862,7 +862,8 @@ namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t panel_rows = 16;
-inline constexpr std::size_t nowhere = ~std::size_t{0};
+// Rows of vectors lie in pages of so many, row-major; see ItemRows (room 10).
+inline constexpr std::size_t page_rows = 256;
 
 constexpr std::size_t padded(std::size_t n) noexcept { return (n + lanes - 1) / lanes * lanes; }
 // A panel is a sequence of steps of 64 bytes: four columns of 8 bits or eight columns of 4 bits.
@@ -946,6 +947,7 @@ struct PanelRows {
   const Real* scales;  // [16] a panel
   const Real* biases;  // [16] a panel
   std::size_t columns;
+  std::size_t first_row = 0;  // the number that the first of them goes by
 };
 
 // A query on its way through panels, and what it found there.
@@ -1759,9 +1761,10 @@ struct Vectors<Scalar> {
   }
   // A value that at least k of x[0, size) reach, and few more: below the k-th largest by some
   // places at most, unless many are alike. Halves the range between the largest and `low`, which k
-  // must reach; -inf stands for the smallest that is not -inf. size: a multiple of `lanes`.
+  // must reach; -inf stands for the smallest that is not -inf. A NaN reaches nothing. size: a
+  // multiple of `lanes`.
   static float kth_largest(std::size_t size, const float* x, std::size_t k, float low) noexcept {
-    float high = x[0], least = x[0];
+    float high = -__builtin_inff(), least = __builtin_inff();
     for (std::size_t j = 0; j < size; ++j) {
       high = x[j] > high ? x[j] : high;
       least = x[j] < least && x[j] > -__builtin_inff() ? x[j] : least;
@@ -1872,17 +1875,17 @@ struct Vectors {
     transform(size, x, [](const Batch& v) { return Curve::tanh(v); });
   }
   static void relu(std::size_t size, float* x) noexcept {
-    transform(size, x, [](const Batch& v) { return xsimd::max(v, Batch(0.0f)); });
+    transform(size, x, [](const Batch& v) { return greater(v, Batch(0.0f)); });
   }
   static void gelu(std::size_t size, float* x) noexcept {
     transform(size, x, [](const Batch& v) { return Curve::gelu(v); });
   }
   static float kth_largest(std::size_t size, const float* x, std::size_t k, float low) noexcept {
-    Batch most(x[0]), smallest(x[0]);
+    Batch most(-__builtin_inff()), smallest(__builtin_inff());
     for (std::size_t j = 0; j < size; j += width) {
       const Batch v = Batch::load_unaligned(x + j);
-      most = xsimd::max(most, v);
-      smallest = xsimd::min(smallest, xsimd::select(v > Batch(-__builtin_inff()), v, smallest));
+      most = greater(v, most);
+      smallest = xsimd::select(v < smallest && v > Batch(-__builtin_inff()), v, smallest);
     }
     float highs[width], lows[width];
     most.store_unaligned(highs);
@@ -1904,7 +1907,7 @@ struct Vectors {
     const std::size_t whole = size / width * width;
     Batch most(0.0f);
     for (std::size_t j = 0; j < whole; j += width)
-      most = xsimd::max(most, xsimd::abs(Batch::load_unaligned(x + j)));
+      most = greater(xsimd::abs(Batch::load_unaligned(x + j)), most);
     float parts[width];
     most.store_unaligned(parts);
     float result = parts[0];
@@ -1917,6 +1920,11 @@ struct Vectors {
   }
 
  private:
+  // v where it is greater, else other. What min and max make of a NaN depends on the instruction
+  // set and on which operand xsimd hands over first.
+  static Batch greater(const Batch& v, const Batch& other) noexcept {
+    return xsimd::select(v > other, v, other);
+  }
   static float add_lanes(const Batch& v) noexcept {
 #if XSIMD_VERSION_MAJOR >= 9
     return xsimd::reduce_add(v);
@@ -1930,9 +1938,9 @@ struct Vectors {
     static Batch fma(const Batch& a, const Batch& b, const Batch& c) noexcept {
       return xsimd::fma(a, b, c);
     }
-    // In this order a NaN of v passes through x86's min and max.
     static Batch limited(const Batch& v, float most) noexcept {
-      return xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
+      const Batch inside = xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
+      return xsimd::select(v == v, inside, v);
     }
   };
   using Curve = Curves<Arithmetic>;
@@ -1997,23 +2005,25 @@ struct Kernels : Vectors<Tag> {
   static constexpr int query_limit = O::query_limit;
 
   // Queries through the panels [first, last): two, and more so four, share the loads of the rows.
-  // next: as many panels from there on come from memory meanwhile, unless it is nowhere.
+  // next: as many of its panels come from memory meanwhile, unless it is null.
   static void scan_8bit(const PanelRows<float>& rows, std::size_t first, std::size_t last,
-                        std::size_t next, PanelQuery* const* queries, std::size_t count) noexcept {
+                        const PanelRows<float>* next, PanelQuery* const* queries,
+                        std::size_t count) noexcept {
     in_groups<8>(rows, first, last, next, queries, count);
   }
   static void scan_4bit(const PanelRows<std::uint16_t>& rows, std::size_t first, std::size_t last,
-                        std::size_t next, PanelQuery* const* queries, std::size_t count) noexcept {
+                        const PanelRows<std::uint16_t>* next, PanelQuery* const* queries,
+                        std::size_t count) noexcept {
     in_groups<4>(rows, first, last, next, queries, count);
   }
 
-  // out[i] = row items[i] . query, in integers. rows: [.., columns] row-major; query:
-  // [padded(columns)], zero beyond columns; offset: -128 * sum of query.
-  static void row_dots(const std::int8_t* rows, std::size_t columns, const std::int8_t* query,
-                       std::int32_t offset, const std::uint32_t* items, std::size_t count,
-                       std::int32_t* out) noexcept {
+  // out[i] = row items[i] . query, in integers. pages: of page_rows rows each, [.., columns]
+  // row-major; query: [padded(columns)], zero beyond columns; offset: -128 * sum of query.
+  static void row_dots(const std::int8_t* const* pages, std::size_t columns,
+                       const std::int8_t* query, std::int32_t offset, const std::uint32_t* items,
+                       std::size_t count, std::int32_t* out) noexcept {
     for (std::size_t i = 0; i < count; ++i)
-      out[i] = O::dot(rows + items[i] * columns, query, columns, offset);
+      out[i] = O::dot(row_of(pages, columns, items[i]), query, columns, offset);
   }
 
   // The scores of all rows of `panels` panels of 8 bits to y.
@@ -2043,37 +2053,46 @@ struct Kernels : Vectors<Tag> {
 
   // The dot products that define scores, of the rows `items`: eight partial sums in double, column
   // c in sum c mod 8, in ascending order, added up as a tree. The same bits on every instruction
-  // set. query: [padded(columns)], zero beyond columns.
-  static void dots_i8(const std::int8_t* rows, std::size_t columns, const double* query,
+  // set. pages: as in row_dots; query: [padded(columns)], zero beyond columns.
+  static void dots_i8(const std::int8_t* const* pages, std::size_t columns, const double* query,
                       const std::uint32_t* items, std::size_t count, double* out) noexcept {
-    dots(rows, columns, query, items, count, out);
+    dots(pages, columns, query, items, count, out);
   }
-  static void dots_f32(const float* rows, std::size_t columns, const double* query,
+  static void dots_f32(const float* const* pages, std::size_t columns, const double* query,
                        const std::uint32_t* items, std::size_t count, double* out) noexcept {
-    dots(rows, columns, query, items, count, out);
+    dots(pages, columns, query, items, count, out);
   }
 
  private:
   static constexpr std::size_t together = 4;  // rows that share the loads of the query
 
   template <class Element>
-  static void dots(const Element* rows, std::size_t columns, const double* query,
+  PERSONALIZE_INLINE static const Element* row_of(const Element* const* pages, std::size_t columns,
+                                                  std::uint32_t item) noexcept {
+    return pages[item / page_rows] + item % page_rows * columns;
+  }
+
+  template <class Element>
+  static void dots(const Element* const* pages, std::size_t columns, const double* query,
                    const std::uint32_t* items, std::size_t count, double* out) noexcept {
     std::size_t i = 0;
     for (; i + together <= count; i += together)
-      dot_some<together>(rows, columns, query, items + i, out + i);
-    for (; i < count; ++i) dot_some<1>(rows, columns, query, items + i, out + i);
+      dot_some<together>(pages, columns, query, items + i, out + i);
+    for (; i < count; ++i) dot_some<1>(pages, columns, query, items + i, out + i);
   }
 
   template <std::size_t Rows, class Element>
-  static void dot_some(const Element* rows, std::size_t columns, const double* query,
+  static void dot_some(const Element* const* pages, std::size_t columns, const double* query,
                        const std::uint32_t* items, double* out) noexcept {
+    const Element* rows[Rows];
     typename O::Doubles sums[Rows];
     PERSONALIZE_UNROLL
-    for (auto& sum : sums) O::clear(sum);
+    for (std::size_t r = 0; r < Rows; ++r) {
+      rows[r] = row_of(pages, columns, items[r]);
+      O::clear(sums[r]);
+    }
     for (std::size_t c = 0; c < columns; c += 8) PERSONALIZE_UNROLL
-    for (std::size_t r = 0; r < Rows; ++r)
-      O::multiply(sums[r], rows + items[r] * columns + c, query + c);
+    for (std::size_t r = 0; r < Rows; ++r) O::multiply(sums[r], rows[r] + c, query + c);
     PERSONALIZE_UNROLL
     for (std::size_t r = 0; r < Rows; ++r) {
       double s[8];
@@ -2084,11 +2103,12 @@ struct Kernels : Vectors<Tag> {
 
   template <int Bits, class Real>
   static void in_groups(const PanelRows<Real>& rows, std::size_t first, std::size_t last,
-                        std::size_t next, PanelQuery* const* queries, std::size_t count) noexcept {
+                        const PanelRows<Real>* next, PanelQuery* const* queries,
+                        std::size_t count) noexcept {
     std::size_t q = count / 4 * 4;
     if (q > 0) scan_together<Bits, 4>(rows, first, last, next, queries, q);
     if (q + 2 <= count) {
-      scan_together<Bits, 2>(rows, first, last, nowhere, queries + q, 2);
+      scan_together<Bits, 2, Real>(rows, first, last, nullptr, queries + q, 2);
       q += 2;
     }
     if (q < count) scan_alone<Bits>(rows, first, last, *queries[q]);
@@ -2138,7 +2158,7 @@ struct Kernels : Vectors<Tag> {
         unrolled<panels>([&](auto b)
                              PERSONALIZE_INLINE { O::store(scores(b), all + b * panel_rows); });
       for (std::size_t w = 0; w < words; ++w)
-        collect<Bits>(query, masks[w], (p + w * word_panels) * panel_rows,
+        collect<Bits>(query, masks[w], rows.first_row + (p + w * word_panels) * panel_rows,
                       all + w * word_panels * panel_rows);
     };
     for_panels<Bits, 1>(rows, first, last, &one, finish);
@@ -2153,7 +2173,7 @@ struct Kernels : Vectors<Tag> {
     alignas(64) float scores[cells * panel_rows];
     alignas(64) std::uint16_t masks[cells]{};
     PanelQuery* const* queries = nullptr;
-    std::size_t begin = 0;
+    std::size_t first_row = 0;
 
     std::uint64_t word(std::size_t cell) const noexcept {
       std::uint64_t mask;
@@ -2169,15 +2189,14 @@ struct Kernels : Vectors<Tag> {
   // scores changes it.
   template <int Bits, std::size_t Queries, class Real>
   static void scan_together(const PanelRows<Real> rows, std::size_t first, std::size_t last,
-                            std::size_t next, PanelQuery* const* queries,
+                            const PanelRows<Real>* next, PanelQuery* const* queries,
                             std::size_t count) noexcept {
     Strip<Queries> strips[2];
     std::size_t turn = 0;
     for (std::size_t begin = first; begin < last; begin += strip) {
       const std::size_t end = last - begin < strip ? last : begin + strip;
       for (std::size_t g = 0; g < count; g += Queries, turn ^= 1) {
-        if (next != nowhere)
-          fetch<Bits>(rows, next + (begin - first), end - begin, g / Queries, count / Queries);
+        if (next) fetch<Bits>(*next, begin - first, end - begin, g / Queries, count / Queries);
         float scale[Queries], limit[Queries];
         for (std::size_t q = 0; q < Queries; ++q) {
           scale[q] = queries[g + q]->scale;
@@ -2185,7 +2204,7 @@ struct Kernels : Vectors<Tag> {
         }
         Strip<Queries>& now = strips[turn];
         now.queries = queries + g;
-        now.begin = begin;
+        now.first_row = rows.first_row + begin * panel_rows;
         if (end - begin < strip) __builtin_memset(now.masks, 0, sizeof now.masks);
         const auto finish = [&](std::size_t p, auto& sums) PERSONALIZE_INLINE {
           constexpr std::size_t panels = sizeof sums[0] / sizeof sums[0][0];
@@ -2216,7 +2235,7 @@ struct Kernels : Vectors<Tag> {
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t cell = hits[i];
       collect<Bits>(*found.queries[cell / strip], found.word(cell),
-                    (found.begin + cell % strip) * panel_rows, found.scores + cell * panel_rows);
+                    found.first_row + cell % strip * panel_rows, found.scores + cell * panel_rows);
     }
   }
 
@@ -2296,13 +2315,18 @@ struct Kernels : Vectors<Tag> {
 template <int Bits>
 void put_in_panel(std::uint8_t* panel, std::size_t lane, const std::int8_t* row,
                   std::size_t columns) noexcept {
-  for (std::size_t c = 0; c < columns; ++c) {
-    if constexpr (Bits == 8)
-      panel[c / 4 * step_bytes + lane * 4 + c % 4] = static_cast<std::uint8_t>(row[c] + 128);
-    else
-      panel[c / 8 * step_bytes + lane * 4 + c % 4] |=
-          static_cast<std::uint8_t>((row[c] + 8) << (c % 8 / 4 * 4));
-  }
+  const auto put = [&](std::size_t c, std::size_t count) {
+    std::uint8_t* const four =
+        panel + (Bits == 8 ? c / 4 : c / 8) * step_bytes + lane * (step_bytes / panel_rows);
+    for (std::size_t i = 0; i < count; ++i)
+      if constexpr (Bits == 8)
+        four[i] = static_cast<std::uint8_t>(row[c + i] + 128);
+      else
+        four[i] |= static_cast<std::uint8_t>((row[c + i] + 8) << (c % 8));
+  };
+  const std::size_t whole = columns / 4 * 4;
+  for (std::size_t c = 0; c < whole; c += 4) put(c, 4);  // compilers make one move of the four
+  put(whole, columns - whole);
 }
 
 // The kernels of one instruction set, chosen once and called through pointers.
@@ -4465,25 +4489,50 @@ class Encoder {
 class ItemMask {
  public:
   explicit ItemMask(std::size_t items, bool value = false)
-      : items_(items), words_((items + 63) / 64, value ? ~std::uint64_t{0} : 0) {}
+      : items_(items),
+        count_(value ? items : 0),
+        words_((items + 63) / 64, value ? ~std::uint64_t{0} : 0) {
+    clear_behind();
+  }
 
   std::size_t size() const noexcept { return items_; }
-  // Items that are added are not in the mask.
+  // How many items are in it; O(1).
+  std::size_t count() const noexcept { return count_; }
+  // Items that are added are not in the mask. O(items).
   void resize(std::size_t items) {
     words_.resize((items + 63) / 64);
-    if (items > items_ && items_ % 64 != 0)
-      words_[items_ / 64] &= (std::uint64_t{1} << (items_ % 64)) - 1;
     items_ = items;
+    clear_behind();
+    count_ = 0;
+    for (const std::uint64_t word : words_) count_ += static_cast<std::size_t>(std::popcount(word));
   }
-  void set(std::uint32_t item) noexcept { words_[item / 64] |= bit(item); }
-  void reset(std::uint32_t item) noexcept { words_[item / 64] &= ~bit(item); }
-  bool test(std::uint32_t item) const noexcept { return (words_[item / 64] & bit(item)) != 0; }
-  // Bits of items [64 w, 64 w + 64).
-  std::uint64_t word(std::size_t w) const noexcept { return words_[w]; }
+  // False, and nothing changes, where item >= size().
+  bool set(std::uint32_t item) noexcept {
+    if (item >= items_) return false;
+    count_ += !test(item);
+    words_[item / 64] |= bit(item);
+    return true;
+  }
+  bool reset(std::uint32_t item) noexcept {
+    if (item >= items_) return false;
+    count_ -= test(item);
+    words_[item / 64] &= ~bit(item);
+    return true;
+  }
+  // An item behind the last is not in the mask.
+  bool test(std::uint32_t item) const noexcept {
+    return item < items_ && (words_[item / 64] & bit(item)) != 0;
+  }
+  // Bits of items [64 w, 64 w + 64); 0 behind the last.
+  std::uint64_t word(std::size_t w) const noexcept { return w < words_.size() ? words_[w] : 0; }
 
  private:
   static std::uint64_t bit(std::uint32_t item) noexcept { return std::uint64_t{1} << (item % 64); }
-  std::size_t items_;
+  void clear_behind() noexcept {
+    if (items_ % 64 != 0) words_.back() &= (std::uint64_t{1} << (items_ % 64)) - 1;
+  }
+
+  std::size_t items_, count_;
   std::vector<std::uint64_t> words_;
 };
 
@@ -4497,25 +4546,481 @@ inline bool ranks_before(const ScoredItem& a, const ScoredItem& b) noexcept {
   return a.score > b.score || (a.score == b.score && a.item < b.item);
 }
 
-// Which items may be ranked: all, less those missing from `eligible`, less those in `excluded`.
+// Which items may be ranked: all, less those missing from `eligible`, less those in `excluded` and
+// in `excluded_items`. Masks may be shorter than the catalogue: behind its end an item is missing
+// from `eligible`, and not in `excluded`.
 struct Eligibility {
   const ItemMask* eligible = nullptr;
   const ItemMask* excluded = nullptr;
   // How many are in `excluded` at most, where that is known. With a few a scan asks only of what is
   // left at its end whether they are among it.
   std::size_t excluded_count = unknown;
+  // Ascending. For a few: no mask has to be made, and only candidates are looked up, each in
+  // O(log n).
+  std::span<const std::uint32_t> excluded_items = {};
   static constexpr std::size_t unknown = ~std::size_t{0};
 
+  // Bits of items [64 w, 64 w + 64), as ItemMask::word.
   std::uint64_t word(std::size_t w) const noexcept {
-    return (eligible ? eligible->word(w) : ~std::uint64_t{0}) & ~(excluded ? excluded->word(w) : 0);
+    std::uint64_t bits =
+        (eligible ? eligible->word(w) : ~std::uint64_t{0}) & ~(excluded ? excluded->word(w) : 0);
+    auto item = std::lower_bound(excluded_items.begin(), excluded_items.end(), w * 64);
+    for (; item != excluded_items.end() && *item / 64 == w; ++item)
+      bits &= ~(std::uint64_t{1} << (*item % 64));
+    return bits;
   }
-  bool test(std::uint32_t item) const noexcept { return (word(item / 64) >> (item % 64) & 1) != 0; }
-  bool all() const noexcept { return !eligible && !excluded; }
+  bool test(std::uint32_t item) const noexcept {
+    return !(eligible && !eligible->test(item)) && !(excluded && excluded->test(item)) &&
+           (excluded_items.empty() ||
+            !std::binary_search(excluded_items.begin(), excluded_items.end(), item));
+  }
+  bool all() const noexcept { return !eligible && !excluded && excluded_items.empty(); }
+  // How many are excluded at most.
+  std::size_t most_excluded() const noexcept {
+    const std::size_t of_mask = excluded ? excluded_count : 0;
+    return of_mask > unknown - excluded_items.size() ? unknown : of_mask + excluded_items.size();
+  }
 };
 
 // ============================================================================================
-// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
+// Room 10: scorer. Owns the item vectors that generations of a catalogue share, and the exact top-k
+// over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
 // ============================================================================================
+
+// Vectors of items, [rows, columns], f32 or int8 with a scale a row. Copies share the pages of
+// kernels::page_rows rows that neither of them has changed since: a copy costs O(pages), a changed
+// row one page. Copies may be read by any number of threads; one that is being changed belongs to
+// one thread.
+class ItemRows {
+ public:
+  ItemRows() = default;
+  // No copy: the pages lie in base.
+  explicit ItemRows(std::shared_ptr<const Matrix> base)
+      : rows_(base->rows()), columns_(base->columns()), type_(base->type()) {
+    const std::size_t pages = (rows_ + page_rows - 1) / page_rows;
+    reserve(pages);
+    made_.resize(pages);
+    own_.resize(pages);
+    for (std::size_t p = 0; p < pages; ++p) point_at(*base, p * page_rows);
+    base_ = std::move(base);
+  }
+  ItemRows(const ItemRows& other)
+      : rows_(other.rows_),
+        columns_(other.columns_),
+        type_(other.type_),
+        base_(other.base_),
+        made_(other.made_),
+        i8_(other.i8_),
+        scales_(other.scales_),
+        f32_(other.f32_),
+        own_(other.own_.size()) {
+    other.shared_.store(true, std::memory_order_relaxed);
+  }
+  ItemRows(ItemRows&& other) noexcept { swap(other); }
+  ItemRows& operator=(ItemRows other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~ItemRows() = default;
+
+  std::size_t rows() const noexcept { return rows_; }
+  std::size_t columns() const noexcept { return columns_; }
+  ElementType type() const noexcept { return type_; }
+  bool empty() const noexcept { return rows_ == 0; }
+
+  // [columns] values of row r; of the type that type() says.
+  const std::int8_t* i8(std::size_t r) const noexcept {
+    return i8_[r / page_rows] + r % page_rows * columns_;
+  }
+  const float* f32(std::size_t r) const noexcept {
+    return f32_[r / page_rows] + r % page_rows * columns_;
+  }
+  // 1 where rows are f32.
+  float scale(std::size_t r) const noexcept {
+    return type_ == ElementType::i8 ? scales_[r / page_rows][r % page_rows] : 1.0f;
+  }
+  float at(std::size_t r, std::size_t c) const noexcept {
+    return type_ == ElementType::i8 ? scale(r) * static_cast<float>(i8(r)[c]) : f32(r)[c];
+  }
+  // Row r, dequantised, to out[0, columns).
+  void row(std::size_t r, std::span<float> out) const noexcept {
+    if (type_ == ElementType::f32) {
+      std::copy_n(f32(r), columns_, out.data());
+      return;
+    }
+    const std::int8_t* const values = i8(r);
+    const float step = scale(r);
+    for (std::size_t c = 0; c < columns_; ++c) out[c] = step * static_cast<float>(values[c]);
+  }
+  // Row r as it is stored, without its scale.
+  std::span<const std::byte> stored(std::size_t r) const noexcept {
+    return type_ == ElementType::i8 ? std::as_bytes(std::span(i8(r), columns_))
+                                    : std::as_bytes(std::span(f32(r), columns_));
+  }
+  // Of each page its first row; see Kernels::row_dots.
+  const std::int8_t* const* i8_pages() const noexcept { return i8_.data(); }
+  const float* const* f32_pages() const noexcept { return f32_.data(); }
+
+  // values: [columns]; quantised as Matrix::set_row does. Copies the page that the row lies in, if
+  // this object has not done so since it was last copied: pointers to its rows end there.
+  void set_row(std::size_t r, std::span<const float> values) {
+    assert(r < rows_ && values.size() == columns_);
+    own_page(r / page_rows).set_row(r % page_rows, values);
+  }
+  void push_back(std::span<const float> values) {
+    assert(values.size() == columns_);
+    if (rows_ % page_rows == 0) {
+      disown_shared();
+      reserve(made_.size() + 1);
+      auto page = std::make_shared<Matrix>(Matrix::zeros(page_rows, columns_, type_));
+      point_at(*page, 0);
+      made_.push_back(std::move(page));
+      own_.push_back(true);
+    }
+    own_page(rows_ / page_rows).set_row(rows_ % page_rows, values);
+    ++rows_;
+  }
+
+  // Bytes of the pages that this object made; those of its base and of copies are not in it.
+  std::size_t owned_bytes() const noexcept {
+    const std::size_t row = type_ == ElementType::i8 ? columns_ + sizeof(float) : 4 * columns_;
+    return static_cast<std::size_t>(std::count(own_.begin(), own_.end(), true)) * page_rows * row;
+  }
+
+ private:
+  static constexpr std::size_t page_rows = kernels::page_rows;
+
+  void swap(ItemRows& other) noexcept {
+    std::swap(rows_, other.rows_);
+    std::swap(columns_, other.columns_);
+    std::swap(type_, other.type_);
+    base_.swap(other.base_);
+    made_.swap(other.made_);
+    i8_.swap(other.i8_);
+    scales_.swap(other.scales_);
+    f32_.swap(other.f32_);
+    own_.swap(other.own_);
+    shared_.store(other.shared_.exchange(shared_.load()));
+  }
+  // Geometrically, though asked for one more page at a time.
+  void reserve(std::size_t pages) {
+    const auto grow = [&](auto& of_pages) {
+      if (pages > of_pages.capacity()) of_pages.reserve(std::max(pages, 2 * of_pages.capacity()));
+    };
+    grow(made_);
+    grow(own_);
+    if (type_ == ElementType::i8) {
+      grow(i8_);
+      grow(scales_);
+    } else {
+      grow(f32_);
+    }
+  }
+  // Adds a page of the rows of `matrix` from `first` on.
+  void point_at(const Matrix& matrix, std::size_t first) noexcept {
+    if (type_ == ElementType::i8) {
+      i8_.push_back(matrix.i8().data() + first * columns_);
+      scales_.push_back(matrix.scales().data() + first);
+    } else {
+      f32_.push_back(matrix.f32().data() + first * columns_);
+    }
+  }
+  // Who copied this object reads the pages that were there.
+  void disown_shared() noexcept {
+    if (!shared_.load(std::memory_order_relaxed)) return;
+    std::fill(own_.begin(), own_.end(), false);
+    shared_.store(false, std::memory_order_relaxed);
+  }
+  Matrix& own_page(std::size_t p) {
+    disown_shared();
+    if (!own_[p]) {
+      auto page = std::make_shared<Matrix>(Matrix::zeros(page_rows, columns_, type_));
+      const std::size_t first = p * page_rows, count = std::min(page_rows, rows_ - first);
+      if (type_ == ElementType::i8) {
+        std::copy_n(i8_[p], count * columns_, page->i8().data());
+        std::copy_n(scales_[p], count, page->scales().data());
+        i8_[p] = page->i8().data();
+        scales_[p] = page->scales().data();
+      } else {
+        std::copy_n(f32_[p], count * columns_, page->f32().data());
+        f32_[p] = page->f32().data();
+      }
+      made_[p] = std::move(page);
+      own_[p] = true;
+    }
+    return const_cast<Matrix&>(*made_[p]);  // made by this object, and not const
+  }
+
+  std::size_t rows_ = 0, columns_ = 0;
+  ElementType type_ = ElementType::f32;
+  std::shared_ptr<const Matrix> base_;
+  std::vector<std::shared_ptr<const Matrix>> made_;  // null: the page lies in base_
+  std::vector<const std::int8_t*> i8_;
+  std::vector<const float*> scales_, f32_;
+  std::vector<bool> own_;  // pages that no other object has seen, unless shared_
+  mutable std::atomic<bool> shared_{false};
+};
+
+namespace detail {
+
+// Of a chunk's rows, or of all rows from a chunk on.
+struct RowBounds {
+  float norm = 0;      // largest |v|
+  float residual = 0;  // largest |r|
+  float least_residual = std::numeric_limits<float>::infinity();
+  float bias = -std::numeric_limits<float>::infinity();  // largest
+
+  void add(const RowBounds& other) noexcept {
+    norm = std::max(norm, other.norm);
+    residual = std::max(residual, other.residual);
+    least_residual = std::min(least_residual, other.least_residual);
+    bias = std::max(bias, other.bias);
+  }
+};
+
+// What a score takes besides the row's values, together: of one line from memory, not of three.
+struct Place {
+  std::uint32_t item;
+  float scale, bias;  // scale 1 where rows are f32
+};
+
+// bfloat16: the upper half of a float.
+inline float wide(std::uint16_t v) noexcept { return std::bit_cast<float>(std::uint32_t{v} << 16); }
+inline std::uint16_t bfloat16(float v) noexcept {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+}
+// No lower than v, which is no NaN.
+inline std::uint16_t bfloat16_above(float v) noexcept {
+  const std::uint16_t below = bfloat16(v);
+  return static_cast<std::uint16_t>(wide(below) < v ? below + 1 : below);
+}
+
+// Bits that compare as the floats do; -0 is 0. Not for a NaN.
+inline std::uint32_t ordered_bits(float v) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(v + 0.0f);
+  return bits ^ (bits >> 31 ? ~std::uint32_t{0} : std::uint32_t{1} << 31);
+}
+
+// Ascending by the upper halves; what is alike there keeps its order. Three passes of a radix sort.
+inline void sort_by_upper_half(std::vector<std::uint64_t>& keys) {
+  constexpr int bits = 11, passes = 3;
+  constexpr std::size_t buckets = std::size_t{1} << bits;
+  std::vector<std::uint32_t> starts(passes * buckets);
+  const auto digit = [](std::uint64_t key, int pass) {
+    return static_cast<std::size_t>(key >> (32 + bits * pass)) & (buckets - 1);
+  };
+  for (const std::uint64_t key : keys)
+    for (int pass = 0; pass < passes; ++pass)
+      ++starts[static_cast<std::size_t>(pass) * buckets + digit(key, pass)];
+  std::vector<std::uint64_t> other(keys.size());
+  for (int pass = 0; pass < passes; ++pass) {
+    std::uint32_t* const start = starts.data() + static_cast<std::size_t>(pass) * buckets;
+    std::exclusive_scan(start, start + buckets, start, 0u);
+    for (const std::uint64_t key : keys) other[start[digit(key, pass)]++] = key;
+    keys.swap(other);
+  }
+}
+
+// |v| of row `item`, from above.
+inline float norm_above(const ItemRows& rows, std::uint32_t item) noexcept {
+  constexpr std::size_t together = 8;
+  std::array<double, together> sums{};
+  const std::size_t d = rows.columns();
+  double scale = 1;
+  if (rows.type() == ElementType::i8) {
+    scale = static_cast<double>(rows.scale(item));
+    const std::int8_t* row = rows.i8(item);
+    constexpr std::size_t most = 1 << 16;  // columns whose squares add up in 32 bits
+    for (std::size_t begin = 0; begin < d; begin += most) {
+      std::int32_t sum = 0;
+      for (std::size_t c = begin; c < std::min(d, begin + most); ++c) sum += row[c] * row[c];
+      sums[0] += sum;
+    }
+  } else {
+    const float* row = rows.f32(item);
+    for (std::size_t c = 0; c < d; ++c)
+      sums[c % together] += static_cast<double>(row[c]) * static_cast<double>(row[c]);
+  }
+  const double squares = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return static_cast<float>(scale * std::sqrt(squares)) * (1 + 1e-6f);
+}
+
+// The rows of some items in panels, by the largest score that they could have with a query of the
+// usual length; any order is correct, this one ends a scan soonest. Immutable.
+struct Panels {
+  static constexpr std::size_t chunk_panels = 16;
+  static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
+
+  // An item that is to stand in panels: its bias and |v| are finite.
+  struct Source {
+    std::uint32_t item;
+    std::uint16_t short_scale;  // of 4 bits, where it is known; 0: not
+    float norm;
+  };
+
+  // sources: ascending by item. usual_length: of queries. O(n d).
+  Panels(const ItemRows& rows, const PagedArray<float>& item_biases,
+         std::span<const Source> sources, int width, float usual_length)
+      : bits(width),
+        columns(rows.columns()),
+        bytes_a_panel(bits == 8 ? kernels::panel_bytes<8>(columns)
+                                : kernels::panel_bytes<4>(columns)) {
+    const std::size_t count = sources.size(), padded = kernels::padded(count);
+    std::vector<std::uint64_t> keys(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float reach = usual_length * sources[i].norm + item_biases[sources[i].item];
+      keys[i] = std::uint64_t{~ordered_bits(reach)} << 32 | i;
+    }
+    sort_by_upper_half(keys);
+    order.resize(padded);
+    by_item.resize(count);
+    bytes.resize(padded / kernels::panel_rows * bytes_a_panel);
+    constexpr float never = std::numeric_limits<float>::quiet_NaN();
+    if (bits == 8) {
+      scales.resize(padded);
+      biases.resize(padded, never);
+    } else {
+      short_scales.resize(padded);
+      raised_biases.resize(padded, bfloat16(never));
+    }
+    chunks.resize((padded + chunk_rows - 1) / chunk_rows);
+    std::vector<float> row(kernels::padded(columns));
+    std::vector<std::int8_t> values(row.size());
+    for (std::size_t p = 0; p < count; ++p) {
+      constexpr std::size_t ahead = 16;  // rows come from memory meanwhile
+      if (p + ahead < count) {
+        const auto next = rows.stored(sources[static_cast<std::uint32_t>(keys[p + ahead])].item);
+        for (std::size_t at = 0; at < next.size(); at += 64) __builtin_prefetch(&next[at]);
+      }
+      const auto i = static_cast<std::uint32_t>(keys[p]);
+      const std::uint32_t item = sources[i].item;
+      order[p] = {item, rows.scale(item), item_biases[item]};
+      by_item[i] = static_cast<std::uint32_t>(p);
+      const float residual = put(p, rows, sources[i], row, values, usual_length);
+      chunks[p / chunk_rows].add({sources[i].norm, residual, residual, order[p].bias});
+      largest_bias = std::max(largest_bias, std::abs(order[p].bias));
+    }
+    from = chunks;
+    for (std::size_t c = from.size(); c-- > 1;) from[c - 1].add(from[c]);
+  }
+
+  // The item's position; nowhere, where it has none.
+  static constexpr std::size_t nowhere = ~std::size_t{0};
+  std::size_t find(std::uint32_t item) const noexcept {
+    // As many items are missing below it at most as are missing at all.
+    const std::size_t count = by_item.size();
+    if (count == 0) return nowhere;
+    const std::size_t missing = std::size_t{order[by_item.back()].item} + 1 - count;
+    const auto at = [&](std::size_t i) {
+      return by_item.begin() + static_cast<std::ptrdiff_t>(std::min(i, count));
+    };
+    const auto found =
+        std::lower_bound(at(item - std::min<std::size_t>(item, missing)), at(std::size_t{item} + 1),
+                         item, [&](std::uint32_t position, std::uint32_t wanted) {
+                           return order[position].item < wanted;
+                         });
+    return found != by_item.end() && order[*found].item == item ? *found : nowhere;
+  }
+
+  std::size_t memory() const noexcept {
+    return order.size() * sizeof(Place) + bytes.size() + 4 * (scales.size() + biases.size()) +
+           2 * (short_scales.size() + raised_biases.size()) + 4 * by_item.size() +
+           (chunks.size() + from.size()) * sizeof(RowBounds);
+  }
+
+  int bits;
+  std::size_t columns, bytes_a_panel;
+  LineVector<Place> order;             // by position, padded to whole panels
+  std::vector<std::uint32_t> by_item;  // positions, ascending by their items
+  LineVector<std::uint8_t> bytes;      // see kernels::PanelRows
+  LineVector<float> scales, biases;    // of 8 bits
+  // Of 4 bits. Biases are raised by usual_length |r|: what a query of the usual length needs for a
+  // margin, each row its own.
+  LineVector<std::uint16_t> short_scales, raised_biases;
+  std::vector<RowBounds> chunks, from;  // of each chunk of chunk_rows positions; and all later ones
+  float largest_bias = 0;
+
+ private:
+  static float nearest(float v, float most) noexcept {
+    const float inside = v < -most ? -most : v > most ? most : v;
+    // Adding 1.5 * 2^23 leaves no bits for the fraction.
+    return (inside + 12582912.0f) - 12582912.0f;
+  }
+
+  // |v - scale v^| of a row quantised with a scale, v^ in [-most, most]; from above but for what
+  // rounding() adds. In units of the scale, whose squares neither overflow nor vanish.
+  static float residual_of(std::span<const float> row, float scale, float most) noexcept {
+    const float inverse = inverse_of(scale);
+    std::array<float, kernels::lanes> sums{};
+    for (std::size_t c = 0; c < row.size(); c += sums.size())
+      for (std::size_t l = 0; l < sums.size(); ++l) {
+        const float v = row[c + l] * inverse, e = v - nearest(v, most);
+        sums[l] += e * e;
+      }
+    return scale * std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0f));
+  }
+  // A scale without an inverse in f32 stands for 0.
+  static float inverse_of(float scale) noexcept { return scale > 1e-37f ? 1.0f / scale : 0.0f; }
+
+  // The scale that leaves least of a row in 4 bits, as bfloat16. It pays to cut off the largest.
+  static std::uint16_t best_scale(std::span<const float> row, float largest) noexcept {
+    std::uint16_t best = 0;
+    float least = std::numeric_limits<float>::infinity();
+    for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
+      const std::uint16_t scale = bfloat16(largest * part / 7);
+      if (!(inverse_of(wide(scale)) > 0)) break;
+      const float residual = residual_of(row, wide(scale), 7);
+      if (residual >= least) continue;
+      least = residual;
+      best = scale;
+    }
+    return best;
+  }
+
+  // Writes the row of position p; its |r|, from above. row, values: zero beyond columns.
+  float put(std::size_t p, const ItemRows& rows, const Source& source, std::span<float> row,
+            std::span<std::int8_t> values, float usual_length) {
+    std::uint8_t* const panel = bytes.data() + p / kernels::panel_rows * bytes_a_panel;
+    const std::size_t lane = p % kernels::panel_rows;
+    if (bits == 8) biases[p] = order[p].bias;
+    if (bits == 8 && rows.type() == ElementType::i8) {
+      scales[p] = order[p].scale;
+      kernels::put_in_panel<8>(panel, lane, rows.i8(source.item), columns);
+      return 0;
+    }
+    rows.row(source.item, row);
+    const auto largest = [&] {
+      float most = 0;
+      for (const float v : row) most = std::max(most, std::abs(v));
+      return most;
+    };
+    const float most = bits == 8 ? 127.0f : 7.0f;
+    float scale;
+    if (bits == 8) {
+      scale = scales[p] = inverse_of(largest() / most) > 0 ? largest() / most : 0.0f;
+    } else {
+      short_scales[p] = source.short_scale ? source.short_scale : best_scale(row, largest());
+      scale = wide(short_scales[p]);
+    }
+    const float inverse = inverse_of(scale);
+    for (std::size_t c = 0; c < row.size(); ++c)
+      values[c] = static_cast<std::int8_t>(nearest(row[c] * inverse, most));
+    // Rounding of v / scale adds two times 2^-24 |v|, of the sum of squares some d / 16.
+    const float residual = scale > 0 ? residual_of(row, scale, most) *
+                                               (1 + 1e-6f + 4e-9f * static_cast<float>(columns)) +
+                                           3e-7f * source.norm
+                                     : source.norm;
+    if (bits == 8) {
+      kernels::put_in_panel<8>(panel, lane, values.data(), columns);
+    } else {
+      kernels::put_in_panel<4>(panel, lane, values.data(), columns);
+      raised_biases[p] = bfloat16_above(order[p].bias + usual_length * residual);
+    }
+    return residual;
+  }
+};
+
+}  // namespace detail
 
 // Immutable; one for all threads, each with its own Workspace. The score of an item is
 //   f32(b_i + scale_i * sum_c q_c v_ic), summed in double as Kernels::dot says,
@@ -4532,6 +5037,11 @@ struct Eligibility {
 // left at the end gets its exact score. The scan ends where |q| max |v| + max b of all later rows
 // stays below. A sample of the rows, seen first, tells where the k-th best score will lie; if
 // in the end fewer than k lower bounds reach that, the scan is done again without.
+//
+// A scorer of a changed catalogue shares all panels but those of what changed: changed() gives the
+// rows of these items' old selves a bias that never reaches anything, and puts the new ones in
+// panels of their own. Each part is more than `ratio` times as large as all newer ones together, or
+// is made anew with them, so that there are few parts, and an item is moved O(log N) times.
 class Scorer {
   struct Search;
 
@@ -4544,24 +5054,81 @@ class Scorer {
     std::vector<ScoredItem>* top;  // replaced by the k best, best first
   };
 
+  // Belongs to no scorer: whichever uses it makes it as large as it needs, and it stays so.
   struct Workspace {
     std::vector<double> query;
     std::vector<Search> searches;
     std::vector<Search*> active;
   };
 
-  // The model must outlive the scorer. Takes N * (d + 20) bytes up to 16 MB of item vectors,
-  // N * (d / 2 + 16) beyond.
+  // Bytes of int8 vectors up to which the scan is in 8 bits. Larger catalogues come from main
+  // memory or nearly so, and half the bytes are worth a second look at what passes.
+  static constexpr std::size_t usual_largest_8bit = std::size_t{1} << 24;
+
+  // rows: [N, d], biases: [N]; an item whose bias or vector is not finite never ranks, which is how
+  // an item is removed (bias NaN). usual_query_length: a guess at |q|, which decides only how early
+  // a scan ends. Takes N * (d + 24) bytes up to largest_8bit = N * d, N * (d / 2 + 20) beyond.
+  Scorer(ItemRows rows, PagedArray<float> biases, float usual_query_length,
+         const kernels::Table& table = kernels::chosen(),
+         std::size_t largest_8bit = usual_largest_8bit)
+      : rows_(std::move(rows)),
+        biases_(std::move(biases)),
+        table_(&table),
+        largest_8bit_(largest_8bit),
+        length_(std::isfinite(usual_query_length) ? std::max(usual_query_length, 0.0f) : 0.0f) {
+    assert(biases_.size() == rows_.rows());
+    std::vector<Source> fresh;
+    fresh.reserve(rows_.rows());
+    for (std::uint32_t item = 0; item < rows_.rows(); ++item) take_in(item, 0, fresh);
+    add(std::move(fresh));
+  }
+
+  explicit Scorer(const std::shared_ptr<const Model>& model,
+                  const kernels::Table& table = kernels::chosen())
+      : Scorer(ItemRows({model, &model->parts().item_vectors}),
+               PagedArray<float>(model, model->parts().biases), usual_query_length(*model), table) {
+  }
+  // The model must outlive the scorer.
   explicit Scorer(const Model& model, const kernels::Table& table = kernels::chosen())
       : Scorer(model.parts().item_vectors, model.parts().biases, usual_query_length(model), table) {
   }
-
-  // vectors: [N, d], biases: [N]; both must outlive the scorer. usual_query_length: a guess at |q|,
-  // which decides only how early a scan ends.
+  // vectors: [N, d], biases: [N]; both must outlive the scorer.
   Scorer(const Matrix& vectors, std::span<const float> biases, float usual_query_length,
          const kernels::Table& table = kernels::chosen())
-      : vectors_(&vectors), biases_by_item_(biases), table_(&table) {
-    build(usual_query_length);
+      : Scorer(ItemRows({std::shared_ptr<const void>(), &vectors}), PagedArray<float>({}, biases),
+               usual_query_length, table) {}
+
+  // A scorer of `rows` and `biases`, which differ from this one's at most in the items of `changed`
+  // (ascending, distinct; another row, another bias or both) and in items behind this one's last.
+  // Shares what is unchanged; this one stays as it is. O(N / 1024 + n d log N) for n changed and
+  // added items, counted over many calls; where n is large against N, O(N d).
+  Scorer changed(ItemRows rows, PagedArray<float> biases,
+                 std::span<const std::uint32_t> changed) const {
+    assert(biases.size() == rows.rows() && rows.rows() >= rows_.rows());
+    assert(rows_.empty() || (rows.columns() == rows_.columns() && rows.type() == rows_.type()));
+    Scorer next(*this);
+    next.rows_ = std::move(rows);
+    next.biases_ = std::move(biases);
+    const std::size_t added = next.rows_.rows() - rows_.rows();
+    std::vector<Source> fresh;
+    fresh.reserve(changed.size() + added);
+    for (const std::uint32_t item : changed) {
+      assert(item < rows_.rows());
+      const std::uint16_t short_scale = next.take_out(item);
+      next.take_in(item, same_row(next.rows_, item) ? short_scale : std::uint16_t{0}, fresh);
+    }
+    for (std::size_t item = rows_.rows(); item < next.rows_.rows(); ++item)
+      next.take_in(static_cast<std::uint32_t>(item), 0, fresh);
+    next.add(std::move(fresh));
+    return next;
+  }
+
+  // Of the panels and what belongs to them, parts that other scorers share included; without the
+  // rows and biases that the scorer was given.
+  std::size_t bytes() const noexcept {
+    std::size_t sum = sizeof *this + unbounded_.capacity() * sizeof(std::uint32_t);
+    for (const Part& part : parts_) sum += sizeof part + part.memory();
+    return sum;
   }
 
   // After a last layer norm a query's length hardly depends on the user.
@@ -4579,9 +5146,10 @@ class Scorer {
   }
 
   Workspace make_workspace() const {
-    const std::size_t padded = kernels::padded(vectors_->columns());
-    Workspace workspace{std::vector<double>(padded), {}, {}};
-    workspace.searches.push_back(make_search());
+    Workspace workspace;
+    workspace.query.resize(padded());
+    workspace.searches.resize(1);
+    fit(workspace.searches[0]);
     workspace.active.reserve(1);
     return workspace;
   }
@@ -4598,13 +5166,13 @@ class Scorer {
   // Many queries in one pass, each exactly as alone: the rows come from memory once, and stay in
   // the core's cache while all queries see them. The workspace grows to the largest batch.
   void top_k(std::span<const Query> queries, Workspace& workspace) const {
-    while (workspace.searches.size() < queries.size()) workspace.searches.push_back(make_search());
+    if (workspace.searches.size() < queries.size()) workspace.searches.resize(queries.size());
     workspace.active.clear();
     for (std::size_t i = 0; i < queries.size(); ++i) {
       Search& search = workspace.searches[i];
       begin(queries[i], search);
       if (search.k == 0) continue;
-      if (search.slack < 1e30f && !few_eligible(search.eligibility))
+      if (bounded(search) && !few_eligible(search.eligibility))
         workspace.active.push_back(&search);
       else
         look_at_all(search);
@@ -4618,9 +5186,10 @@ class Scorer {
     }
   }
 
-  // The scores of `items`, in their order, to scores.
+  // The scores of `items`, in their order, to scores; of one that was removed NaN.
   void score(std::span<const float> query, std::span<const std::uint32_t> items,
-             Workspace& workspace, std::span<float> scores) const noexcept {
+             Workspace& workspace, std::span<float> scores) const {
+    if (workspace.query.size() < padded()) workspace.query.resize(padded());
     widen(query, workspace.query);
     std::array<Place, exact_together> places;
     for (std::size_t begin = 0; begin < items.size(); begin += places.size()) {
@@ -4633,24 +5202,32 @@ class Scorer {
   // Of one item, without a workspace; many are faster together.
   float score(std::span<const float> query, std::uint32_t item) const noexcept {
     std::array<double, 8> s{};
-    for (std::size_t c = 0; c < vectors_->columns(); ++c)
-      s[c % 8] += static_cast<double>(query[c]) *
-                  (vectors_->type() == ElementType::i8
-                       ? static_cast<double>(vectors_->i8()[item * vectors_->columns() + c])
-                       : static_cast<double>(vectors_->f32()[item * vectors_->columns() + c]));
+    const auto add = [&](const auto* row) {
+      for (std::size_t c = 0; c < rows_.columns(); ++c)
+        s[c % 8] += static_cast<double>(query[c]) * static_cast<double>(row[c]);
+    };
+    if (rows_.type() == ElementType::i8)
+      add(rows_.i8(item));
+    else
+      add(rows_.f32(item));
     return score_of_dot(place_of(item),
                         ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
   }
 
+  const ItemRows& rows() const noexcept { return rows_; }
+  const PagedArray<float>& biases() const noexcept { return biases_; }
   const char* instruction_set() const noexcept { return table_->name; }
 
  private:
-  // Larger catalogues come from main memory or nearly so, and half the bytes are worth a second
-  // look at what passes.
-  static constexpr std::size_t largest_8bit = std::size_t{1} << 24;  // bytes of int8 vectors
-  static constexpr std::size_t chunk_panels = 16;
-  static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
+  using Place = detail::Place;
+  using Bounds = detail::RowBounds;
+  using Panels = detail::Panels;
+  using Source = Panels::Source;
+
+  static constexpr std::size_t chunk_panels = Panels::chunk_panels;
+  static constexpr std::size_t chunk_rows = Panels::chunk_rows;
   static constexpr float lowest = -std::numeric_limits<float>::infinity();
+  static constexpr std::size_t ratio = 16;        // of a part to all newer ones, at least
   static constexpr std::size_t second_look = 64;  // items, in which time their rows come
   static constexpr std::size_t most_waiting = second_look + 2 * chunk_rows;
   static constexpr std::size_t most_together = 64;   // queries through a chunk
@@ -4658,37 +5235,55 @@ class Scorer {
   static constexpr std::size_t chunks_a_look = 8;    // at which searches later rows still concern
   static constexpr std::size_t least_to_fetch = 16;  // queries, in whose time the next chunk comes
 
-  // Of a chunk's rows, or of all rows from a chunk on.
-  struct Bounds {
-    float norm = 0;      // largest |v|
-    float residual = 0;  // largest |r|
-    float least_residual = std::numeric_limits<float>::infinity();
-    float bias = lowest;  // largest
+  // Panels, and which of their rows still hold: the others have a NaN for a bias here.
+  struct Part {
+    explicit Part(std::shared_ptr<const Panels> made)
+        : panels(std::move(made)),
+          biases(panels, panels->biases),
+          raised_biases(panels, panels->raised_biases),
+          live(panels->by_item.size()) {}
 
-    void add(const Bounds& other) noexcept {
-      norm = std::max(norm, other.norm);
-      residual = std::max(residual, other.residual);
-      least_residual = std::min(least_residual, other.least_residual);
-      bias = std::max(bias, other.bias);
+    std::size_t rows() const noexcept { return panels->order.size(); }
+    bool holds(std::size_t position) const noexcept {
+      return panels->bits == 8 ? !std::isnan(biases[position])
+                               : !std::isnan(detail::wide(raised_biases[position]));
     }
-  };
+    void drop(std::size_t position) {
+      constexpr float never = std::numeric_limits<float>::quiet_NaN();
+      if (panels->bits == 8)
+        biases.edit(position) = never;
+      else
+        raised_biases.edit(position) = detail::bfloat16(never);
+      --live;
+    }
+    kernels::PanelRows<float> rows_8bit(std::size_t chunk) const noexcept {
+      const std::size_t row = chunk * chunk_rows;
+      return {panels->bytes.data() + chunk * chunk_panels * panels->bytes_a_panel,
+              panels->scales.data() + row, &biases[row], panels->columns, first + row};
+    }
+    kernels::PanelRows<std::uint16_t> rows_4bit(std::size_t chunk) const noexcept {
+      const std::size_t row = chunk * chunk_rows;
+      return {panels->bytes.data() + chunk * chunk_panels * panels->bytes_a_panel,
+              panels->short_scales.data() + row, &raised_biases[row], panels->columns, first + row};
+    }
+    std::size_t memory() const noexcept {
+      const auto pages = [](const auto& array, const auto& base) {
+        std::size_t sum = array.pages() * sizeof(std::shared_ptr<const void>);
+        for (std::size_t p = 0; p < array.pages(); ++p)
+          if (const auto page = array.page(p);
+              page.data() != base.data() + p * std::decay_t<decltype(array)>::page_size)
+            sum += page.size_bytes();
+        return sum;
+      };
+      return panels->memory() + pages(biases, panels->biases) +
+             pages(raised_biases, panels->raised_biases);
+    }
 
-  // What a score takes besides the row's values, together: of one line from memory, not of three.
-  struct Place {
-    std::uint32_t item;
-    float scale, bias;  // scale 1 where rows are f32
-  };
-
-  // All rows, in order_; see kernels::PanelRows.
-  struct Panels {
-    int bits = 8;
-    std::size_t bytes_a_panel = 0;
-    detail::LineVector<std::uint8_t> bytes;
-    detail::LineVector<float> scales, biases;  // of 8 bits
-    // Of 4 bits. Biases are raised by length_ |r|: what a query of the usual length needs for a
-    // margin, each row its own.
-    detail::LineVector<std::uint16_t> short_scales, raised_biases;
-    std::vector<Bounds> chunks;  // of each chunk of chunk_rows positions
+    std::shared_ptr<const Panels> panels;
+    PagedArray<float> biases;                 // of 8 bits
+    PagedArray<std::uint16_t> raised_biases;  // of 4 bits
+    std::size_t live;                         // rows that hold
+    std::size_t first = 0;                    // its first row's position among all parts'
   };
 
   // One query on its way through the panels.
@@ -4733,47 +5328,18 @@ class Scorer {
     }
   };
 
-  Search make_search() const {
-    const std::size_t padded = kernels::padded(vectors_->columns());
-    Search search;
-    search.query.resize(padded);
-    search.quantised.resize(padded);
-    if (panels_.bits == 4) {
+  std::size_t padded() const noexcept { return kernels::padded(rows_.columns()); }
+
+  void fit(Search& search) const {
+    if (search.query.size() < padded()) {
+      search.query.resize(padded());
+      search.quantised.resize(padded());
+    }
+    if (bits_ == 4 && search.waiting_places.size() < most_waiting) {
       search.waiting_positions.resize(most_waiting);
       search.waiting_margins.resize(most_waiting);
       search.waiting_places.resize(most_waiting);
     }
-    return search;
-  }
-
-  // Keys compare as ranks_before does: the score's bits in an order-preserving form above the
-  // complement of the item.
-  static std::uint64_t key_of(float score, std::uint32_t item) noexcept {
-    const auto bits = std::bit_cast<std::uint32_t>(score + 0.0f);  // -0 ties with 0
-    const std::uint32_t ordered = bits ^ (bits >> 31 ? ~std::uint32_t{0} : std::uint32_t{1} << 31);
-    return std::uint64_t{ordered} << 32 | (~item & 0xffffffffu);
-  }
-  static std::uint32_t item_of(std::uint64_t key) noexcept {
-    return ~static_cast<std::uint32_t>(key);
-  }
-  static float score_of(std::uint64_t key) noexcept {
-    const auto ordered = static_cast<std::uint32_t>(key >> 32);
-    return std::bit_cast<float>(ordered ^
-                                (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
-  }
-
-  static void widen(std::span<const float> query, std::span<double> wide) noexcept {
-    for (std::size_t c = 0; c < wide.size(); ++c) wide[c] = query[c];
-  }
-
-  void begin(const Query& query, Search& search) const {
-    search.k = search.enough = query.k;
-    search.eligibility = query.eligibility;
-    // A second look at rows of 4 bits filters them without further cost.
-    if (query.eligibility.excluded && !query.eligibility.eligible && panels_.bits == 8 &&
-        query.eligibility.excluded_count <= search.k)
-      search.enough += query.eligibility.excluded_count;
-    start(search);
     // Of the most that `enough` may be, so that it does not grow with a user's history.
     const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
     const std::size_t capacity = kernels::padded(3 * most + 2 * chunk_rows);
@@ -4785,9 +5351,123 @@ class Scorer {
       search.keys.reserve(capacity);
       search.best.reserve(capacity);
     }
+  }
+
+  // ------------------------------------------------------------------------------------------
+  // The parts
+  // ------------------------------------------------------------------------------------------
+
+  bool same_row(const ItemRows& rows, std::uint32_t item) const noexcept {
+    const auto mine = rows_.stored(item), other = rows.stored(item);
+    return mine.data() == other.data() ||
+           (rows_.scale(item) == rows.scale(item) && std::ranges::equal(mine, other));
+  }
+
+  // Adds the item to `fresh`, if it may rank.
+  void take_in(std::uint32_t item, std::uint16_t short_scale, std::vector<Source>& fresh) {
+    if (!std::isfinite(biases_[item])) return;
+    const float norm = detail::norm_above(rows_, item);
+    if (std::isfinite(norm))
+      fresh.push_back({item, short_scale, norm});
+    else
+      unbounded_.insert(std::lower_bound(unbounded_.begin(), unbounded_.end(), item), item);
+  }
+
+  // From the part that holds it; its scale there in 4 bits, else 0.
+  std::uint16_t take_out(std::uint32_t item) {
+    for (auto part = parts_.rbegin(); part != parts_.rend(); ++part) {
+      const std::size_t position = part->panels->find(item);
+      if (position == Panels::nowhere || !part->holds(position)) continue;
+      part->drop(position);
+      return bits_ == 4 ? part->panels->short_scales[position] : std::uint16_t{0};
+    }
+    const auto found = std::lower_bound(unbounded_.begin(), unbounded_.end(), item);
+    if (found != unbounded_.end() && *found == item) unbounded_.erase(found);
+    return 0;
+  }
+
+  // Makes a part of `fresh`, ascending, and of the newest parts that became small against it or
+  // lost much.
+  void add(std::vector<Source> fresh) {
+    const int bits = rows_.rows() * rows_.columns() <= largest_8bit_ ? 8 : 4;
+    std::size_t kept = parts_.size();
+    std::size_t newer = fresh.size();
+    for (std::size_t p = parts_.size(); p-- > 0;) {
+      const std::size_t live = parts_[p].live, lost = parts_[p].panels->by_item.size() - live;
+      if (bits != bits_ || newer * ratio >= live || lost * ratio >= live) kept = p;
+      newer += live;
+    }
+    for (; parts_.size() > kept; parts_.pop_back()) take_over(parts_.back(), bits, fresh);
+    bits_ = bits;
+    if (!fresh.empty())
+      parts_.emplace_back(std::make_shared<const Panels>(rows_, biases_, fresh, bits, length_));
+    std::size_t first = 0;
+    all_ = {};
+    largest_bias_ = 0;
+    for (Part& part : parts_) {
+      part.first = first;
+      first += part.rows();
+      all_.add(part.panels->from[0]);
+      largest_bias_ = std::max(largest_bias_, part.panels->largest_bias);
+    }
+  }
+
+  // Merges what a part holds into `fresh`.
+  void take_over(const Part& part, int bits, std::vector<Source>& fresh) const {
+    const Panels& panels = *part.panels;
+    const auto middle = static_cast<std::ptrdiff_t>(fresh.size());
+    fresh.reserve(fresh.size() + part.live);
+    for (const std::uint32_t position : panels.by_item) {
+      if (!part.holds(position)) continue;
+      const std::uint32_t item = panels.order[position].item;
+      fresh.push_back(
+          {item, bits == 4 && panels.bits == 4 ? panels.short_scales[position] : std::uint16_t{0},
+           detail::norm_above(rows_, item)});
+    }
+    std::inplace_merge(fresh.begin(), fresh.begin() + middle, fresh.end(),
+                       [](const Source& a, const Source& b) { return a.item < b.item; });
+  }
+
+  const Place& place_at(std::uint32_t position) const noexcept {
+    const Part* part = parts_.data();
+    while (position - part->first >= part->rows()) ++part;
+    return part->panels->order[position - part->first];
+  }
+
+  // ------------------------------------------------------------------------------------------
+  // The scan
+  // ------------------------------------------------------------------------------------------
+
+  // Keys compare as ranks_before does: the score's bits in an order-preserving form above the
+  // complement of the item.
+  static std::uint64_t key_of(float score, std::uint32_t item) noexcept {
+    return std::uint64_t{detail::ordered_bits(score)} << 32 | (~item & 0xffffffffu);
+  }
+  static std::uint32_t item_of(std::uint64_t key) noexcept {
+    return ~static_cast<std::uint32_t>(key);
+  }
+  static float score_of(std::uint64_t key) noexcept {
+    const auto ordered = static_cast<std::uint32_t>(key >> 32);
+    return std::bit_cast<float>(ordered ^
+                                (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
+  }
+
+  void widen(std::span<const float> query, std::span<double> wide) const noexcept {
+    for (std::size_t c = 0; c < padded(); ++c) wide[c] = static_cast<double>(query[c]);
+  }
+
+  void begin(const Query& query, Search& search) const {
+    search.k = search.enough = query.k;
+    search.eligibility = query.eligibility;
+    // A second look at rows of 4 bits filters them without further cost.
+    if (const std::size_t excluded = query.eligibility.most_excluded();
+        !query.eligibility.eligible && bits_ == 8 && excluded <= search.k)
+      search.enough += excluded;
+    start(search);
+    fit(search);
     widen(query.query, search.query);
-    const std::size_t d = vectors_->columns();
-    const bool bytes = panels_.bits == 8;
+    const std::size_t d = rows_.columns();
+    const bool bytes = bits_ == 8;
     std::int32_t sum = 0;
     const float step = table_->quantise(d, query.query.data(), bytes ? table_->query_limit : 127,
                                         search.quantised.data(), sum);
@@ -4806,8 +5486,7 @@ class Scorer {
     search.error = static_cast<float>(std::sqrt(errors)) * (1 + 1e-6f);
     // Rounding in f32 of the approximate score (4 roundings), the exact one (1), its bounds (2),
     // margins and limits (5), each at most 2^-24 of the largest magnitude involved.
-    const Bounds& all = from_[0];
-    search.slack = 1e-6f * ((search.norm + search.error + length_) * (all.norm + all.residual) +
+    search.slack = 1e-6f * ((search.norm + search.error + length_) * (all_.norm + all_.residual) +
                             largest_bias_);
   }
 
@@ -4825,7 +5504,7 @@ class Scorer {
     if (search.guessed) {
       start(search);
       Search* one = &search;
-      scan_chunks({&one, 1}, 0);
+      scan_parts({&one, 1}, 0);
       catch_up(search);
     }
     settle(search);
@@ -4845,17 +5524,16 @@ class Scorer {
   }
 
   void exact(const double* query, std::span<const Place> places, float* scores) const noexcept {
-    const Matrix& vectors = *vectors_;
-    const std::size_t d = vectors.columns();
+    const std::size_t d = rows_.columns();
     std::array<std::uint32_t, exact_together> items;
     std::array<double, exact_together> dots;
     for (std::size_t begin = 0; begin < places.size(); begin += items.size()) {
       const auto some = places.subspan(begin, std::min(items.size(), places.size() - begin));
       for (std::size_t i = 0; i < some.size(); ++i) items[i] = some[i].item;
-      if (vectors.type() == ElementType::i8)
-        table_->dots_i8(vectors.i8().data(), d, query, items.data(), some.size(), dots.data());
+      if (rows_.type() == ElementType::i8)
+        table_->dots_i8(rows_.i8_pages(), d, query, items.data(), some.size(), dots.data());
       else
-        table_->dots_f32(vectors.f32().data(), d, query, items.data(), some.size(), dots.data());
+        table_->dots_f32(rows_.f32_pages(), d, query, items.data(), some.size(), dots.data());
       for (std::size_t i = 0; i < some.size(); ++i)
         scores[begin + i] = score_of_dot(some[i], dots[i]);
     }
@@ -4867,15 +5545,7 @@ class Scorer {
   }
 
   Place place_of(std::uint32_t item) const noexcept {
-    return {item, vectors_->type() == ElementType::i8 ? vectors_->scales()[item] : 1.0f,
-            biases_by_item_[item]};
-  }
-
-  std::span<const std::byte> stored_row(std::uint32_t item) const noexcept {
-    const Matrix& vectors = *vectors_;
-    const std::size_t d = vectors.columns();
-    return vectors.type() == ElementType::i8 ? std::as_bytes(vectors.i8().subspan(item * d, d))
-                                             : std::as_bytes(vectors.f32().subspan(item * d, d));
+    return {item, rows_.scale(item), biases_[item]};
   }
 
   // Has the candidates' rows come from memory, by reading them: of hundreds of prefetches at a time
@@ -4883,54 +5553,65 @@ class Scorer {
   void read_ahead(const Search& search) const noexcept {
     unsigned sum = 0;
     for (const Place& place : std::span(search.places.data(), search.found)) {
-      const auto row = stored_row(place.item);
+      const auto row = rows_.stored(place.item);
       for (std::size_t at = 0; at < row.size(); at += 64) sum += static_cast<unsigned>(row[at]);
     }
     asm volatile("" : : "r"(sum));  // or the reads would be left out
   }
 
+  // Whether margins mean anything; not where a query or a vector is not finite or nearly so.
+  bool bounded(const Search& search) const noexcept {
+    return search.slack < 1e30f && unbounded_.empty();
+  }
+
   // Where a filter leaves little, looking at each of those items is faster than the scan.
   bool few_eligible(const Eligibility& eligibility) const noexcept {
-    if (!eligibility.eligible) return false;
-    const std::size_t items = vectors_->rows();
-    std::size_t count = 0;
-    for (std::size_t w = 0; w < (items + 63) / 64; ++w)
-      count += static_cast<std::size_t>(std::popcount(eligibility.word(w)));
-    return count < items / 16;
+    return eligibility.eligible && eligibility.eligible->count() < rows_.rows() / 16;
   }
 
   void look_at_all(Search& search) const {
-    const std::size_t items = vectors_->rows();
-    std::array<Place, 64> some;
-    std::array<float, 64> scores;
-    for (std::size_t begin = 0; begin < items; begin += 64) {
-      const std::size_t left = std::min<std::size_t>(64, items - begin);
-      std::uint64_t allowed = search.eligibility.word(begin / 64);
-      if (left < 64) allowed &= (std::uint64_t{1} << left) - 1;
-      std::size_t count = 0;
-      for (; allowed != 0; allowed &= allowed - 1)
-        some[count++] = place_of(static_cast<std::uint32_t>(begin) +
-                                 static_cast<std::uint32_t>(std::countr_zero(allowed)));
+    const std::size_t items = rows_.rows();
+    const std::size_t words =
+        (search.eligibility.eligible ? std::min(items, search.eligibility.eligible->size())
+                                     : items) +
+        63;
+    std::array<Place, exact_together> some;
+    std::size_t count = 0;
+    const auto look = [&] {
+      std::array<float, exact_together> scores;
       exact(search.query.data(), {some.data(), count}, scores.data());
       for (std::size_t i = 0; i < count; ++i)
         if (std::isfinite(scores[i]) && scores[i] >= search.threshold)
           search.add(some[i], scores[i], scores[i]);
+      count = 0;
       if (search.found >= search.next_raise) raise(search);
+    };
+    for (std::size_t w = 0; w < words / 64; ++w) {
+      std::uint64_t allowed = search.eligibility.word(w);
+      if (items - w * 64 < 64) allowed &= (std::uint64_t{1} << (items - w * 64)) - 1;
+      for (; allowed != 0; allowed &= allowed - 1) {
+        some[count++] = place_of(static_cast<std::uint32_t>(w * 64) +
+                                 static_cast<std::uint32_t>(std::countr_zero(allowed)));
+        if (count == some.size()) look();
+      }
     }
+    look();
   }
 
   // First a sample of the chunks, from which each query guesses where its k-th best score will lie,
   // on the low side: with that for a threshold a third fewer items become candidates. narrow()
   // finds out whether the guess was too high.
   void scan(std::span<Search*> active) const {
-    if (active.empty()) return;
+    if (active.empty() || parts_.empty()) return;
     const std::size_t stride = sample_stride(active.front()->enough);
     if (stride != 0) scan_sample(active, stride);
-    scan_chunks(active, stride);
+    scan_parts(active, stride);
   }
 
+  // Of the oldest part, which holds nearly all.
   void scan_sample(std::span<Search* const> searches, std::size_t stride) const {
-    const std::size_t chunks = panels_.chunks.size();
+    const Part& part = parts_.front();
+    const std::size_t chunks = part.panels->chunks.size();
     const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
     for (Search* search : searches) {
       // Of the best so many are in the sample, and three standard deviations.
@@ -4939,7 +5620,7 @@ class Scorer {
       search->wanted = search->next_raise = std::min(search->enough, most);
     }
     for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
-      visit(chunk, chunk + stride, searches);
+      visit(part, chunk, chunk + stride, searches);
     for (Search* search : searches) {
       catch_up(*search);
       search->guessed = search->wanted < search->enough && search->threshold > lowest;
@@ -4948,26 +5629,33 @@ class Scorer {
     }
   }
 
-  // All chunks but those of a sample. stride: see sample_stride.
-  void scan_chunks(std::span<Search*> active, std::size_t stride) const {
+  // All parts, but of the oldest the chunks of a sample. stride: see sample_stride. The newest come
+  // first: a threshold from them ends the scan of the others sooner.
+  void scan_parts(std::span<Search*> active, std::size_t stride) const {
+    for (std::size_t p = parts_.size(); p-- > 0;)
+      scan_chunks(parts_[p], active, p == 0 ? stride : 0);
+  }
+
+  // Leaves `active` in another order.
+  void scan_chunks(const Part& part, std::span<Search*> active, std::size_t stride) const {
     const auto first_from = [&](std::size_t chunk) {
       return chunk + (stride != 0 && chunk % stride == stride / 2);
     };
     std::size_t chunk = first_from(0);
-    for (std::size_t visited = 0; chunk < panels_.chunks.size(); ++visited) {
+    for (std::size_t visited = 0; chunk < part.panels->chunks.size(); ++visited) {
       if (visited % chunks_a_look == 0) {
         for (std::size_t i = 0; i < active.size();) {
-          if (reaches(*active[i], from_[chunk])) {
+          if (reaches(*active[i], part.panels->from[chunk])) {
             ++i;
             continue;
           }
-          active[i] = active.back();
+          std::swap(active[i], active.back());
           active = active.first(active.size() - 1);
         }
         if (active.empty()) return;
       }
       const std::size_t next = first_from(chunk + 1);
-      visit(chunk, next, active);
+      visit(part, chunk, next, active);
       chunk = next;
     }
   }
@@ -4981,13 +5669,12 @@ class Scorer {
 
   // Scans a chunk for those searches that it may concern. In a batch, `next`, the chunk that will
   // follow, comes from memory meanwhile.
-  void visit(std::size_t chunk, std::size_t next, std::span<Search* const> searches) const {
-    const bool ahead =
-        searches.size() >= least_to_fetch && (next + 1) * chunk_rows <= order_.size();
-    std::size_t fetched = ahead ? next * chunk_panels : kernels::nowhere;
+  void visit(const Part& part, std::size_t chunk, std::size_t next,
+             std::span<Search* const> searches) const {
+    bool ahead = searches.size() >= least_to_fetch && (next + 1) * chunk_rows <= part.rows();
     while (!searches.empty()) {
       const std::size_t count = std::min(searches.size(), most_together);
-      scan_chunk(chunk, std::exchange(fetched, kernels::nowhere), searches.first(count));
+      scan_chunk(part, chunk, next, std::exchange(ahead, false), searches.first(count));
       searches = searches.subspan(count);
     }
   }
@@ -4995,9 +5682,10 @@ class Scorer {
   // Every so many chunks one of the sample, 0: none. Where the best rows stand in front, the scan
   // finds a threshold there and ends soon.
   std::size_t sample_stride(std::size_t k) const noexcept {
-    const std::size_t chunks = panels_.chunks.size();
+    const std::vector<Bounds>& from = parts_.front().panels->from;
+    const std::size_t chunks = from.size();
     const auto reach = [&](std::size_t chunk) {
-      return length_ * from_[chunk].norm + from_[chunk].bias;
+      return length_ * from[chunk].norm + from[chunk].bias;
     };
     if (chunks < 32 || !(reach(chunks / 8) > 0.6f * reach(0))) return 0;
     return chunks / std::clamp<std::size_t>(6 * chunks / k, 4, chunks / 8);
@@ -5007,13 +5695,13 @@ class Scorer {
     return search.norm * b.norm + b.bias + search.slack >= search.threshold;
   }
 
-  // next: see Kernels::scan_8bit.
-  void scan_chunk(std::size_t chunk, std::size_t next, std::span<Search* const> searches) const {
-    const Bounds& bounds = panels_.chunks[chunk];
-    const std::size_t first = chunk * chunk_panels;
-    const std::size_t last = std::min(first + chunk_panels, order_.size() / kernels::panel_rows);
-    const std::size_t d = vectors_->columns();
-    const bool bytes = panels_.bits == 8;
+  // ahead: chunk `next` comes from memory meanwhile.
+  void scan_chunk(const Part& part, std::size_t chunk, std::size_t next, bool ahead,
+                  std::span<Search* const> searches) const {
+    const Bounds& bounds = part.panels->chunks[chunk];
+    const std::size_t panels =
+        std::min(chunk_panels, part.rows() / kernels::panel_rows - chunk * chunk_panels);
+    const bool bytes = bits_ == 8;
     std::array<Search*, most_together> some;
     std::array<kernels::PanelQuery*, most_together> queries;
     std::size_t count = 0;
@@ -5035,16 +5723,17 @@ class Scorer {
       count += reaches(s, bounds);
     }
     if (bytes) {
-      table_->scan_8bit({panels_.bytes.data(), panels_.scales.data(), panels_.biases.data(), d},
-                        first, last, next, queries.data(), count);
+      const auto after = part.rows_8bit(ahead ? next : chunk);
+      table_->scan_8bit(part.rows_8bit(chunk), 0, panels, ahead ? &after : nullptr, queries.data(),
+                        count);
       for (Search* search : std::span(some.data(), count)) {
         search->found = search->scan.found;
         if (search->found >= search->next_raise) raise(*search);
       }
     } else {
-      table_->scan_4bit(
-          {panels_.bytes.data(), panels_.short_scales.data(), panels_.raised_biases.data(), d},
-          first, last, next, queries.data(), count);
+      const auto after = part.rows_4bit(ahead ? next : chunk);
+      table_->scan_4bit(part.rows_4bit(chunk), 0, panels, ahead ? &after : nullptr, queries.data(),
+                        count);
       for (Search* search : std::span(some.data(), count))
         note_waiting(*search, search->error * bounds.norm + search->slack);
     }
@@ -5055,7 +5744,7 @@ class Scorer {
   void note_waiting(Search& search, float margin) const {
     make_ready(search);
     for (; search.waiting < search.scan.found; ++search.waiting) {
-      __builtin_prefetch(order_.data() + search.waiting_positions[search.waiting]);
+      __builtin_prefetch(&place_at(search.waiting_positions[search.waiting]));
       search.waiting_margins[search.waiting] = margin;
     }
     if (search.ready >= second_look) second_looks(search);
@@ -5068,7 +5757,7 @@ class Scorer {
     for (std::size_t i = kept; i < search.found; ++i) {
       search.lower[kept] = search.lower[i];
       search.upper[kept] = search.upper[i];
-      search.places[kept] = order_[search.positions[i]];
+      search.places[kept] = place_at(search.positions[i]);
       kept += search.eligibility.test(search.places[kept].item);
     }
     search.found = search.settled = kept;
@@ -5077,9 +5766,9 @@ class Scorer {
   // The same for what waits; the rows are fetched.
   void make_ready(Search& search) const noexcept {
     for (; search.ready < search.waiting; ++search.ready) {
-      const Place& place = order_[search.waiting_positions[search.ready]];
+      const Place& place = place_at(search.waiting_positions[search.ready]);
       search.waiting_places[search.ready] = place;
-      const auto row = stored_row(place.item);
+      const auto row = rows_.stored(place.item);
       __builtin_prefetch(row.data());
       __builtin_prefetch(row.data() + std::min<std::size_t>(row.size() - 1, 64));
     }
@@ -5088,10 +5777,9 @@ class Scorer {
   // At what is ready: in 8 bits where the rows are of 8 bits, exactly otherwise.
   void second_looks(Search& search) const {
     if (search.ready == 0) return;
-    const Matrix& vectors = *vectors_;
     std::array<Place, most_waiting> places;
     std::array<float, most_waiting> margins, scores;
-    const bool integers = vectors.type() == ElementType::i8;
+    const bool integers = rows_.type() == ElementType::i8;
     std::size_t count = 0;
     for (std::size_t i = 0; i < search.ready; ++i) {
       places[count] = search.waiting_places[i];
@@ -5110,7 +5798,7 @@ class Scorer {
       std::array<std::int32_t, most_waiting> dots;
       for (std::size_t i = 0; i < count; ++i) items[i] = places[i].item;
       // In 8 bits rows are raised by 128 for the product, in 4 by 8.
-      table_->row_dots(vectors.i8().data(), vectors.columns(), search.quantised.data(),
+      table_->row_dots(rows_.i8_pages(), rows_.columns(), search.quantised.data(),
                        16 * search.scan.offset, items.data(), count, dots.data());
       for (std::size_t i = 0; i < count; ++i)
         scores[i] =
@@ -5206,143 +5894,15 @@ class Scorer {
     best.resize(count);
   }
 
-  static float nearest(float v, float most) noexcept {
-    // Adding 1.5 * 2^23 leaves no bits for the fraction.
-    return (std::clamp(v, -most, most) + 12582912.0f) - 12582912.0f;
-  }
-
-  // |v - scale v^|^2 of a row quantised with a scale.
-  static double squared_residual(std::span<const float> row, float scale, float most) noexcept {
-    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    double squares = 0;
-    for (const float v : row) {
-      const double e = v - static_cast<double>(scale) * nearest(v * inverse, most);
-      squares += e * e;
-    }
-    return squares;
-  }
-
-  // The scale that leaves least of a row in 4 bits, as bfloat16. It pays to cut off the largest.
-  static std::uint16_t best_scale(std::span<const float> row, float largest) noexcept {
-    std::uint16_t best = 0;
-    double least = std::numeric_limits<double>::infinity();
-    for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
-      const std::uint16_t scale = bfloat16(largest * part / 7);
-      const double residual = squared_residual(row, wide(scale), 7);
-      if (residual >= least) continue;
-      least = residual;
-      best = scale;
-    }
-    return best;
-  }
-
-  // Rows by the largest score they could have with a query of the usual length; any order is
-  // correct, this one ends the scan soonest.
-  void build(float length) {
-    length_ = length;
-    const Matrix& vectors = *vectors_;
-    const std::size_t items = vectors.rows(), d = vectors.columns();
-    std::vector<float> row(d), norms(items), reach(items);
-    order_.reserve(kernels::padded(items));
-    for (std::uint32_t i = 0; i < items; ++i) {
-      order_.push_back(place_of(i));
-      vectors.row(i, row);
-      double squares = 0;
-      for (const float v : row) squares += static_cast<double>(v) * v;
-      norms[i] = static_cast<float>(std::sqrt(squares)) * (1 + 1e-6f);
-      reach[i] = length * norms[i] + biases_by_item_[i];
-      if (std::isnan(reach[i])) reach[i] = lowest;
-      largest_bias_ = std::max(largest_bias_, std::abs(biases_by_item_[i]));
-    }
-    std::stable_sort(order_.begin(), order_.end(),
-                     [&](const Place& a, const Place& b) { return reach[a.item] > reach[b.item]; });
-    order_.resize(kernels::padded(items));
-    panels_ = make_panels(items * d <= largest_8bit ? 8 : 4, norms);
-    from_ = panels_.chunks;
-    for (std::size_t c = from_.size() - 1; c > 0; --c) from_[c - 1].add(from_[c]);
-  }
-
-  Panels make_panels(int bits, std::span<const float> norms) const {
-    const Matrix& vectors = *vectors_;
-    const std::size_t items = vectors.rows(), d = vectors.columns();
-    Panels panels;
-    panels.bits = bits;
-    panels.bytes_a_panel = bits == 8 ? kernels::panel_bytes<8>(d) : kernels::panel_bytes<4>(d);
-    panels.bytes.assign(order_.size() / kernels::panel_rows * panels.bytes_a_panel, 0);
-    constexpr float never = std::numeric_limits<float>::quiet_NaN();
-    if (bits == 8) {
-      panels.scales.assign(order_.size(), 0.0f);
-      panels.biases.assign(order_.size(), never);
-    } else {
-      panels.short_scales.assign(order_.size(), 0);
-      panels.raised_biases.assign(order_.size(), bfloat16(never));
-    }
-    panels.chunks.resize((order_.size() + chunk_rows - 1) / chunk_rows);
-    std::vector<float> row(d);
-    std::vector<std::int8_t> values(d);
-    for (std::size_t p = 0; p < items; ++p) {
-      const std::uint32_t item = order_[p].item;
-      std::uint8_t* panel = panels.bytes.data() + p / kernels::panel_rows * panels.bytes_a_panel;
-      const std::size_t lane = p % kernels::panel_rows;
-      float residual = 0;
-      if (!std::isfinite(norms[item])) {
-        panels.chunks[p / chunk_rows].add({norms[item], 0, 0, biases_by_item_[item]});
-        continue;
-      }
-      if (bits == 8 && vectors.type() == ElementType::i8) {
-        panels.scales[p] = vectors.scales()[item];
-        kernels::put_in_panel<8>(panel, lane, vectors.i8().data() + item * d, d);
-      } else {
-        vectors.row(item, row);
-        float largest = 0;
-        for (const float v : row) largest = std::max(largest, std::abs(v));
-        const float most = bits == 8 ? 127.0f : 7.0f;
-        float scale = largest / most;
-        if (bits == 4) {
-          panels.short_scales[p] = best_scale(row, largest);
-          scale = wide(panels.short_scales[p]);
-        } else {
-          panels.scales[p] = scale;
-        }
-        const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        for (std::size_t c = 0; c < d; ++c)
-          values[c] = static_cast<std::int8_t>(nearest(row[c] * inverse, most));
-        residual = static_cast<float>(std::sqrt(squared_residual(row, scale, most))) * (1 + 1e-6f);
-        if (bits == 8)
-          kernels::put_in_panel<8>(panel, lane, values.data(), d);
-        else
-          kernels::put_in_panel<4>(panel, lane, values.data(), d);
-      }
-      if (bits == 8)
-        panels.biases[p] = biases_by_item_[item];
-      else
-        panels.raised_biases[p] = bfloat16_above(biases_by_item_[item] + length_ * residual);
-      panels.chunks[p / chunk_rows].add({norms[item], residual, residual, biases_by_item_[item]});
-    }
-    return panels;
-  }
-
-  // bfloat16: the upper half of a float.
-  static float wide(std::uint16_t v) noexcept {
-    return std::bit_cast<float>(std::uint32_t{v} << 16);
-  }
-  static std::uint16_t bfloat16(float v) noexcept {
-    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
-  }
-  // No lower than v; a NaN stays one.
-  static std::uint16_t bfloat16_above(float v) noexcept {
-    const std::uint16_t below = bfloat16(v);
-    if (std::isnan(v)) return bfloat16(std::numeric_limits<float>::quiet_NaN());
-    return static_cast<std::uint16_t>(wide(below) < v ? below + 1 : below);
-  }
-
-  const Matrix* vectors_;
-  std::span<const float> biases_by_item_;
+  ItemRows rows_;
+  PagedArray<float> biases_;
   const kernels::Table* table_;
-  detail::LineVector<Place> order_;  // by position in the panels, padded to whole panels
-  Panels panels_;
-  std::vector<Bounds> from_;  // of each chunk and all later ones
-  float length_ = 0;          // of a usual query
+  std::size_t largest_8bit_;
+  float length_;                          // of a usual query
+  int bits_ = 8;                          // of all parts
+  std::vector<Part> parts_;               // oldest and largest first
+  std::vector<std::uint32_t> unbounded_;  // items with a |v| that f32 cannot hold, ascending
+  Bounds all_;
   float largest_bias_ = 0;
 };
 

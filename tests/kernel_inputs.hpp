@@ -44,6 +44,15 @@ inline void close(std::span<const float> got, std::span<const float> want, std::
   }
 }
 
+// Where the pages of rows that lie one behind the other begin.
+template <class Element>
+std::vector<const Element*> pages_of(const std::vector<Element>& rows, std::size_t columns) {
+  std::vector<const Element*> pages;
+  for (std::size_t at = 0; at < rows.size(); at += pz::kernels::page_rows * columns)
+    pages.push_back(rows.data() + at);
+  return pages;
+}
+
 struct Query {
   explicit Query(std::vector<std::int8_t> all) : values(std::move(all)) {
     for (const std::int8_t v : values) sum += v;
@@ -100,10 +109,11 @@ struct Panels {
     return {query.values.data(), (Bits == 8 ? -128 : -8) * query.sum, 0.02f};
   }
 
-  // What each query finds in the panels from `first` on, all in one scan; `next` as in scan_8bit.
+  // What each query finds in the panels from `first` on, all in one scan; the rows go by numbers
+  // from `first_row` on. ahead: with the same panels for those that come next.
   std::vector<Found> scan(const pz::kernels::Table& table, std::span<const Query> queries,
-                          float limit, float margin = 0, std::size_t first = 0,
-                          std::size_t next = pz::kernels::nowhere) const {
+                          float limit, float margin = 0, std::size_t first = 0, bool ahead = false,
+                          std::size_t first_row = 0) const {
     std::vector<Found> found(
         queries.size(),
         {std::vector<std::uint32_t>(all()), std::vector<float>(all()), std::vector<float>(all())});
@@ -118,7 +128,9 @@ struct Panels {
       scans[q].upper = found[q].upper.data();
       pointers.push_back(&scans[q]);
     }
-    scan_of(table)(view(), first, count, next, pointers.data(), pointers.size());
+    auto rows = view();
+    rows.first_row = first_row;
+    scan_of(table)(rows, first, count, ahead ? &rows : nullptr, pointers.data(), pointers.size());
     for (std::size_t q = 0; q < queries.size(); ++q) {
       found[q].rows.resize(scans[q].found);
       found[q].lower.resize(Bits == 8 ? scans[q].found : 0);

@@ -27,6 +27,7 @@ const pz::kernels::Table& reference() { return *tables().back(); }
 using kernel_inputs::close;
 using kernel_inputs::Found;
 using kernel_inputs::integers;
+using kernel_inputs::pages_of;
 using kernel_inputs::Panels;
 using kernel_inputs::Query;
 using kernel_inputs::Random;
@@ -69,7 +70,7 @@ void scans_find_the_same() {
         for (std::size_t together = 2; together <= most; ++together) {
           // What follows comes from memory meanwhile; here it is the same again.
           const auto found =
-              panels.scan(*table, std::span(queries).first(together), limit, 0, 0, 0);
+              panels.scan(*table, std::span(queries).first(together), limit, 0, 0, true);
           for (std::size_t q = 0; q < together; ++q) REQUIRE(found[q] == alone[q]);
         }
         if constexpr (Bits == 8) {
@@ -127,24 +128,27 @@ TEST_CASE("products of single rows, and what prepares a query") {
     Random random{3};
     for (const std::size_t d : {1u, 15u, 64u, 65u, 149u, 1000u}) {
       CAPTURE(d);
-      const auto rows = integers(random, 9 * d, 127);
-      const auto f32 = values(random, 9 * d, 1e3f);
-      const std::vector<std::uint32_t> items{8, 0, 4, 4, 7, 1};
+      const auto rows = integers(random, 300 * d, 127);
+      const auto f32 = values(random, 300 * d, 1e3f);
+      const auto pages = pages_of(rows, d);
+      const auto f32_pages = pages_of(f32, d);
+      const std::vector<std::uint32_t> items{8, 0, 255, 255, 256, 299};
       const Query query{random, d, 127};
       std::vector<std::int32_t> dots(items.size()), want(items.size());
-      table->row_dots(rows.data(), d, query.values.data(), -128 * query.sum, items.data(),
+      table->row_dots(pages.data(), d, query.values.data(), -128 * query.sum, items.data(),
                       items.size(), dots.data());
-      reference().row_dots(rows.data(), d, query.values.data(), -128 * query.sum, items.data(),
+      reference().row_dots(pages.data(), d, query.values.data(), -128 * query.sum, items.data(),
                            items.size(), want.data());
       REQUIRE(dots == want);
       auto x = values(random, d, 2.0f);
       std::vector<double> wide(pz::kernels::padded(d)), exact(items.size()), direct(items.size());
       for (std::size_t c = 0; c < d; ++c) wide[c] = x[c];
-      table->dots_i8(rows.data(), d, wide.data(), items.data(), items.size(), exact.data());
-      reference().dots_i8(rows.data(), d, wide.data(), items.data(), items.size(), direct.data());
+      table->dots_i8(pages.data(), d, wide.data(), items.data(), items.size(), exact.data());
+      reference().dots_i8(pages.data(), d, wide.data(), items.data(), items.size(), direct.data());
       REQUIRE(exact == direct);
-      table->dots_f32(f32.data(), d, wide.data(), items.data(), items.size(), exact.data());
-      reference().dots_f32(f32.data(), d, wide.data(), items.data(), items.size(), direct.data());
+      table->dots_f32(f32_pages.data(), d, wide.data(), items.data(), items.size(), exact.data());
+      reference().dots_f32(f32_pages.data(), d, wide.data(), items.data(), items.size(),
+                           direct.data());
       REQUIRE(exact == direct);
       std::vector<std::int8_t> q(pz::kernels::padded(d)), want_q(q.size());
       std::int32_t sum = 0, want_sum = 0;
