@@ -1,7 +1,25 @@
 // personalize_runtime.hpp - sequence-model recommendations inside your own process.
 //
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 the personalize_runtime authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+// and associated documentation files (the "Software"), to deal in the Software without
+// restriction, including without limitation the rights to use, copy, modify, merge, publish,
+// distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+// Software is furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all copies or
+// substantial portions of the Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+// BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+// DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+//
 // Loads a compact model file, keeps one recurrent state a user, and answers with exact top-k
-// slates. Version 0.1.0. MIT licence (see LICENSE). Needs C++20, xsimd (>= 8.1) and zstd
+// slates. Needs GCC or Clang with C++20, a little-endian 64-bit target, xsimd (>= 8.1) and zstd
 // (>= 1.5.4).
 //
 //   #include "personalize_runtime.hpp"
@@ -12,7 +30,8 @@
 //   auto shop = pz::Recommender::create(*model);
 //   if (!shop) return fail(shop.error().message);
 //
-//   shop->record({.user = "u1", .item = "sword", .event_type = "click", .timestamp = now});
+//   auto learned = shop->record({.user = "u1", .item = "sword", .event_type = "click"});
+//   if (!learned) return fail(learned.error().message);
 //   auto slate = shop->recommend({.user = "u1", .count = 25, .exclude_interacted = true});
 //   if (!slate) return fail(slate.error().message);
 //   for (const pz::Pick& pick : slate->items) show(pick.item, pick.score, pz::name(pick.reason));
@@ -39,20 +58,39 @@
 #define PERSONALIZE_RUNTIME_HPP
 
 // ============================================================================================
-// Room 0: preamble. Owns the version and every configuration macro.
+// Room 0: preamble. Owns the version, every macro, and what a compiler must offer.
 // ============================================================================================
 
 #define PERSONALIZE_VERSION_MAJOR 0
 #define PERSONALIZE_VERSION_MINOR 1
 #define PERSONALIZE_VERSION_PATCH 0
 
-// Set by the user, before the include or on the command line:
+// Set by the user, before the include or on the command line, alike in all of a program:
 //   PERSONALIZE_NO_XSIMD  build with the scalar kernels only; xsimd is not included
 //   PERSONALIZE_NO_ZSTD   read and write stored (uncompressed) sections only; zstd is not included
+//   PERSONALIZE_DISPATCH  the kernels are chosen when the program runs, from those that the library
+//                         personalize::kernels holds; that CMake target defines it
 //
 // Found out here:
 //   PERSONALIZE_HAS_EXCEPTIONS  0 under -fno-exceptions: then memory that cannot be had ends the
 //                               program, as the standard library's containers do; 1: it is an Error
+//   PERSONALIZE_HAS_POSIX       1 where files have descriptors, modes and links, and /dev/urandom
+//   is PERSONALIZE_AVX512_VNNI     1 where the flags allow the AVX-512 kernels PERSONALIZE_INLINE,
+//   PERSONALIZE_UNROLL  hints to the compiler
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#error "personalize_runtime.hpp needs GCC or Clang; with Visual Studio, its clang-cl toolset does."
+#endif
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "personalize_runtime.hpp needs a little-endian target: model files are read as they lie."
+#endif
+#if __SIZEOF_POINTER__ < 8
+#error "personalize_runtime.hpp needs a 64-bit target: models may be larger than 4 GiB."
+#endif
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
+#error \
+    "personalize_runtime.hpp cannot be built with -ffast-math: it tells finite values from others."
+#endif
 
 #if defined(__cpp_exceptions)
 #define PERSONALIZE_HAS_EXCEPTIONS 1
@@ -66,6 +104,7 @@
 #include <bit>
 #include <cassert>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstddef>
@@ -97,11 +136,15 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
-#define PERSONALIZE_HAS_FSYNC 1
+#define PERSONALIZE_HAS_POSIX 1
 #else
 #include <random>
-#define PERSONALIZE_HAS_FSYNC 0
+#if defined(_WIN32)
+extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const char*, unsigned long);
+#endif
+#define PERSONALIZE_HAS_POSIX 0
 #endif
 
 // GCC 12 takes the deliberately undefined operands in its own AVX-512 intrinsics for mistakes (GCC
@@ -118,6 +161,12 @@
 #include <zstd.h>
 #endif
 
+#if !defined(PERSONALIZE_NO_XSIMD) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if XSIMD_WITH_AVX512BW
+#define PERSONALIZE_AVX512_VNNI 1
+#endif
+#endif
+
 // Short loops over registers; at -O2 GCC would keep such an array in memory.
 #if defined(__clang__)
 #define PERSONALIZE_UNROLL _Pragma("unroll")
@@ -127,12 +176,12 @@
 // Also of every function that only prefetches: GCC takes one for without effect and leaves its
 // calls out.
 #define PERSONALIZE_INLINE __attribute__((always_inline))
+#define PERSONALIZE_QUOTED(x) #x
+#define PERSONALIZE_DOTTED(a, b, c) PERSONALIZE_QUOTED(a.b.c)
 
 namespace personalize {
 inline namespace v1 {
 
-static_assert(std::endian::native == std::endian::little,
-              "the model file is little-endian and is read without conversion");
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
 
 // ============================================================================================
@@ -155,6 +204,38 @@ enum class Errc : std::uint8_t {
   cancelled,         // LoadOptions::progress asked to stop
 };
 
+constexpr std::string_view name(Errc code) noexcept {
+  switch (code) {
+    case Errc::io:
+      return "io";
+    case Errc::format:
+      return "format";
+    case Errc::version:
+      return "version";
+    case Errc::truncated:
+      return "truncated";
+    case Errc::checksum:
+      return "checksum";
+    case Errc::compression:
+      return "compression";
+    case Errc::corrupt:
+      return "corrupt";
+    case Errc::limit:
+      return "limit";
+    case Errc::unsupported:
+      return "unsupported";
+    case Errc::invalid_argument:
+      return "invalid argument";
+    case Errc::unknown_item:
+      return "unknown item";
+    case Errc::out_of_memory:
+      return "out of memory";
+    case Errc::cancelled:
+      return "cancelled";
+  }
+  return "unknown";
+}
+
 // What went wrong, in words for a log line. `offset` is a byte position in the file where one is
 // known.
 struct Error {
@@ -163,7 +244,9 @@ struct Error {
   std::optional<std::uint64_t> offset = std::nullopt;
 };
 
-// A value or an Error. Never throws; reading the wrong side is a programming error (asserted).
+// A value or an Error. Never throws; reading the wrong side is a programming error (asserted). Of a
+// Result that is about to go, * gives the value itself, so that a loop over `(*call()).items` has
+// something to go over; what -> gives lives no longer than the Result.
 template <class T>
 class [[nodiscard]] Result {
  public:
@@ -174,7 +257,7 @@ class [[nodiscard]] Result {
   bool has_value() const noexcept { return state_.index() == 0; }
   T& operator*() & noexcept { return *pointer(); }
   const T& operator*() const& noexcept { return *pointer(); }
-  T&& operator*() && noexcept { return std::move(*pointer()); }
+  T operator*() && { return std::move(*pointer()); }
   T* operator->() noexcept { return pointer(); }
   const T* operator->() const noexcept { return pointer(); }
   const Error& error() const noexcept {
@@ -235,6 +318,10 @@ auto catching_bad_alloc(Call call) -> decltype(call()) {
 // Room 2: basics. Owns what knows nothing of recommendations: bytes and files, hashes, random
 // numbers, aligned memory, tables of distinct strings. Uses room 1.
 // ============================================================================================
+
+// "major.minor.patch"
+inline constexpr std::string_view version = PERSONALIZE_DOTTED(
+    PERSONALIZE_VERSION_MAJOR, PERSONALIZE_VERSION_MINOR, PERSONALIZE_VERSION_PATCH);
 
 // XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
 inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed = 0) noexcept {
@@ -398,12 +485,99 @@ struct LineAllocator {
 template <class T>
 using LineVector = std::vector<T, LineAllocator<T>>;
 
-// Without an exit inside the loop: compilers make vectors of it.
-inline bool all_finite(std::span<const float> values) noexcept {
-  constexpr std::uint32_t exponent = 0x7f800000;
+// The same, of which resize() leaves what it adds as it is: memory that nothing was written to
+// takes no pages, and costs nothing to take.
+template <class T>
+struct BareAllocator : LineAllocator<T> {
+  BareAllocator() = default;
+  template <class Other>
+  BareAllocator(const BareAllocator<Other>&) noexcept {}
+  template <class U>
+  void construct(U* p) noexcept {
+    static_assert(std::is_trivially_default_constructible_v<U>);
+    ::new (static_cast<void*>(p)) U;
+  }
+  template <class U, class V>
+  void construct(U* p, V&& value) noexcept {
+    ::new (static_cast<void*>(p)) U(std::forward<V>(value));
+  }
+  template <class U>
+  struct rebind {
+    using other = BareAllocator<U>;
+  };
+};
+template <class T>
+using BareVector = std::vector<T, BareAllocator<T>>;
+
+// The largest magnitude; infinite where a value is not finite. Without an exit inside the loop:
+// compilers make vectors of it.
+inline float largest(std::span<const float> values) noexcept {
   std::uint32_t most = 0;
-  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & exponent);
-  return most != exponent;
+  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & 0x7fffffff);
+  return std::bit_cast<float>(std::min(most, 0x7f800000u));
+}
+
+inline bool all_finite(std::span<const float> values) noexcept {
+  return largest(values) < std::numeric_limits<float>::infinity();
+}
+
+}  // namespace detail
+
+namespace detail {
+
+// A decimal number, `1.5` or `-2e-3`, correct but for the last bit of a rare one.
+inline std::optional<double> parse_decimal(std::string_view text) noexcept {
+  const bool negative = text.starts_with('-');
+  if (negative) text.remove_prefix(1);
+  double digits = 0;
+  int exponent = 0, count = 0;
+  const auto take_digits = [&](int each) {
+    for (; !text.empty() && text[0] >= '0' && text[0] <= '9'; text.remove_prefix(1), ++count) {
+      // Those behind the first 17 change no bit.
+      if (digits < 1e17)
+        digits = 10 * digits + (text[0] - '0'), exponent += each;
+      else
+        exponent += each + 1;
+    }
+  };
+  take_digits(0);
+  if (text.starts_with('.')) {
+    text.remove_prefix(1);
+    take_digits(-1);
+  }
+  if (count == 0) return std::nullopt;
+  if (text.starts_with('e') || text.starts_with('E')) {
+    text.remove_prefix(1);
+    if (text.starts_with('+')) text.remove_prefix(1);
+    int power = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), power);
+    if (error != std::errc{} || std::abs(power) > 9999) return std::nullopt;
+    text.remove_prefix(static_cast<std::size_t>(end - text.data()));
+    exponent += power;
+  }
+  if (!text.empty()) return std::nullopt;
+  // In two steps, so that 10^-330 does not become 0 before it is multiplied.
+  const int half = exponent / 2;
+  const double value = digits * std::pow(10.0, half) * std::pow(10.0, exponent - half);
+  return negative ? -value : value;
+}
+
+// A finite decimal number as a float, whatever the locale says; blanks and a plus may precede it.
+inline std::optional<float> parse_float(std::string_view text) noexcept {
+  text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
+  if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
+#if defined(__cpp_lib_to_chars)
+  float value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc{} && end == text.data() + text.size() && std::isfinite(value))
+    return value;
+  if (error != std::errc::result_out_of_range) return std::nullopt;
+#endif
+  // Also tells what is too small, which is 0, from what is too large.
+  const auto number = parse_decimal(text);
+  if (!number || !(std::abs(*number) <= double{std::numeric_limits<float>::max()}))
+    return std::nullopt;
+  return static_cast<float>(*number);
 }
 
 }  // namespace detail
@@ -467,18 +641,23 @@ inline constexpr std::size_t max_id_bytes = 256;
 class StringTable {
  public:
   // The index of the new string. Errors: empty, over 256 bytes, not UTF-8 or with a control
-  // character (invalid_argument); already there (corrupt).
+  // character (invalid_argument); already there, or made to fall together with others (corrupt);
+  // out of memory. The table is then as it was.
   Result<std::uint32_t> add(std::string_view text) {
-    if (auto checked = check_text(text); !checked) return checked.error();
-    if ((size() + 1) * 4 > slots_.size() * 3) rehash(std::max<std::size_t>(16, slots_.size() * 2));
-    const std::uint64_t hash = hash_of(text);
-    const std::size_t slot = find_slot(text, hash);
-    if (auto checked = check_free(text, slot); !checked) return checked.error();
-    text_.resize(empty() ? 0 : ends_.back());
-    text_.append(text);
-    ends_.push_back(text_.size());
-    slots_[slot] = entry(hash, size());
-    return static_cast<std::uint32_t>(size() - 1);
+    return detail::catching_bad_alloc([&]() -> Result<std::uint32_t> {
+      if (auto checked = check_text(text); !checked) return checked.error();
+      if ((size() + 1) * 4 > slots_.size() * 3)
+        if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
+          return grown.error();
+      const std::uint64_t hash = hash_of(text);
+      const std::size_t slot = find_slot(text, hash);
+      if (auto checked = check_free(text, slot); !checked) return checked.error();
+      text_.resize(empty() ? begin_ : ends_.back());
+      text_.insert(text_.end(), text.begin(), text.end());
+      ends_.push_back(text_.size());
+      slots_[slot] = entry(hash, size());
+      return static_cast<std::uint32_t>(size() - 1);
+    });
   }
 
   std::optional<std::uint32_t> find(std::string_view text) const noexcept {
@@ -490,64 +669,98 @@ class StringTable {
 
   // Valid until the next add.
   std::string_view operator[](std::size_t index) const noexcept {
-    const std::size_t begin = index == 0 ? 0 : ends_[index - 1];
-    return std::string_view(text_).substr(begin, ends_[index] - begin);
+    const std::uint64_t begin = index == 0 ? begin_ : ends_[index - 1];
+    return {text_.data() + begin, ends_[index] - begin};
   }
 
   std::size_t size() const noexcept { return ends_.size(); }
   bool empty() const noexcept { return ends_.empty(); }
 
-  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together.
-  // Their u16 lengths go to [0], their text to [1]; then number() makes a table of them.
+  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together,
+  // which takes pages only as it is written. Their u16 lengths go to [0], their text to [1], which
+  // lies directly behind; then number() makes a table of them.
   std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
+    begin_ = count * sizeof(std::uint16_t);
     ends_.resize(count);
-    text_.resize(bytes);
-    // The lengths wait in the last quarter of the ends, which so are written behind those read.
-    const auto ends = std::as_writable_bytes(std::span(ends_));
-    return {ends.last(count * sizeof(std::uint16_t)), std::as_writable_bytes(std::span(text_))};
+    text_.resize(begin_ + bytes);
+    const auto raw = std::as_writable_bytes(std::span(text_));
+    return {raw.first(begin_), raw.subspan(begin_)};
   }
 
-  // Errors (corrupt): lengths that do not add up to the text; a string that add() would refuse.
+  // How far number() has come.
+  struct Numbering {
+    std::size_t strings = 0;
+  };
+
+  // Numbers the strings that lie in the first `arrived` bytes of what make_room() gave, from where
+  // the last call stopped: so a file is refused at its first bad string, for memory in proportion
+  // to the good ones. Errors (corrupt): lengths that do not add up to the text; a string that add()
+  // would refuse. The table can then only be destroyed.
+  Result<void> number(Numbering& numbering, std::uint64_t arrived) {
+    return detail::catching_bad_alloc([&] { return number_strings(numbering, arrived); });
+  }
   Result<void> number() {
-    const std::byte* lengths = std::as_bytes(std::span(ends_)).data() + size() * 6;
-    std::size_t end = 0;
-    for (std::size_t i = 0; i < size(); ++i) {
-      end += detail::load_integer<std::uint16_t>(lengths + 2 * i);
-      ends_[i] = end;
+    Numbering all;
+    return number(all, text_.size());
+  }
+
+ private:
+  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
+  // At three quarters' load no honest table comes near this; a file made to collide stops here.
+  static constexpr std::size_t max_probes = 512;
+
+  std::uint64_t length_of(std::size_t index) const noexcept {
+    std::uint16_t length;
+    std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
+    return length;
+  }
+
+  Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
+    if (arrived < begin_) return {};
+    std::size_t& next = numbering.strings;
+    if (next == 0) {
+      std::uint64_t end = begin_;
+      for (std::size_t i = 0; i < size(); ++i) end += length_of(i);
+      if (end != text_.size())
+        return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
     }
-    if (end != text_.size())
-      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    std::size_t slots = 16;
-    while (size() * 4 > slots * 3) slots *= 2;
-    slots_.assign(slots, 0);
     // A batch of slots comes out of memory while the next strings are hashed.
     constexpr std::size_t batch = 32;
     std::array<std::uint64_t, batch> hashes;
-    for (std::size_t begin = 0; begin < size(); begin += batch) {
-      const std::size_t count = std::min(batch, size() - begin);
-      for (std::size_t i = 0; i < count; ++i) {
-        hashes[i] = hash_of((*this)[begin + i]);
-        prefetch(hashes[i]);
+    for (std::size_t begin = next; begin < size(); begin = next) {
+      if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
+      std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
+      std::size_t count = 0;
+      for (; count < std::min(batch, size() - begin); ++count) {
+        end += length_of(begin + count);
+        if (end > arrived) break;
+        ends_[begin + count] = end;
+        hashes[count] = hash_of((*this)[begin + count]);
+        prefetch(hashes[count]);
       }
-      for (std::size_t i = 0; i < count; ++i) {
-        const std::string_view text = (*this)[begin + i];
+      for (std::size_t i = 0; i < count; ++i, ++next) {
+        const std::string_view text = (*this)[next];
         const std::size_t slot = find_slot(text, hashes[i]);
         auto checked = check_text(text);
         if (checked) checked = check_free(text, slot);
         if (!checked)
           return Error{Errc::corrupt,
-                       "string " + std::to_string(begin + i) + ": " + checked.error().message};
-        slots_[slot] = entry(hashes[i], begin + i + 1);
+                       "string " + std::to_string(next) + ": " + checked.error().message};
+        slots_[slot] = entry(hashes[i], next + 1);
       }
+      if (count == 0) return {};
     }
     return {};
   }
 
- private:
-  static_assert(sizeof(std::size_t) == 8, "ends_ keeps the lengths in its last quarter");
-  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
-  // At three quarters' load no honest table comes near this; a file made to collide stops here.
-  static constexpr std::size_t max_probes = 512;
+  // Room for `wanted` strings, of which the first `numbered` have their slots. Grows in large
+  // steps, at most to what all strings of a file need.
+  Result<void> make_slots(std::size_t numbered, std::size_t wanted) {
+    if (wanted * 4 <= slots_.size() * 3) return {};
+    std::size_t most = 16;
+    while (size() * 4 > most * 3) most *= 2;
+    return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
+  }
 
   static std::uint64_t hash_of(std::string_view text) noexcept {
     return xxh64(std::as_bytes(std::span(text)));
@@ -592,18 +805,25 @@ class StringTable {
     return npos;
   }
 
-  void rehash(std::size_t slots) {
+  // For the first `count` strings. Where they do not fit, the slots are as they were.
+  Result<void> rehash(std::size_t count, std::size_t slots) {
     std::vector<std::uint64_t> old(slots);
     old.swap(slots_);
-    for (std::size_t i = 0; i < size(); ++i) {
+    for (std::size_t i = 0; i < count; ++i) {
       const std::uint64_t hash = hash_of((*this)[i]);
-      if (const std::size_t slot = find_slot((*this)[i], hash); slot != npos)
-        slots_[slot] = entry(hash, i + 1);
+      const std::size_t slot = find_slot((*this)[i], hash);
+      if (slot == npos) {
+        slots_.swap(old);
+        return check_free((*this)[i], slot);
+      }
+      slots_[slot] = entry(hash, i + 1);
     }
+    return {};
   }
 
-  std::string text_;
-  std::vector<std::size_t> ends_;
+  std::uint64_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
+  detail::BareVector<char> text_;
+  detail::BareVector<std::uint64_t> ends_;
   std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
 };
 
@@ -618,6 +838,23 @@ inline Error io_error(const std::string& path, const char* what) {
   return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
 }
 
+inline bool seek(std::FILE* file, std::uint64_t offset, int from) noexcept {
+#if defined(_WIN32)
+  return ::_fseeki64(file, static_cast<std::int64_t>(offset), from) == 0;
+#else
+  return ::fseeko(file, static_cast<off_t>(offset), from) == 0;
+#endif
+}
+
+// Where the file stands; below 0 where it cannot tell.
+inline std::int64_t position(std::FILE* file) noexcept {
+#if defined(_WIN32)
+  return ::_ftelli64(file);
+#else
+  return ::ftello(file);
+#endif
+}
+
 // A file's bytes from front to back, out of memory or off the disk.
 class ByteSource {
  public:
@@ -627,9 +864,9 @@ class ByteSource {
     ByteSource source{{}};
     source.file_.reset(std::fopen(path.c_str(), "rb"));
     if (!source.file_) return io_error(path, "cannot open");
-    long size = -1;
-    if (std::fseek(source.file_.get(), 0, SEEK_END) == 0) size = std::ftell(source.file_.get());
-    if (size < 0 || std::fseek(source.file_.get(), 0, SEEK_SET) != 0)
+    const std::int64_t size =
+        seek(source.file_.get(), 0, SEEK_END) ? position(source.file_.get()) : -1;
+    if (size < 0 || !seek(source.file_.get(), 0, SEEK_SET))
       return io_error(path, "cannot tell its size");
     source.size_ = static_cast<std::uint64_t>(size);
     source.path_ = path;
@@ -638,9 +875,10 @@ class ByteSource {
 
   std::uint64_t size() const noexcept { return size_; }
 
-  // The next `count` bytes, where they lie or in `buffer`, which becomes `room` >= count bytes long
-  // where it is too short. The caller has compared with size().
-  Result<std::span<const std::byte>> take(std::size_t count, std::vector<std::byte>& buffer,
+  // The next `count` bytes, where they lie or in `buffer`, which where it is too short becomes
+  // twice as long as it was, at most `room` bytes, but no less than count. The caller has compared
+  // with size().
+  Result<std::span<const std::byte>> take(std::size_t count, BareVector<std::byte>& buffer,
                                           std::size_t room) {
     if (!file_) {
       const auto taken = bytes_.first(count);
@@ -648,8 +886,9 @@ class ByteSource {
       return taken;
     }
     if (buffer.size() < count) {
+      const std::size_t size = std::max(count, std::min(2 * buffer.size(), room));
       buffer = {};
-      buffer.resize(room);
+      buffer.resize(size);
     }
     if (std::fread(buffer.data(), 1, count, file_.get()) != count) {
       if (std::ferror(file_.get())) return io_error(path_, "cannot read");
@@ -684,12 +923,23 @@ class MemorySink final : public ByteSink {
   std::vector<std::byte> bytes;
 };
 
-// A file that replaces `path` at once or not at all: written beside it, synced, renamed.
+// A file that replaces `path` at once or not at all: written beside it under a name of its own,
+// synced, renamed; of several writers the last wins whole. A link is followed, and what it names
+// replaced. What is there and no regular file (a device, a pipe) is written to, at commit().
 class FileSink final : public ByteSink {
  public:
-  explicit FileSink(const std::string& path)
-      : path_(path), part_(path + ".part"), file_(std::fopen(part_.c_str(), "wb")) {
-    if (!file_) error_ = io_error(part_, "cannot create");
+  explicit FileSink(const std::string& path) : path_(path) {
+#if PERSONALIZE_HAS_POSIX
+    struct stat there {};
+    const bool exists = ::stat(path_.c_str(), &there) == 0;
+    direct_ = (exists && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode)) || !follow_links();
+    if (error_ || direct_) return;
+    create(exists ? there.st_mode & 0777u : 0666u);
+    if (file_ && exists && ::fchmod(::fileno(file_.get()), there.st_mode & 0777) != 0)
+      error_ = io_error(part_, "cannot give it the mode of the file that it replaces");
+#else
+    create(0);
+#endif
   }
   FileSink(const FileSink&) = delete;
   FileSink& operator=(const FileSink&) = delete;
@@ -700,36 +950,139 @@ class FileSink final : public ByteSink {
   }
 
   void append(std::span<const std::byte> bytes) override {
+    if (direct_) return kept_.append(bytes);
     if (!error_ && std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) != bytes.size())
       error_ = io_error(path_, "cannot write");
   }
   void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) override {
-    seek(static_cast<long>(offset), SEEK_SET);
+    if (direct_) return kept_.overwrite(offset, bytes);
+    move_to(offset, SEEK_SET);
     append(bytes);
-    seek(0, SEEK_END);
+    move_to(0, SEEK_END);
   }
 
   Result<void> commit() {
     if (error_) return *error_;
+#if PERSONALIZE_HAS_POSIX
+    if (direct_) return write_through();
+#endif
     bool written = std::fflush(file_.get()) == 0;
-#if PERSONALIZE_HAS_FSYNC
+#if PERSONALIZE_HAS_POSIX
     written = written && ::fsync(::fileno(file_.get())) == 0;
 #endif
     written = std::fclose(file_.release()) == 0 && written;
-    if (written && std::rename(part_.c_str(), path_.c_str()) == 0) return {};
+    if (written && replace()) return {};
     const Error error = io_error(path_, "cannot write");
     std::remove(part_.c_str());
     return error;
   }
 
  private:
-  void seek(long offset, int from) {
-    if (!error_ && std::fseek(file_.get(), offset, from) != 0)
-      error_ = io_error(path_, "cannot write");
+  void move_to(std::uint64_t offset, int from) {
+    if (!error_ && !seek(file_.get(), offset, from)) error_ = io_error(path_, "cannot write");
   }
+
+  std::string folder() const {
+    const std::size_t slash = path_.find_last_of('/');
+    return slash == std::string::npos ? "" : path_.substr(0, slash + 1);
+  }
+
+  // Opens a new file beside path_. mode: its permissions, of which umask takes its share.
+  void create([[maybe_unused]] unsigned mode) {
+    // Names are distinct, not secret: what is there already is not opened.
+    std::uint64_t number =
+        static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+    number ^= reinterpret_cast<std::uintptr_t>(this) << 20;
+#if PERSONALIZE_HAS_POSIX
+    number ^= static_cast<std::uint64_t>(::getpid()) << 40;
+#endif
+    // With what is added, no longer than file systems allow.
+    const std::string start = folder() + path_.substr(folder().size()).substr(0, 200);
+    for (int tries = 0; tries < 100; ++tries) {
+      number = xxh64(std::as_bytes(std::span(&number, 1)));
+      std::array<char, 17> digits{};
+      std::snprintf(digits.data(), digits.size(), "%016llx",
+                    static_cast<unsigned long long>(number));
+      part_ = start + "." + digits.data() + ".part";
+#if PERSONALIZE_HAS_POSIX
+      const int descriptor =
+          ::open(part_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                 static_cast<mode_t>(mode));
+      if (descriptor >= 0) {
+        file_.reset(::fdopen(descriptor, "wb"));
+        if (file_) return;
+        ::close(descriptor);
+        std::remove(part_.c_str());
+        break;
+      }
+#else
+      file_.reset(std::fopen(part_.c_str(), "wbx"));
+      if (file_) return;
+#endif
+      if (errno != EEXIST) break;
+    }
+    error_ = io_error(part_, "cannot create");
+  }
+
+  bool replace() {
+#if defined(_WIN32)
+    return ::MoveFileExA(part_.c_str(), path_.c_str(), 1 | 8) != 0;  // replace, write through
+#else
+    if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
+#if PERSONALIZE_HAS_POSIX
+    // So that the new name outlives a power cut. The file is whole with or without.
+    const std::string of = folder();
+    const int descriptor =
+        ::open(of.empty() ? "." : of.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (descriptor >= 0) {
+      (void)::fsync(descriptor);
+      ::close(descriptor);
+    }
+#endif
+    return true;
+#endif
+  }
+
+#if PERSONALIZE_HAS_POSIX
+  // Makes path_ what its links lead to. false: to an open file of some process (/dev/stdout,
+  // /dev/fd/3), which has no name to replace.
+  bool follow_links() {
+    for (int links = 0;; ++links) {
+      if (path_.starts_with("/proc/") || path_.starts_with("/dev/fd/")) return false;
+      struct stat there {};
+      if (::lstat(path_.c_str(), &there) != 0 || !S_ISLNK(there.st_mode)) return true;
+      std::array<char, 4096> target;
+      const auto size = ::readlink(path_.c_str(), target.data(), target.size());
+      if (links == 40) errno = ELOOP;
+      if (size < 0 || links == 40) {
+        error_ = io_error(path_, "cannot follow");
+        return true;
+      }
+      const std::string_view name{target.data(), static_cast<std::size_t>(size)};
+      path_ = name.starts_with('/') ? std::string(name) : folder() + std::string(name);
+    }
+  }
+
+  Result<void> write_through() {
+    const int descriptor = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+    const File file{descriptor < 0 ? nullptr : ::fdopen(descriptor, "ab")};
+    if (!file) {
+      const Error error = io_error(path_, "cannot open");
+      if (descriptor >= 0) ::close(descriptor);
+      return error;
+    }
+    const std::span<const std::byte> bytes{kept_.bytes};
+    if (std::fwrite(bytes.data(), 1, bytes.size(), file.get()) != bytes.size() ||
+        std::fflush(file.get()) != 0)
+      return io_error(path_, "cannot write");
+    return {};
+  }
+#endif
 
   std::string path_, part_;
   File file_;
+  bool direct_ = false;
+  MemorySink kept_;  // what goes to a device at commit()
   std::optional<Error> error_;
 };
 
@@ -737,30 +1090,35 @@ class FileSink final : public ByteSink {
 
 // The bytes of a file of at most `limit` bytes.
 inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
-  const detail::File file{std::fopen(path.c_str(), "rb")};
-  if (!file) return detail::io_error(path, "cannot open");
-  std::vector<std::byte> bytes;
-  constexpr std::size_t piece = std::size_t{1} << 20;
-  for (;;) {
-    const std::size_t have = bytes.size();
-    if (bytes.capacity() < have + piece) bytes.reserve(2 * have + piece);
-    bytes.resize(have + piece);
-    const std::size_t got = std::fread(bytes.data() + have, 1, piece, file.get());
-    bytes.resize(have + got);
-    if (bytes.size() > limit)
-      return Error{Errc::limit, path + ": larger than " + std::to_string(limit) + " bytes"};
-    if (got < piece) {
-      if (std::ferror(file.get())) return detail::io_error(path, "cannot read");
-      return bytes;
+  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+    const detail::File file{std::fopen(path.c_str(), "rb")};
+    if (!file) return detail::io_error(path, "cannot open");
+    std::vector<std::byte> bytes;
+    constexpr std::size_t piece = std::size_t{1} << 20;
+    for (;;) {
+      const std::size_t have = bytes.size();
+      if (bytes.capacity() < have + piece) bytes.reserve(2 * have + piece);
+      bytes.resize(have + piece);
+      const std::size_t got = std::fread(bytes.data() + have, 1, piece, file.get());
+      bytes.resize(have + got);
+      if (bytes.size() > limit)
+        return Error{Errc::limit, path + ": larger than " + std::to_string(limit) + " bytes"};
+      if (got < piece) {
+        if (std::ferror(file.get())) return detail::io_error(path, "cannot read");
+        return bytes;
+      }
     }
-  }
+  });
 }
 
-// Replaces `path` by `bytes` or leaves it as it was: writes beside it, syncs, renames.
+// Replaces `path` by `bytes` or leaves it as it was: writes beside it, syncs, renames. Links are
+// followed, a file keeps its permissions; devices and pipes are written to as they are.
 inline Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
-  detail::FileSink file{path};
-  file.append(bytes);
-  return file.commit();
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    detail::FileSink file{path};
+    file.append(bytes);
+    return file.commit();
+  });
 }
 
 // An array whose copies share their pages: a copy costs O(pages), a changed element one page.
@@ -899,8 +1257,7 @@ struct AvxVnni : Avx2 {
 };
 #endif
 #endif
-#if XSIMD_WITH_AVX512BW && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define PERSONALIZE_AVX512_VNNI 1
+#if defined(PERSONALIZE_AVX512_VNNI)
 struct Avx512Vnni {
   static constexpr const char* name = "avx512+vnni";
   using simd = xsimd::avx512bw;
@@ -2415,7 +2772,7 @@ inline const Table* const* available(std::size_t& count) noexcept {
 //        8    1 codec           0 stored, 1 zstd
 //        9    1 element type    ElementType
 //       10    1 rank            1 to 3
-//       11    1 chunk size      c, 6 to 30: chunks of 2^c raw bytes
+//       11    1 chunk size      c, 6 to 24: chunks of 2^c raw bytes
 //       12    4 reserved        zero
 //       16   24 shape           3 x u64; unused dimensions are 1
 //       40    8 offset          sections lie back to back, in table order, up to the total size
@@ -2424,14 +2781,15 @@ inline const Table* const* available(std::size_t& count) noexcept {
 //       64    8 checksum        XXH64 of the chunk directory
 //
 // A section's raw bytes are cut into chunks of 2^c bytes, the last one shorter (element type i4: of
-// as many whole rows as 2^c bytes hold, at least one). It begins with its chunk directory, 12 bytes
-// a chunk; behind it lie the chunks, back to back:
+// as many whole rows as 2^c bytes hold, at least one, of at most 2^24 bytes). It begins with its
+// chunk directory, 12 bytes a chunk; behind it lie the chunks, back to back:
 //
 //        0    4 stored size     of the chunk
 //        4    8 checksum        XXH64 of the chunk's stored bytes
 //
 // A chunk is stored as it is where its stored size equals its raw size, which is always so with
-// codec 0; else it is one zstd frame that declares its content size and is smaller.
+// codec 0; else it is one zstd frame that declares its content size and is smaller, but no smaller
+// than zstd can make it: by 2^15 (a block of 128 KiB in four bytes).
 //
 // Major version 1 had no chunks: the byte at 11 was zero, a section was its stored bytes, one zstd
 // frame with codec 1, and the checksum was theirs. It is still read.
@@ -2446,7 +2804,7 @@ enum class ElementType : std::uint8_t {
   f32 = 2,
   i64 = 3,
   u32 = 4,
-  string = 5,  // the u16 lengths of all strings, then their bytes (UTF-8)
+  string = 5,  // the u16 lengths of all strings, then their bytes (UTF-8, no control characters)
   // Rows of 4 bits with one f32 scale a row and 4 bits of scale a group of 24 columns (room 7); by
   // chunk: the scales of its rows, their group scales, then the rows.
   i4 = 6,
@@ -2477,12 +2835,25 @@ struct LoadLimits {
   std::uint64_t file_bytes = std::uint64_t{16} << 30;
   std::uint64_t raw_bytes = std::uint64_t{16} << 30;  // of all sections together, decoded
   std::uint32_t sections = 4096;
-  std::uint64_t items = 100'000'000;
-  std::uint32_t dimension = 4096;  // of any vector in the model
+  std::uint64_t items = 100'000'000;  // and users
+  std::uint32_t dimension = 4096;     // of any vector in the model
+  // Raw bytes a byte of the file; 256 MiB are allowed whatever its size. A million items with
+  // vectors of 128 zeros in f32, and ids that differ in a number only, come to some 1,000.
+  std::uint32_t expansion = 2048;
+
+  std::uint64_t raw_bytes_of(std::uint64_t file_size) const noexcept {
+    const std::uint64_t least = std::uint64_t{256} << 20;
+    return std::min(raw_bytes, file_size > raw_bytes / std::max(expansion, 1u)
+                                   ? raw_bytes
+                                   : std::max(least, file_size * expansion));
+  }
 };
 
-// How a model is read. Peak memory is that of the finished model and, for each thread, one chunk as
-// it is stored and one decompressed (files of format version 1: the largest section).
+// How a model is read. Memory: that of the finished model (the sections' raw bytes, i4 as i8;
+// tables of strings some 20 to 30 bytes a string more) and, for each thread, one chunk as it is
+// stored and one decompressed, at most 32 MiB (files of format version 1: the largest section). A
+// section's memory is taken when its first chunk has proved sound, and pages of it as the others
+// come.
 struct LoadOptions {
   LoadLimits limits = {};
   // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
@@ -2553,22 +2924,18 @@ inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P',  'Z',  'M',
                                                           '\r', '\n', 0x1a, '\n'};
 inline constexpr std::uint16_t format_major = 2, format_minor = 0;
 inline constexpr std::size_t header_size = 64, entry_size = 72, directory_entry_size = 12;
-inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 30;
+inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 24;
+inline constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << most_chunk_log2;
+// The most that zstd makes of a byte: a block of 128 KiB out of four.
+inline constexpr std::uint64_t most_zstd_ratio = std::uint64_t{1} << 15;
 
 inline Error section_error(Errc code, const SectionInfo& section, const std::string& what) {
   return {code, "section " + section.label() + ": " + what, section.offset};
 }
 
-// Header and section table of a file, checked: every entry lies inside the file and within
-// `limits`. Leaves the source at the first section.
-inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const LoadLimits& limits) {
-  std::vector<std::byte> head_buffer, table_buffer;
-  const std::uint64_t size = source.size();
-  const auto taken =
-      source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer,
-                  header_size);
-  if (!taken) return taken.error();
-  const std::span<const std::byte> header = *taken;
+// Errors: the header is not that of a file of `size` bytes that this reader knows and allows.
+inline Result<void> check_header(std::span<const std::byte> header, std::uint64_t size,
+                                 const LoadLimits& limits) {
   if (header.size() < model_magic.size() ||
       std::memcmp(header.data(), model_magic.data(), model_magic.size()) != 0)
     return Error{Errc::format, "not a model file: the first 8 bytes are not a .pzm header's", 0};
@@ -2600,78 +2967,143 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
                      " bytes; copy it again",
                  size};
   if (size > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
-  const std::uint64_t table_size = std::uint64_t{count} * entry_size;
-  if (table_size > total - header_size)
+  if (std::uint64_t{count} * entry_size > total - header_size)
     return Error{Errc::corrupt, "header: the section table is larger than the file", 12};
-  const auto table = source.take(static_cast<std::size_t>(table_size), table_buffer,
-                                 static_cast<std::size_t>(table_size));
+  return {};
+}
+
+// An entry of the section table, whose values may be any. Errors: reserved bytes, rank or chunk
+// size that none has.
+inline Result<SectionInfo> read_entry(const std::byte* p, bool chunked) {
+  SectionInfo section;
+  std::memcpy(section.tag.data(), p, 4);
+  section.index = load_integer<std::uint32_t>(p + 4);
+  section.codec = static_cast<Codec>(load_integer<std::uint8_t>(p + 8));
+  section.element_type = static_cast<ElementType>(load_integer<std::uint8_t>(p + 9));
+  section.rank = load_integer<std::uint8_t>(p + 10);
+  section.chunk_log2 = load_integer<std::uint8_t>(p + 11);
+  for (std::size_t d = 0; d < 3; ++d)
+    section.shape[d] = load_integer<std::uint64_t>(p + 16 + 8 * d);
+  section.offset = load_integer<std::uint64_t>(p + 40);
+  section.stored_size = load_integer<std::uint64_t>(p + 48);
+  section.raw_size = load_integer<std::uint64_t>(p + 56);
+  section.checksum = load_integer<std::uint64_t>(p + 64);
+  const bool four_bits = section.element_type == ElementType::i4;
+  if (section.rank < 1 || section.rank > 3 ||
+      std::any_of(p + 12, p + 16, [](std::byte b) { return b != std::byte{0}; }) ||
+      (chunked ? section.chunk_log2 < least_chunk_log2 || section.chunk_log2 > most_chunk_log2
+               : section.chunk_log2 != 0) ||
+      (four_bits && (!chunked || section.rank != 2 || section.shape[1] > most_chunk_bytes ||
+                     section.chunk_raw_size() > most_chunk_bytes)))
+    return section_error(Errc::corrupt, section, "bad table entry");
+  return section;
+}
+
+// Errors: the section's sizes contradict one another, or are none that its codec could have made.
+inline Result<void> check_sizes(const SectionInfo& section) {
+  std::uint64_t stored = section.stored_size;
+  if (section.chunk_log2 != 0) {
+    const auto directory = checked_product(section.chunk_count(), directory_entry_size);
+    if (!directory || *directory > stored || stored - *directory > section.raw_size)
+      return section_error(Errc::corrupt, section,
+                           "stored and raw size contradict the number of chunks");
+    stored -= *directory;
+  }
+  if (section.codec == Codec::stored && section.raw_size != stored)
+    return section_error(Errc::corrupt, section, "stored and raw size differ without compression");
+  if (section.codec == Codec::zstd && section.raw_size / most_zstd_ratio > stored)
+    return section_error(Errc::compression, section,
+                         "is smaller than zstd can make what it claims to hold");
+  return {};
+}
+
+// Numbers of the sections in the order of tag and index: find_section() looks them up.
+using SectionOrder = std::vector<std::uint32_t>;
+inline std::pair<std::string_view, std::uint32_t> section_key(const SectionInfo& section) noexcept {
+  return {std::string_view(section.tag.data(), section.tag.size()), section.index};
+}
+
+inline SectionOrder order_of(std::span<const SectionInfo> sections) {
+  SectionOrder order(sections.size());
+  std::iota(order.begin(), order.end(), 0u);
+  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return section_key(sections[a]) < section_key(sections[b]);
+  });
+  return order;
+}
+
+inline const SectionInfo* find_section(std::span<const SectionInfo> sections,
+                                       const SectionOrder& order, std::string_view tag,
+                                       std::uint32_t index) noexcept {
+  const std::pair key{tag, index};
+  const auto found = std::lower_bound(
+      order.begin(), order.end(), key,
+      [&](std::uint32_t s, const auto& wanted) { return section_key(sections[s]) < wanted; });
+  if (found == order.end() || section_key(sections[*found]) != key) return nullptr;
+  return &sections[*found];
+}
+
+// Header and section table of a file, checked: every entry lies inside the file and within
+// `limits`. Leaves the source at the first section.
+inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const LoadLimits& limits) {
+  BareVector<std::byte> head_buffer, table_buffer;
+  const std::uint64_t size = source.size(), raw_limit = limits.raw_bytes_of(size);
+  const auto header =
+      source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer,
+                  header_size);
+  if (!header) return header.error();
+  if (auto checked = check_header(*header, size, limits); !checked) return checked.error();
+  const bool chunked = load_integer<std::uint16_t>(header->data() + 8) > 1;
+  const auto count = load_integer<std::uint32_t>(header->data() + 12);
+  const std::size_t table_size = std::size_t{count} * entry_size;
+  const auto table = source.take(table_size, table_buffer, table_size);
   if (!table) return table.error();
-  if (xxh64(*table) != load_integer<std::uint64_t>(head + 24))
+  if (xxh64(*table) != load_integer<std::uint64_t>(header->data() + 24))
     return Error{Errc::checksum, "section table: checksum mismatch; the file is damaged",
                  header_size};
 
   std::vector<SectionInfo> sections(count);
   std::uint64_t expected_offset = header_size + table_size, raw_total = 0;
   for (std::uint32_t s = 0; s < count; ++s) {
-    SectionInfo& section = sections[s];
-    const std::byte* p = table->data() + s * entry_size;
-    std::memcpy(section.tag.data(), p, 4);
-    section.index = load_integer<std::uint32_t>(p + 4);
-    section.codec = static_cast<Codec>(load_integer<std::uint8_t>(p + 8));
-    section.element_type = static_cast<ElementType>(load_integer<std::uint8_t>(p + 9));
-    section.rank = load_integer<std::uint8_t>(p + 10);
-    section.chunk_log2 = load_integer<std::uint8_t>(p + 11);
-    for (std::size_t d = 0; d < 3; ++d)
-      section.shape[d] = load_integer<std::uint64_t>(p + 16 + 8 * d);
-    section.offset = load_integer<std::uint64_t>(p + 40);
-    section.stored_size = load_integer<std::uint64_t>(p + 48);
-    section.raw_size = load_integer<std::uint64_t>(p + 56);
-    section.checksum = load_integer<std::uint64_t>(p + 64);
-    const bool chunked = major > 1;
-    const bool four_bits = section.element_type == ElementType::i4;
-    if (section.rank < 1 || section.rank > 3 ||
-        std::any_of(p + 12, p + 16, [](std::byte b) { return b != std::byte{0}; }) ||
-        (chunked ? section.chunk_log2 < least_chunk_log2 || section.chunk_log2 > most_chunk_log2
-                 : section.chunk_log2 != 0) ||
-        (four_bits && (!chunked || section.rank != 2 || section.shape[1] > limits.raw_bytes)))
-      return section_error(Errc::corrupt, section, "bad table entry");
-    if (section.offset != expected_offset || section.stored_size > total - expected_offset)
+    const auto entry = read_entry(table->data() + s * entry_size, chunked);
+    if (!entry) return entry.error();
+    const SectionInfo& section = sections[s] = *entry;
+    if (section.offset != expected_offset || section.stored_size > size - expected_offset)
       return section_error(Errc::corrupt, section, "does not lie where the table's order puts it");
     expected_offset += section.stored_size;
     // i4 becomes i8 when it is read.
     std::optional<std::uint64_t> decoded = section.raw_size;
-    if (four_bits) decoded = checked_product(section.shape[0], section.shape[1] + sizeof(float));
-    if (!decoded || *decoded > limits.raw_bytes - raw_total)
-      return section_error(Errc::limit, section, "decompressed size is over LoadLimits::raw_bytes");
+    if (section.element_type == ElementType::i4)
+      decoded = checked_product(section.shape[0], section.shape[1] + sizeof(float));
+    if (!decoded || *decoded > raw_limit - raw_total)
+      return section_error(Errc::limit, section,
+                           "decompressed size is over LoadLimits::raw_bytes, or over "
+                           "LoadLimits::expansion times the file");
     raw_total += *decoded;
-    if (chunked) {
-      const auto directory = checked_product(section.chunk_count(), directory_entry_size);
-      if (!directory || *directory > section.stored_size ||
-          section.stored_size - *directory > section.raw_size)
-        return section_error(Errc::corrupt, section,
-                             "stored and raw size contradict the number of chunks");
-    } else if (section.codec == Codec::stored && section.raw_size != section.stored_size) {
-      return section_error(Errc::corrupt, section,
-                           "stored and raw size differ without compression");
-    }
-    for (std::uint32_t other = 0; other < s; ++other)
-      if (sections[other].tag == section.tag && sections[other].index == section.index)
-        return section_error(Errc::corrupt, section, "stands twice in the section table");
+    if (auto checked = check_sizes(section); !checked) return checked.error();
   }
-  if (expected_offset != total)
+  if (expected_offset != size)
     return Error{Errc::corrupt, "bytes follow the last section", expected_offset};
+  const SectionOrder order = order_of(sections);
+  for (std::uint32_t s = 1; s < count; ++s)
+    if (section_key(sections[order[s - 1]]) == section_key(sections[order[s]]))
+      return section_error(Errc::corrupt, sections[order[s]], "stands twice in the section table");
   return sections;
 }
 
 // Where the raw bytes of a section go.
 struct SectionTarget {
   bool wanted = false;  // else its checksums are compared and nothing more
-  // One behind the other, as long together as the section; or, in their place:
-  std::array<std::span<std::byte>, 2> areas{};
-  // takes a chunk's raw bytes and its number, on any thread.
+  // Called once, on any thread, when the first chunk's checksum was right: takes the memory and
+  // returns where the raw bytes go, one area behind the other, as long together as the section.
+  // Without areas expand takes them.
+  using Areas = std::array<std::span<std::byte>, 2>;
+  std::function<Areas()> take = {};
+  // Takes a chunk's raw bytes and its number, on any thread.
   std::function<void(std::uint64_t, std::span<const std::byte>)> expand = {};
-  // Called once, on any thread, when all chunks have come.
-  std::function<Result<void>()> finish = {};
+  // Called on any thread, one call at a time, when the section's first `bytes` bytes have come:
+  // more each time, at the end all.
+  std::function<Result<void>(std::uint64_t bytes)> arrived = {};
 };
 
 #ifndef PERSONALIZE_NO_ZSTD
@@ -2690,11 +3122,13 @@ class SectionDecoder {
       : source_(source), sections_(sections), targets_(targets), options_(options) {}
 
   Result<void> run() {
-    remaining_.resize(sections_.size());
+    progress_.resize(sections_.size());
     done_ = header_size + sections_.size() * entry_size;
     std::uint64_t chunks = 0;
-    for (std::size_t s = 0; s < sections_.size(); ++s)
-      chunks += remaining_[s] = sections_[s].chunk_count();
+    for (std::size_t s = 0; s < sections_.size(); ++s) {
+      chunks += sections_[s].chunk_count();
+      if (sections_[s].chunk_count() == 0 && targets_[s].take) targets_[s].take();
+    }
     {
       Threads others;
       others.start(static_cast<std::size_t>(std::min<std::uint64_t>(options_.threads, chunks)),
@@ -2716,7 +3150,7 @@ class SectionDecoder {
     std::uint64_t checksum;
   };
   struct Worker {
-    std::vector<std::byte> stored, raw;
+    BareVector<std::byte> stored, raw;
 #ifndef PERSONALIZE_NO_ZSTD
     std::unique_ptr<ZSTD_DCtx, FreeZstd> zstd;
 #endif
@@ -2774,7 +3208,7 @@ class SectionDecoder {
   }
 
   // The next chunk of the file, its stored bytes in `buffer` or where they lie; nothing at the end.
-  Result<std::optional<Chunk>> next(std::vector<std::byte>& buffer, std::uint64_t& ordinal) {
+  Result<std::optional<Chunk>> next(BareVector<std::byte>& buffer, std::uint64_t& ordinal) {
     const std::lock_guard lock{mutex_};
     ordinal = ordinal_;
     if (stopped_) return std::optional<Chunk>{};
@@ -2798,7 +3232,7 @@ class SectionDecoder {
     ++chunk_;
     chunk.raw_size = static_cast<std::size_t>(raw);
     const auto taken = source_.take(static_cast<std::size_t>(stored), buffer,
-                                    std::max(chunk.raw_size, static_cast<std::size_t>(stored)));
+                                    static_cast<std::size_t>(std::min(section.stored_size, raw)));
     if (!taken) return taken.error();
     chunk.stored = *taken;
     stopped_ = false;
@@ -2807,7 +3241,7 @@ class SectionDecoder {
 
   // Reads the next section's directory; the caller holds the lock. It is as long as the table says,
   // so that the chunks, where their sizes add up, lie inside the section.
-  Result<void> open_section(std::vector<std::byte>& buffer) {
+  Result<void> open_section(BareVector<std::byte>& buffer) {
     const SectionInfo& section = sections_[section_++];
     chunk_ = 0;
     chunks_ = section.chunk_count();
@@ -2822,12 +3256,16 @@ class SectionDecoder {
     done_ += directory_.size();
     std::uint64_t sum = directory_.size();
     for (std::uint64_t c = 0; c < chunks_; ++c) {
-      const auto stored = load_integer<std::uint32_t>(directory_.data() + c * directory_entry_size);
+      const std::uint64_t stored =
+          load_integer<std::uint32_t>(directory_.data() + c * directory_entry_size);
       const std::uint64_t raw =
           std::min(section.raw_size - c * section.chunk_raw_size(), section.chunk_raw_size());
       if (stored > raw || (section.codec == Codec::stored && stored != raw))
         return section_error(Errc::corrupt, section,
                              "chunk " + std::to_string(c) + " has an impossible stored size");
+      if (section.codec == Codec::zstd && raw > stored * most_zstd_ratio)
+        return section_error(Errc::compression, section,
+                             "chunk " + std::to_string(c) + " is smaller than zstd can make it");
       sum += stored;
     }
     if (sum != section.stored_size)
@@ -2835,21 +3273,21 @@ class SectionDecoder {
     return {};
   }
 
-  Result<void> place(const Chunk& chunk, Worker& worker) const {
+  Result<void> place(const Chunk& chunk, Worker& worker) {
     const SectionInfo& section = sections_[chunk.section];
     const SectionTarget& target = targets_[chunk.section];
     if (xxh64(chunk.stored) != chunk.checksum)
       return section_error(Errc::checksum, section, "checksum mismatch; the file is damaged");
     if (!target.wanted) return {};
-    if (section.codec != Codec::stored && section.codec != Codec::zstd)
-      return section_error(Errc::unsupported, section, "unknown codec");
     const std::uint64_t at = chunk.number * section.chunk_raw_size();
     if (section.codec == Codec::stored ||
         (section.chunk_log2 != 0 && chunk.stored.size() == chunk.raw_size)) {
-      copy(target, chunk.number, at, chunk.stored);
+      copy(target, areas_of(chunk.section), chunk.number, at, chunk.stored);
       return {};
     }
-    std::span<std::byte> raw = in_one_area(target, at, chunk.raw_size);
+    if (auto checked = check_frame(section, chunk); !checked) return checked;
+    const SectionTarget::Areas areas = areas_of(chunk.section);
+    std::span<std::byte> raw = in_one_area(areas, at, chunk.raw_size);
     const bool direct = raw.size() == chunk.raw_size && !target.expand;
     if (!direct) {
       if (worker.raw.size() < chunk.raw_size) {
@@ -2859,7 +3297,26 @@ class SectionDecoder {
       raw = std::span(worker.raw).first(chunk.raw_size);
     }
     if (auto unpacked = decompress(section, chunk.stored, raw, worker); !unpacked) return unpacked;
-    if (!direct) copy(target, chunk.number, at, raw);
+    if (!direct) copy(target, areas, chunk.number, at, raw);
+    return {};
+  }
+
+  // Where the section's bytes go, for which the first to ask takes the memory.
+  SectionTarget::Areas areas_of(std::size_t section) {
+    const std::lock_guard lock{mutex_};
+    Progress& of = progress_[section];
+    if (!of.taken && targets_[section].take) of.areas = targets_[section].take();
+    of.taken = true;
+    return of.areas;
+  }
+
+  static Result<void> check_frame([[maybe_unused]] const SectionInfo& section,
+                                  [[maybe_unused]] const Chunk& chunk) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (ZSTD_getFrameContentSize(chunk.stored.data(), chunk.stored.size()) != chunk.raw_size)
+      return section_error(Errc::compression, section,
+                           "the zstd frame does not declare the table's raw size");
+#endif
     return {};
   }
 
@@ -2868,9 +3325,6 @@ class SectionDecoder {
 #ifndef PERSONALIZE_NO_ZSTD
     if (!worker.zstd) worker.zstd.reset(ZSTD_createDCtx());
     if (!worker.zstd) return Error{Errc::out_of_memory, "out of memory"};
-    if (ZSTD_getFrameContentSize(stored.data(), stored.size()) != raw.size())
-      return section_error(Errc::compression, section,
-                           "the zstd frame does not declare the table's raw size");
     const std::size_t size = ZSTD_decompressDCtx(worker.zstd.get(), raw.data(), raw.size(),
                                                  stored.data(), stored.size());
     if (ZSTD_isError(size) || size != raw.size())
@@ -2884,41 +3338,67 @@ class SectionDecoder {
   }
 
   // Empty where [at, at + size) crosses from one area to the other.
-  static std::span<std::byte> in_one_area(const SectionTarget& target, std::uint64_t at,
+  static std::span<std::byte> in_one_area(const SectionTarget::Areas& areas, std::uint64_t at,
                                           std::size_t size) noexcept {
-    const std::uint64_t first = target.areas[0].size();
-    if (at + size <= first) return target.areas[0].subspan(static_cast<std::size_t>(at), size);
-    if (at < first || at - first + size > target.areas[1].size()) return {};
-    return target.areas[1].subspan(static_cast<std::size_t>(at - first), size);
+    const std::uint64_t first = areas[0].size();
+    if (at + size <= first) return areas[0].subspan(static_cast<std::size_t>(at), size);
+    if (at < first || at - first + size > areas[1].size()) return {};
+    return areas[1].subspan(static_cast<std::size_t>(at - first), size);
   }
 
-  static void copy(const SectionTarget& target, std::uint64_t number, std::uint64_t at,
-                   std::span<const std::byte> raw) {
+  static void copy(const SectionTarget& target, const SectionTarget::Areas& areas,
+                   std::uint64_t number, std::uint64_t at, std::span<const std::byte> raw) {
     if (target.expand) return target.expand(number, raw);
-    const auto first = static_cast<std::size_t>(target.areas[0].size());
+    const auto first = static_cast<std::size_t>(areas[0].size());
     const std::size_t begin = static_cast<std::size_t>(at);
     const std::size_t in_first = begin < first ? std::min(first - begin, raw.size()) : 0;
-    if (in_first > 0) std::memcpy(target.areas[0].data() + begin, raw.data(), in_first);
+    if (in_first > 0) std::memcpy(areas[0].data() + begin, raw.data(), in_first);
     if (in_first < raw.size())
-      std::memcpy(target.areas[1].data() + (begin + in_first - first), raw.data() + in_first,
+      std::memcpy(areas[1].data() + (begin + in_first - first), raw.data() + in_first,
                   raw.size() - in_first);
   }
 
-  // Of the thread that brings a section's last chunk: what is left to do with the whole.
+  // Tells the section's target how far it is filled from its beginning, where this chunk was what
+  // was missing and no other thread is about to.
   Result<void> finish(const Chunk& chunk) {
-    bool last = false;
-    {
-      const std::lock_guard lock{mutex_};
-      done_ += chunk.stored.size();
-      last = --remaining_[chunk.section] == 0;
-    }
+    const SectionInfo& section = sections_[chunk.section];
     const SectionTarget& target = targets_[chunk.section];
-    if (!last || !target.finish) return {};
-    auto finished = target.finish();
-    if (!finished && finished.error().code == Errc::corrupt)
-      return section_error(Errc::corrupt, sections_[chunk.section], finished.error().message);
-    return finished;
+    Progress& progress = progress_[chunk.section];
+    std::unique_lock lock{mutex_};
+    done_ += chunk.stored.size();
+    if (!target.arrived) return {};
+    progress.ahead.push_back(chunk.number);
+    std::push_heap(progress.ahead.begin(), progress.ahead.end(), std::greater<>{});
+    if (progress.telling) return {};
+    progress.telling = true;
+    for (;;) {
+      const std::uint64_t before = progress.chunks;
+      while (!progress.ahead.empty() && progress.ahead.front() == progress.chunks) {
+        std::pop_heap(progress.ahead.begin(), progress.ahead.end(), std::greater<>{});
+        progress.ahead.pop_back();
+        ++progress.chunks;
+      }
+      if (progress.chunks == before) break;
+      const std::uint64_t bytes =
+          std::min(section.raw_size, progress.chunks * section.chunk_raw_size());
+      lock.unlock();
+      auto told = target.arrived(bytes);
+      if (!told && told.error().code == Errc::corrupt)
+        return section_error(Errc::corrupt, section, told.error().message);
+      if (!told) return told;
+      lock.lock();
+    }
+    progress.telling = false;
+    return {};
   }
+
+  struct Progress {
+    bool taken = false;
+    SectionTarget::Areas areas{};
+    std::uint64_t chunks = 0;          // that have come, without a gap
+    std::vector<std::uint64_t> ahead;  // numbers of the others, a heap with the least first
+    bool telling = false;
+  };
 
   ByteSource& source_;
   std::span<const SectionInfo> sections_;
@@ -2928,8 +3408,8 @@ class SectionDecoder {
   std::size_t section_ = 0;               // that chunks come from, + 1
   std::uint64_t chunk_ = 0, chunks_ = 0;  // of it: the next one, and how many it has
   std::uint64_t ordinal_ = 0;
-  std::vector<std::byte> directory_;      // of it
-  std::vector<std::uint64_t> remaining_;  // chunks a section that have not come yet
+  std::vector<std::byte> directory_;  // of it
+  std::vector<Progress> progress_;    // of each section
   std::uint64_t done_ = 0;
   bool stopped_ = false;
   std::optional<Error> error_;
@@ -2993,11 +3473,13 @@ class FileBuilder {
     add(tag, index, type, shape, raw.size(), [raw](const Append& append) { append(raw); });
   }
 
-  void finish() {
+  // Errors: zstd could not compress (out of memory).
+  Result<void> finish() {
     put(std::vector<std::byte>(header_size + sections_.size() * entry_size));
     std::vector<std::byte> table;
     for (Section& planned : sections_) {
       write(planned);
+      if (error_) return std::move(*error_);
       const SectionInfo& section = planned.info;
       for (const char c : section.tag) table.push_back(static_cast<std::byte>(c));
       append_integer(table, section.index);
@@ -3023,6 +3505,7 @@ class FileBuilder {
     append_integer(head, xxh64(head));
     head.insert(head.end(), table.begin(), table.end());
     sink_->overwrite(0, head);
+    return {};
   }
 
  private:
@@ -3083,9 +3566,13 @@ class FileBuilder {
     if (zstd_level_ != 0) {
       if (!zstd_) zstd_.reset(ZSTD_createCCtx());
       packed_.resize(ZSTD_compressBound(raw.size()));
-      const std::size_t size = ZSTD_compressCCtx(zstd_.get(), packed_.data(), packed_.size(),
-                                                 raw.data(), raw.size(), zstd_level_);
-      if (!ZSTD_isError(size) && size < raw.size()) return std::span(packed_).first(size);
+      // It has room enough for any outcome: what is left to go wrong is its own memory.
+      const std::size_t size = zstd_
+                                   ? ZSTD_compressCCtx(zstd_.get(), packed_.data(), packed_.size(),
+                                                       raw.data(), raw.size(), zstd_level_)
+                                   : 0;
+      if (!zstd_ || ZSTD_isError(size)) error_ = Error{Errc::out_of_memory, "out of memory"};
+      if (!error_ && size < raw.size()) return std::span(packed_).first(size);
     }
 #endif
     return raw;
@@ -3096,7 +3583,8 @@ class FileBuilder {
   std::uint8_t chunk_log2_;
   std::uint64_t size_ = 0;
   std::vector<Section> sections_;
-  std::vector<std::byte> packed_;
+  BareVector<std::byte> packed_;
+  std::optional<Error> error_;
 #ifndef PERSONALIZE_NO_ZSTD
   std::unique_ptr<ZSTD_CCtx, FreeZstdCompression> zstd_;
 #endif
@@ -3109,15 +3597,18 @@ class FileBuilder {
 // Uses rooms 1, 2, 4 and 5.
 //
 //   tag  index element  shape    content
-//   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range
-//   IIDS 0     string   [N]      item ids, distinct, 1 to 256 bytes; the order is the item index
+//   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range; at most
+//                                16 MiB, nested at most 64 deep
+//   IIDS 0     string   [N]      item ids; the order is the item index. All strings: distinct, 1 to
+//                                256 bytes of UTF-8 without control characters
 //   IVEC 0     matrix   [N, d]   item vectors, their metadata embeddings summed in
 //   IINP 0     matrix   [N, e]   what the encoder takes in for an item, where not IVEC (optional)
 //   BIAS 0     f32      [N]      item biases
 //   STAT 0     i64      [N, 4]   interactions, first, last and creation timestamp (INT64_MIN: none)
 //   EVTY 0     string   [E]      event types                                       (optional)
 //   EVTE 0     matrix   [E, e]   their embeddings; e = d without IINP              (with EVTY)
-//   GAPE 0     matrix   [B, e]   time-gap embeddings, see time_gap_bucket          (optional)
+//   GAPE 0     matrix   [B, e]   time-gap embeddings, see time_gap_bucket; B in [2, 1024]
+//                                                                                  (optional)
 //   FLDN 0     string   [F]      names of the item metadata fields                 (optional)
 //   FLDK 0     u8       [F]      0 categorical, 1 numeric                          (with FLDN)
 //   FVOC f     string   [V]      values of categorical field f
@@ -3129,10 +3620,16 @@ class FileBuilder {
 //   USTA 0     matrix   [U, s]   the hidden states of all recurrent operations, then the query
 //                                                                                  (with USID)
 //
-// A matrix has the element type i4, i8 or f32.
+// A matrix has the element type i4, i8 or f32. Sections stand in this order, those of one field
+// together: what is wrong with ids and program is seen before the vectors are read. Others may
+// stand anywhere.
 // ============================================================================================
 
 inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
+
+// The largest magnitude of anything in a model that is multiplied or added: a product of two stays
+// finite, as does a sum of some hundred such products.
+inline constexpr float max_magnitude = 1e18f;
 
 // Row-major [rows, columns], f32 or int8 with a scale a row (value = scale[row] * int8).
 class Matrix {
@@ -3182,7 +3679,8 @@ class Matrix {
     for (std::size_t c = 0; c < columns_; ++c) out[c] += at(r, c);
   }
 
-  // Replaces row `r`; int8 rows get a scale of their own, as in quantised(). values: [columns].
+  // Replaces row `r`; int8 rows get a scale of their own, as in quantised(), infinite where a value
+  // is not finite (then finite() is false). values: [columns].
   void set_row(std::size_t r, std::span<const float> values) noexcept {
     if (type_ == ElementType::f32) {
       std::copy(values.begin(), values.end(), f32_.data() + r * columns_);
@@ -3190,23 +3688,50 @@ class Matrix {
     }
     float largest = 0;
     for (const float value : values) largest = std::max(largest, std::abs(value));
+    if (!detail::all_finite(values)) largest = std::numeric_limits<float>::infinity();
     const float scale = largest / 127.0f;
     scales_[r] = scale;
     for (std::size_t c = 0; c < columns_; ++c)
-      i8_[r * columns_ + c] = scale > 0 ? static_cast<std::int8_t>(std::clamp(
-                                              std::nearbyint(values[c] / scale), -127.0f, 127.0f))
-                                        : std::int8_t{0};
+      i8_[r * columns_ + c] = scale > 0 && scale < std::numeric_limits<float>::infinity()
+                                  ? static_cast<std::int8_t>(std::clamp(
+                                        std::nearbyint(values[c] / scale), -127.0f, 127.0f))
+                                  : std::int8_t{0};
   }
 
   // Rows that are added are zero.
   void resize_rows(std::size_t rows) {
+    const std::size_t kept = std::min(rows, rows_) * columns_;
     if (type_ == ElementType::f32) {
       f32_.resize(rows * columns_ + kernels::lanes);
+      std::fill(f32_.begin() + static_cast<std::ptrdiff_t>(kept), f32_.end(), 0.0f);
     } else {
       scales_.resize(rows);
+      if (rows > rows_)
+        std::fill(scales_.begin() + static_cast<std::ptrdiff_t>(rows_), scales_.end(), 0.0f);
       i8_.resize(rows * columns_ + kernels::lanes);
+      std::fill(i8_.begin() + static_cast<std::ptrdiff_t>(kept), i8_.end(), std::int8_t{0});
     }
     rows_ = rows;
+  }
+
+  // For a reader of files, who writes every value and then calls end_rows(): memory that takes
+  // pages only as it is written.
+  static Matrix unwritten(std::size_t rows, std::size_t columns, ElementType type) {
+    Matrix m;
+    m.columns_ = columns;
+    m.type_ = type;
+    m.rows_ = rows;
+    if (type == ElementType::f32) {
+      m.f32_.resize(rows * columns + kernels::lanes);
+    } else {
+      m.scales_.resize(rows);
+      m.i8_.resize(rows * columns + kernels::lanes);
+    }
+    return m;
+  }
+  void end_rows() noexcept {
+    if (!f32_.empty()) std::fill_n(f32_.end() - kernels::lanes, kernels::lanes, 0.0f);
+    if (!i8_.empty()) std::fill_n(i8_.end() - kernels::lanes, kernels::lanes, std::int8_t{0});
   }
 
   float at(std::size_t r, std::size_t c) const noexcept {
@@ -3222,7 +3747,13 @@ class Matrix {
     return m;
   }
 
-  bool finite() const noexcept { return detail::all_finite(f32_) && detail::all_finite(scales_); }
+  // At least every |value|, and no more than the largest possible with these scales; infinite where
+  // a value is not finite.
+  float magnitude() const noexcept {
+    return detail::largest(f32_.empty() ? std::span<const float>(scales_) : f32()) *
+           (f32_.empty() ? 127.0f : 1.0f);
+  }
+  bool finite() const noexcept { return magnitude() < std::numeric_limits<float>::infinity(); }
 
   friend bool operator==(const Matrix&, const Matrix&) = default;
 
@@ -3237,17 +3768,24 @@ class Matrix {
   std::size_t rows_ = 0, columns_ = 0;
   ElementType type_ = ElementType::f32;
   // Each with kernels::lanes zeros behind the last row, so that a kernel may load past it.
-  detail::LineVector<float> f32_;
-  detail::LineVector<std::int8_t> i8_;
-  std::vector<float> scales_;
+  detail::BareVector<float> f32_;
+  detail::BareVector<std::int8_t> i8_;
+  detail::BareVector<float> scales_;
 };
 
-enum class Activation : std::uint32_t { sigmoid = 1, tanh = 2, relu = 3, gelu = 4 };
+enum class Activation : std::uint32_t {
+  sigmoid = 1,
+  tanh = 2,
+  relu = 3,
+  gelu = 4,  // in the exact (erf) form
+  last = gelu
+};
 
 // How a GRU differs from PyTorch's.
 struct GruForm {
   static constexpr std::uint32_t reset_before = 1;  // n = tanh(i_n + W_hn (r h) + b_hn)
   static constexpr std::uint32_t gate_input = 2;    // x [3H] is W_ih's product; W_ih is left out
+  static constexpr std::uint32_t all = 3;
 };
 
 // One step of the encoder's program. x is the current vector; weights follow in
@@ -3259,17 +3797,55 @@ struct EncoderOp {
     gru = 3,         // x = h = GRU(x, h); W_ih [3H, in], W_hh [3H, H], b_ih [1, 3H], b_hh [1, 3H],
                      // gates r, z, n as in PyTorch; argument: 0 or a sum of GruForm
     layer_norm = 4,  // over x; weight [1, dim], bias [1, dim]; epsilon 1e-5
-    activation = 5,  // argument: Activation; gelu in the exact (erf) form
+    activation = 5,  // argument: Activation
     save = 6,        // r[argument] = x; argument 0 to 7
     add = 7,         // x = x + r[argument]
     lru = 8,         // complex h = l h + B x + b, x = (Re h, Im h) of 2H values; l [1, 2H],
-                     // B [2H, in], b [1, 2H], each with the real parts first. Linear recurrent
-                     // unit: Orvieto et al., ICML 2023
-    decay = 9,       // x = h = a h + b x by element; a [1, dim], b [1, dim]
+                     // B [2H, in], b [1, 2H], each with the real parts first; |l| <= 1. Linear
+                     // recurrent unit: Orvieto et al., ICML 2023
+    decay = 9,       // x = h = a h + b x by element; a [1, dim], b [1, dim]; |a| <= 1
   };
   Kind kind;
   std::uint32_t argument = 0;
 };
+
+constexpr std::string_view name(EncoderOp::Kind kind) noexcept {
+  switch (kind) {
+    case EncoderOp::Kind::embed_sum:
+      return "embed_sum";
+    case EncoderOp::Kind::linear:
+      return "linear";
+    case EncoderOp::Kind::gru:
+      return "gru";
+    case EncoderOp::Kind::layer_norm:
+      return "layer_norm";
+    case EncoderOp::Kind::activation:
+      return "activation";
+    case EncoderOp::Kind::save:
+      return "save";
+    case EncoderOp::Kind::add:
+      return "add";
+    case EncoderOp::Kind::lru:
+      return "lru";
+    case EncoderOp::Kind::decay:
+      return "decay";
+  }
+  return "unknown";
+}
+
+constexpr std::string_view name(Activation activation) noexcept {
+  switch (activation) {
+    case Activation::sigmoid:
+      return "sigmoid";
+    case Activation::tanh:
+      return "tanh";
+    case Activation::relu:
+      return "relu";
+    case Activation::gelu:
+      return "gelu";
+  }
+  return "unknown";
+}
 
 // A metadata field of the items. Categorical: one embedding a value. Numeric: one a bucket, bucket
 // = the number of boundaries <= value.
@@ -3335,116 +3911,223 @@ inline Error shape_error(const std::string& what, const Matrix& m, std::size_t r
 
 inline constexpr std::uint32_t encoder_slots = 8;
 inline constexpr std::size_t max_operations = 256;
+inline constexpr std::size_t max_time_gaps = 1024;  // time_gap_bucket tells 66
+// A recurrence's |a| or |lambda| may exceed 1 by what int8 and f32 round.
+inline constexpr double max_modulus = 1 + 1e-3;
 
-// Walks the encoder's program: dimensions must follow from one another and end at d.
-inline Result<void> check_encoder(const ModelParts& parts) {
-  const std::size_t d = parts.item_vectors.columns();
-  if (parts.operations.empty() || parts.operations.size() > max_operations ||
-      parts.operations[0].kind != EncoderOp::Kind::embed_sum)
-    return Error{Errc::corrupt, "encoder: has 1 to 256 operations and begins with embed_sum"};
-  std::size_t next = 0, dimension = 0, state = 0;
-  std::array<std::size_t, encoder_slots> slots{};
-  for (std::size_t o = 0; o < parts.operations.size(); ++o) {
-    const EncoderOp& op = parts.operations[o];
-    const std::string where = "encoder: operation " + std::to_string(o);
-    const auto weight = [&](std::size_t rows, std::size_t columns) -> Result<void> {
-      if (next >= parts.weights.size())
-        return Error{Errc::corrupt, where + ": a weight is missing"};
-      const Matrix& m = parts.weights[next++];
-      if (m.rows() != rows || m.columns() != columns)
-        return shape_error(where + ": weight " + std::to_string(next - 1), m, rows, columns);
-      return {};
-    };
-    const auto rows_of_next = [&]() -> std::size_t {
-      return next < parts.weights.size() ? parts.weights[next].rows() : 0;
-    };
-    switch (op.kind) {
-      case EncoderOp::Kind::embed_sum:
-        if (o != 0) return Error{Errc::corrupt, where + ": embed_sum stands only first"};
-        dimension = parts.inputs().columns();
-        break;
-      case EncoderOp::Kind::linear: {
-        const std::size_t outputs = rows_of_next();
-        if (auto w = weight(outputs, dimension); !w) return w;
-        if (auto b = weight(1, outputs); !b) return b;
-        dimension = outputs;
-        break;
-      }
-      case EncoderOp::Kind::gru: {
-        const std::size_t hidden = rows_of_next() / 3;
-        if (op.argument > (GruForm::reset_before | GruForm::gate_input))
-          return Error{Errc::unsupported, where + ": unknown form of GRU"};
-        if ((op.argument & GruForm::gate_input) == 0) {
-          if (auto w = weight(3 * hidden, dimension); !w) return w;
-        } else if (dimension != 3 * hidden) {
-          return Error{Errc::corrupt, where + ": the input is not as long as the gates"};
-        }
-        if (auto w = weight(3 * hidden, hidden); !w) return w;
-        if (auto b = weight(1, 3 * hidden); !b) return b;
-        if (auto b = weight(1, 3 * hidden); !b) return b;
-        dimension = hidden;
-        state += hidden;
-        break;
-      }
-      case EncoderOp::Kind::lru: {
-        const std::size_t pair =
-            next < parts.weights.size() ? parts.weights[next].columns() / 2 * 2 : 0;
-        if (auto l = weight(1, pair); !l) return l;
-        if (auto w = weight(pair, dimension); !w) return w;
-        if (auto b = weight(1, pair); !b) return b;
-        dimension = pair;
-        state += pair;
-        break;
-      }
-      case EncoderOp::Kind::decay:
-        if (auto a = weight(1, dimension); !a) return a;
-        if (auto b = weight(1, dimension); !b) return b;
-        state += dimension;
-        break;
-      case EncoderOp::Kind::layer_norm:
-        if (auto w = weight(1, dimension); !w) return w;
-        if (auto b = weight(1, dimension); !b) return b;
-        break;
-      case EncoderOp::Kind::activation:
-        if (op.argument < 1 || op.argument > 4)
-          return Error{Errc::unsupported, where + ": unknown activation"};
-        break;
-      case EncoderOp::Kind::save:
-      case EncoderOp::Kind::add:
-        if (op.argument >= encoder_slots)
-          return Error{Errc::corrupt, where + ": slot is not in [0, 7]"};
-        if (op.kind == EncoderOp::Kind::save)
-          slots[op.argument] = dimension;
-        else if (slots[op.argument] != dimension)
-          return Error{Errc::corrupt, where + ": adds a vector of another length"};
-        break;
-      default:
-        return Error{Errc::unsupported,
-                     where + ": unknown kind; use a newer personalize_runtime.hpp"};
+}  // namespace detail
+
+// What an encoder operation takes and makes, of vectors of `inputs` values: the one place that
+// knows. The loader checks weights by it, Encoder packs them and lays out states by it.
+//
+// A new operation touches these 8 places: its enumerator and name (room 6), shape_of() below,
+// Encoder::step (room 8); DirectEncoder in tests/test_encoder.cpp; in tools/convert, for models
+// from elsewhere: parse_layer (mapping.cpp), add_layer (build.cpp), its type (mapping.hpp), and
+// DirectEncoder (check.cpp).
+struct OpShape {
+  struct Weight {
+    std::size_t rows = 0, columns = 0;
+    friend bool operator==(const Weight&, const Weight&) = default;
+  };
+  // Weights that are used together: x -> W x + b, or by element.
+  struct Layer {
+    static constexpr std::size_t none = ~std::size_t{0};
+    std::size_t weights = none, bias = none;  // their numbers among the operation's
+    std::size_t gates = 0;  // groups of rows, each padded on its own; 0: vectors by element
+  };
+  // What weight 0 must keep to, so that the state cannot grow without bound.
+  enum class Recurrence : std::uint8_t { none, real, complex };
+
+  std::size_t inputs = 0, outputs = 0;  // values of x before and behind it
+  std::size_t state = 0;                // values of a user's state
+  std::array<Weight, 4> weights{};      // in their order in ModelParts::weights
+  std::size_t weight_count = 0;
+  std::array<Layer, 2> layers{};
+  std::size_t layer_count = 0;
+  Recurrence recurrence = Recurrence::none;
+};
+
+// first: the shape of the operation's first weight, which the sizes follow from. Nothing for a kind
+// or argument that this version does not know.
+inline std::optional<OpShape> shape_of(const EncoderOp& op, std::size_t inputs,
+                                       OpShape::Weight first) noexcept {
+  OpShape shape{.inputs = inputs, .outputs = inputs};
+  const auto weigh = [&](std::initializer_list<OpShape::Weight> weights,
+                         std::initializer_list<OpShape::Layer> layers) {
+    std::copy(weights.begin(), weights.end(), shape.weights.begin());
+    std::copy(layers.begin(), layers.end(), shape.layers.begin());
+    shape.weight_count = weights.size();
+    shape.layer_count = layers.size();
+  };
+  switch (op.kind) {
+    case EncoderOp::Kind::embed_sum:
+      return shape;
+    case EncoderOp::Kind::linear:
+      shape.outputs = first.rows;
+      weigh({{first.rows, inputs}, {1, first.rows}}, {{0, 1, 1}});
+      return shape;
+    case EncoderOp::Kind::gru: {
+      if (op.argument > GruForm::all) return std::nullopt;
+      const std::size_t hidden = first.rows / 3, gates = 3 * hidden;
+      shape.outputs = shape.state = hidden;
+      if (op.argument & GruForm::gate_input)
+        weigh({{gates, hidden}, {1, gates}, {1, gates}}, {{OpShape::Layer::none, 1, 0}, {0, 2, 3}});
+      else
+        weigh({{gates, inputs}, {gates, hidden}, {1, gates}, {1, gates}}, {{0, 2, 3}, {1, 3, 3}});
+      return shape;
     }
-    if (dimension == 0) return Error{Errc::corrupt, where + ": an empty vector"};
+    case EncoderOp::Kind::layer_norm:
+      weigh({{1, inputs}, {1, inputs}}, {{0, 1, 0}});
+      return shape;
+    case EncoderOp::Kind::activation:
+      if (op.argument < 1 || op.argument > static_cast<std::uint32_t>(Activation::last))
+        return std::nullopt;
+      return shape;
+    case EncoderOp::Kind::save:
+    case EncoderOp::Kind::add:
+      return shape;
+    case EncoderOp::Kind::lru: {
+      const std::size_t pair = first.columns / 2 * 2;
+      shape.outputs = shape.state = pair;
+      shape.recurrence = OpShape::Recurrence::complex;
+      weigh({{1, pair}, {pair, inputs}, {1, pair}}, {{0, OpShape::Layer::none, 0}, {1, 2, 1}});
+      return shape;
+    }
+    case EncoderOp::Kind::decay:
+      shape.state = inputs;
+      shape.recurrence = OpShape::Recurrence::real;
+      weigh({{1, inputs}, {1, inputs}}, {{0, 1, 0}});
+      return shape;
   }
-  if (next != parts.weights.size())
+  return std::nullopt;
+}
+
+namespace detail {
+
+// An encoder's program with what its operations take, once checked.
+struct Program {
+  std::vector<OpShape> shapes;  // one an operation
+  std::size_t state = 0;        // values of all hidden states
+};
+
+// Walks the program: dimensions must follow from one another, beginning with e (`inputs`) and
+// ending at d (`outputs`). weights: the shapes of all.
+inline Result<Program> check_program(std::span<const EncoderOp> operations,
+                                     std::span<const OpShape::Weight> weights, std::size_t inputs,
+                                     std::size_t outputs, const LoadLimits& limits) {
+  if (operations.empty() || operations.size() > max_operations ||
+      operations[0].kind != EncoderOp::Kind::embed_sum)
+    return Error{Errc::corrupt, "encoder: has 1 to 256 operations and begins with embed_sum"};
+  Program program;
+  std::size_t next = 0, dimension = inputs;
+  std::array<std::size_t, encoder_slots> slots{};
+  for (std::size_t o = 0; o < operations.size(); ++o) {
+    const EncoderOp& op = operations[o];
+    const auto fail = [&](Errc code, const std::string& what) {
+      return Error{code, "encoder: operation " + std::to_string(o) + ": " + what};
+    };
+    const std::string label{name(op.kind)};
+    const auto shape =
+        shape_of(op, dimension, next < weights.size() ? weights[next] : OpShape::Weight{});
+    if (!shape)
+      return fail(Errc::unsupported,
+                  "unknown kind or argument (" + label + "); use a newer personalize_runtime.hpp");
+    if (op.kind == EncoderOp::Kind::embed_sum && o != 0)
+      return fail(Errc::corrupt, "embed_sum stands only first");
+    if (op.kind == EncoderOp::Kind::gru && (op.argument & GruForm::gate_input) != 0 &&
+        dimension != 3 * shape->outputs)
+      return fail(Errc::corrupt, "the input is not as long as the gates");
+    if (op.kind == EncoderOp::Kind::save || op.kind == EncoderOp::Kind::add) {
+      if (op.argument >= encoder_slots) return fail(Errc::corrupt, "slot is not in [0, 7]");
+      if (op.kind == EncoderOp::Kind::save)
+        slots[op.argument] = dimension;
+      else if (slots[op.argument] != dimension)
+        return fail(Errc::corrupt, "adds a vector of another length");
+    }
+    for (std::size_t w = 0; w < shape->weight_count; ++w, ++next) {
+      if (next == weights.size()) return fail(Errc::corrupt, "a weight is missing");
+      const auto& [rows, columns] = shape->weights[w];
+      if (weights[next] != shape->weights[w])
+        return fail(Errc::corrupt, "weight " + std::to_string(next) + " has shape [" +
+                                       std::to_string(weights[next].rows) + ", " +
+                                       std::to_string(weights[next].columns) + "], expected [" +
+                                       std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    }
+    dimension = shape->outputs;
+    if (dimension == 0) return fail(Errc::corrupt, "an empty vector");
+    if (dimension / 3 > limits.dimension || shape->state > limits.dimension)
+      return fail(Errc::limit, "wider than LoadLimits::dimension");
+    program.state += shape->state;
+    program.shapes.push_back(*shape);
+  }
+  if (next != weights.size())
     return Error{Errc::corrupt, "encoder: more weights than its operations use"};
-  if (dimension != d)
+  if (dimension != outputs)
     return Error{Errc::corrupt, "encoder: ends with " + std::to_string(dimension) +
-                                    " values, item vectors have " + std::to_string(d)};
-  if (state == 0) return Error{Errc::corrupt, "encoder: has no recurrent operation"};
-  if (parts.user_states.rows() != parts.user_ids.size() ||
-      (!parts.user_ids.empty() && parts.user_states.columns() != state + d))
-    return shape_error("section USTA", parts.user_states, parts.user_ids.size(), state + d);
+                                    " values, item vectors have " + std::to_string(outputs)};
+  if (program.state == 0) return Error{Errc::corrupt, "encoder: has no recurrent operation"};
+  return program;
+}
+
+inline Result<Program> check_program(const ModelParts& parts, const LoadLimits& limits) {
+  std::vector<OpShape::Weight> weights;
+  for (const Matrix& weight : parts.weights) weights.push_back({weight.rows(), weight.columns()});
+  return check_program(parts.operations, weights, parts.inputs().columns(),
+                       parts.item_vectors.columns(), limits);
+}
+
+// Errors: a recurrence that lets a state grow from event to event.
+inline Result<void> check_recurrences(const ModelParts& parts, const Program& program) {
+  std::size_t next = 0;
+  for (std::size_t o = 0; o < program.shapes.size(); ++o) {
+    const OpShape& shape = program.shapes[o];
+    const bool complex = shape.recurrence == OpShape::Recurrence::complex;
+    const std::size_t values = complex ? shape.state / 2 : shape.state;
+    for (std::size_t j = 0; j < values; ++j) {
+      if (shape.recurrence == OpShape::Recurrence::none) break;
+      const Matrix& weight = parts.weights[next];
+      const double real = weight.at(0, j), imaginary = complex ? weight.at(0, j + values) : 0.0f;
+      if (!(std::hypot(real, imaginary) <= max_modulus))
+        return Error{Errc::corrupt, "encoder: operation " + std::to_string(o) + " (" +
+                                        std::string(name(parts.operations[o].kind)) +
+                                        "): a recurrent weight of magnitude over 1 lets users' "
+                                        "states grow without bound"};
+    }
+    next += shape.weight_count;
+  }
   return {};
 }
 
-// What must hold between the parts, whether they come from a file or from a trainer.
-inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limits) {
+inline constexpr std::size_t max_metadata_bytes = std::size_t{1} << 24;
+inline constexpr int max_metadata_depth = 64;
+
+// Errors: metadata that a JSON parser should not be given. Whether it is JSON is for the parser to
+// say.
+inline Result<void> check_metadata(std::string_view json) {
+  if (json.size() > max_metadata_bytes) return Error{Errc::limit, "section META: is over 16 MiB"};
+  if (!valid_utf8(json)) return Error{Errc::corrupt, "section META: is not UTF-8"};
+  int depth = 0;
+  bool quoted = false;
+  for (std::size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (quoted && c == '\\')
+      ++i;
+    else if (c == '"')
+      quoted = !quoted;
+    else if (!quoted && (c == '[' || c == '{') && ++depth > max_metadata_depth)
+      return Error{Errc::limit, "section META: nests deeper than 64"};
+    else if (!quoted && (c == ']' || c == '}'))
+      --depth;
+  }
+  return {};
+}
+
+// Errors: shapes that contradict one another. program: of the encoder, checked.
+inline Result<void> check_shapes(const ModelParts& parts, const Program& program) {
   const std::size_t items = parts.item_ids.size(), d = parts.item_vectors.columns();
-  if (items == 0 || d == 0) return Error{Errc::corrupt, "the model has no items or no dimensions"};
-  if (items > limits.items || items >= std::numeric_limits<std::uint32_t>::max())
-    return Error{Errc::limit, "the model has more items than LoadLimits::items"};
+  const std::size_t e = parts.inputs().columns();
   if (parts.item_vectors.rows() != items)
     return shape_error("section IVEC", parts.item_vectors, items, d);
-  const std::size_t e = parts.inputs().columns();
   if (parts.inputs().rows() != items || e == 0)
     return shape_error("section IINP", parts.input_vectors, items, e);
   if (parts.biases.size() != items)
@@ -3457,38 +4140,66 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
   if (!parts.time_gap_embedding.empty() &&
       (parts.time_gap_embedding.rows() < 2 || parts.time_gap_embedding.columns() != e))
     return shape_error("section GAPE", parts.time_gap_embedding, 2, e);
+  if (parts.time_gap_embedding.rows() > max_time_gaps)
+    return Error{Errc::limit, "section GAPE: has over 1024 rows"};
   for (const MetadataField& field : parts.fields) {
     const std::size_t rows = field.numeric ? field.boundaries.size() + 1 : field.vocabulary.size();
-    if (field.name.empty() || field.name.size() > max_id_bytes)
-      return Error{Errc::corrupt, "section FLDN: a field name has 1 to 256 bytes"};
+    if (field.name.empty() || field.name.size() > max_id_bytes || !valid_id(field.name))
+      return Error{Errc::corrupt,
+                   "section FLDN: a field name has 1 to 256 bytes of UTF-8 without control "
+                   "characters"};
     if (field.embedding.rows() != rows || (rows > 0 && field.embedding.columns() != d))
       return shape_error("section FEMB of field " + field.name, field.embedding, rows, d);
+  }
+  const std::size_t stored = program.state + d;
+  if (parts.user_states.rows() != parts.user_ids.size() ||
+      (!parts.user_ids.empty() && parts.user_states.columns() != stored))
+    return shape_error("section USTA", parts.user_states, parts.user_ids.size(), stored);
+  return {};
+}
+
+// Errors: a value that is not finite or over max_magnitude; boundaries that do not ascend.
+inline Result<void> check_values(const ModelParts& parts) {
+  const auto check = [](float magnitude, const char* what) -> Result<void> {
+    if (!(magnitude < std::numeric_limits<float>::infinity()))
+      return Error{Errc::corrupt, std::string(what) + ": holds a value that is not finite"};
+    if (magnitude > max_magnitude)
+      return Error{Errc::corrupt, std::string(what) + ": holds a value over 1e18 in magnitude"};
+    return {};
+  };
+  if (auto r = check(parts.item_vectors.magnitude(), "section IVEC"); !r) return r;
+  if (auto r = check(parts.input_vectors.magnitude(), "section IINP"); !r) return r;
+  if (auto r = check(parts.user_states.magnitude(), "section USTA"); !r) return r;
+  if (auto r = check(largest(parts.biases), "section BIAS"); !r) return r;
+  if (auto r = check(parts.event_type_embedding.magnitude(), "section EVTE"); !r) return r;
+  if (auto r = check(parts.time_gap_embedding.magnitude(), "section GAPE"); !r) return r;
+  for (const Matrix& weight : parts.weights)
+    if (auto r = check(weight.magnitude(), "section ENCW"); !r) return r;
+  for (const MetadataField& field : parts.fields) {
+    if (auto r = check(field.embedding.magnitude(), "section FEMB"); !r) return r;
+    if (!all_finite(field.boundaries))
+      return Error{Errc::corrupt, "section FBND: holds a value that is not finite"};
     if (!std::is_sorted(field.boundaries.begin(), field.boundaries.end()))
       return Error{Errc::corrupt, "section FBND of field " + field.name + ": not ascending"};
   }
-  const auto check_finite = [](bool finite, const char* what) -> Result<void> {
-    if (!finite)
-      return Error{Errc::corrupt, std::string(what) + ": holds a value that is not finite"};
-    return {};
-  };
-  if (auto r = check_finite(parts.item_vectors.finite(), "section IVEC"); !r) return r;
-  if (auto r = check_finite(parts.input_vectors.finite(), "section IINP"); !r) return r;
-  if (auto r = check_finite(parts.user_states.finite(), "section USTA"); !r) return r;
-  if (auto r = check_finite(all_finite(parts.biases), "section BIAS"); !r) return r;
-  if (auto r = check_finite(parts.event_type_embedding.finite(), "section EVTE"); !r) return r;
-  if (auto r = check_finite(parts.time_gap_embedding.finite(), "section GAPE"); !r) return r;
-  for (const MetadataField& field : parts.fields) {
-    if (auto r = check_finite(field.embedding.finite(), "section FEMB"); !r) return r;
-    if (auto r = check_finite(all_finite(field.boundaries), "section FBND"); !r) return r;
-  }
-  for (const Matrix& weight : parts.weights) {
-    if (auto r = check_finite(weight.finite(), "section ENCW"); !r) return r;
-    if (weight.columns() > limits.dimension || weight.rows() / 3 > limits.dimension)
-      return Error{Errc::limit, "section ENCW: wider than LoadLimits::dimension"};
-  }
+  return {};
+}
+
+// What must hold between the parts, whether they come from a file or from a trainer.
+inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limits) {
+  const std::size_t items = parts.item_ids.size(), d = parts.item_vectors.columns();
+  const std::size_t e = parts.inputs().columns();
+  if (items == 0 || d == 0) return Error{Errc::corrupt, "the model has no items or no dimensions"};
+  if (items > limits.items || items >= std::numeric_limits<std::uint32_t>::max())
+    return Error{Errc::limit, "the model has more items than LoadLimits::items"};
   if (d > limits.dimension || e / 3 > limits.dimension)
     return Error{Errc::limit, "section IVEC or IINP: wider than LoadLimits::dimension"};
-  return check_encoder(parts);
+  if (auto checked = check_metadata(parts.metadata); !checked) return checked;
+  const auto program = check_program(parts, limits);
+  if (!program) return program.error();
+  if (auto checked = check_shapes(parts, *program); !checked) return checked;
+  if (auto checked = check_values(parts); !checked) return checked;
+  return check_recurrences(parts, *program);
 }
 
 }  // namespace detail
@@ -3555,11 +4266,16 @@ class FourBitWriter {
           static_cast<std::byte>(nibbles[c] | (c + 1 < nibbles.size() ? nibbles[c + 1] << 4 : 0)));
   }
 
-  // Row r to best_groups_ and best_values_; returns its scale.
+  // Row r to best_groups_ and best_values_; returns its scale. Works on the row times that power of
+  // two which takes its largest magnitude to [1, 2), where neither steps nor squares leave a
+  // float's range.
   float quantise(std::size_t r) {
     matrix_->row(r, row_);
     float largest = 0;
     for (const float v : row_) largest = std::max(largest, std::abs(v));
+    const int exponent = largest > 0 ? std::ilogb(largest) : 0;
+    largest = std::scalbn(largest, -exponent);
+    for (float& v : row_) v = std::scalbn(v, -exponent);
     float best_scale = 0;
     double least = std::numeric_limits<double>::infinity();
     const auto consider = [&](float scale) {
@@ -3572,9 +4288,10 @@ class FourBitWriter {
       best_values_ = values_;
     };
     // What came out of a 4-bit file goes back as it was.
-    if (matrix_->type() == ElementType::i8) consider(matrix_->scales()[r]);
+    if (matrix_->type() == ElementType::i8) consider(std::scalbn(matrix_->scales()[r], -exponent));
     for (const float part : {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f})
       consider(largest * part / (most * 7.0f));
+    best_scale = std::scalbn(best_scale, exponent);
     if (best_scale == 0) {
       std::fill(best_groups_.begin(), best_groups_.end(), std::uint8_t{1});
       std::fill(best_values_.begin(), best_values_.end(), std::uint8_t{8});
@@ -3640,49 +4357,71 @@ inline void expand_four_bits(std::span<const std::byte> chunk, std::size_t first
     }
 }
 
-// Decides where each section goes, checking element type and shape against the raw size, and takes
-// the memory. The first error stays; later calls then do nothing.
+// Decides where each section goes, in the file's order, checking element type and shape against raw
+// size and limits; the memory is taken when its first bytes come. The first error stays; later
+// calls then do nothing.
 class SectionPlan {
  public:
   SectionPlan(std::span<const SectionInfo> sections, const LoadLimits& limits)
-      : sections_(sections), limits_(limits), targets_(sections.size()) {}
+      : sections_(sections),
+        order_(order_of(sections)),
+        limits_(limits),
+        targets_(sections.size()) {}
 
   const SectionInfo* find(std::string_view tag, std::uint32_t index = 0) const noexcept {
-    for (const SectionInfo& section : sections_)
-      if (std::string_view(section.tag.data(), 4) == tag && section.index == index) return &section;
-    return nullptr;
+    return find_section(sections_, order_, tag, index);
   }
+  // Of a section's shape; 0 where there is no such section.
+  std::uint64_t extent(std::string_view tag, std::size_t axis,
+                       std::uint32_t index = 0) const noexcept {
+    const SectionInfo* const section = find(tag, index);
+    return section ? section->shape[axis] : 0;
+  }
+  std::size_t section_count() const noexcept { return sections_.size(); }
 
   void strings(StringTable& table, std::string_view tag, std::uint32_t index = 0) {
-    SectionTarget* target = target_of(tag, index, {ElementType::string}, 1);
+    const std::uint64_t count = extent(tag, 0, index);
+    SectionTarget* target = target_of(tag, index, {ElementType::string}, {count});
     if (!target) return;
     const SectionInfo& section = *find(tag, index);
-    const std::uint64_t count = section.shape[0];
-    if (count > limits_.items || count > section.raw_size / 2)
+    if (count > limits_.items)
+      return fail(section_error(Errc::limit, section, "more strings than LoadLimits::items"));
+    if (count > section.raw_size / 3)  // a length and a byte each
       return fail(section_error(Errc::corrupt, section, "declares more strings than it holds"));
-    target->areas = table.make_room(static_cast<std::size_t>(count),
-                                    static_cast<std::size_t>(section.raw_size - 2 * count));
-    target->finish = [&table] { return table.number(); };
+    const auto bytes = static_cast<std::size_t>(section.raw_size - 2 * count);
+    target->take = [&table, count, bytes]() -> SectionTarget::Areas {
+      const auto [lengths, text] = table.make_room(static_cast<std::size_t>(count), bytes);
+      return {std::span(lengths.data(), lengths.size() + text.size())};
+    };
+    target->arrived = [&table, numbering = StringTable::Numbering{}](std::uint64_t size) mutable {
+      return table.number(numbering, size);
+    };
   }
 
-  void matrix(Matrix& matrix, std::string_view tag, std::uint32_t index = 0) {
-    SectionTarget* target =
-        target_of(tag, index, {ElementType::i8, ElementType::f32, ElementType::i4}, 2);
+  // shape: the expected one; a matrix without rows may have any number of columns.
+  void matrix(Matrix& matrix, std::string_view tag, std::uint32_t index,
+              std::array<std::uint64_t, 2> shape) {
+    if (shape[0] == 0) shape[1] = extent(tag, 1, index);
+    SectionTarget* target = target_of(
+        tag, index, {ElementType::i8, ElementType::f32, ElementType::i4}, {shape[0], shape[1]});
     if (!target) return;
     const SectionInfo& section = *find(tag, index);
-    const auto rows = static_cast<std::size_t>(section.shape[0]);
-    const auto columns = static_cast<std::size_t>(section.shape[1]);
-    if (section.element_type == ElementType::f32) {
-      matrix = Matrix::zeros(rows, columns);
-      target->areas = {std::as_writable_bytes(matrix.f32())};
-      return;
-    }
-    matrix = Matrix::zeros(rows, columns, ElementType::i8);
-    if (section.element_type == ElementType::i8) {
-      target->areas = {std::as_writable_bytes(matrix.scales()),
-                       std::as_writable_bytes(matrix.i8())};
-      return;
-    }
+    const auto rows = static_cast<std::size_t>(shape[0]);
+    const auto columns = static_cast<std::size_t>(shape[1]);
+    const bool f32 = section.element_type == ElementType::f32;
+    const bool four_bits = section.element_type == ElementType::i4;
+    target->take = [&matrix, rows, columns, f32, four_bits]() -> SectionTarget::Areas {
+      matrix = Matrix::unwritten(rows, columns, f32 ? ElementType::f32 : ElementType::i8);
+      if (rows == 0) matrix.end_rows();
+      if (four_bits) return {};
+      if (f32) return {std::as_writable_bytes(matrix.f32())};
+      return {std::as_writable_bytes(matrix.scales()), std::as_writable_bytes(matrix.i8())};
+    };
+    target->arrived = [&matrix, all = section.raw_size](std::uint64_t bytes) -> Result<void> {
+      if (bytes == all) matrix.end_rows();
+      return {};
+    };
+    if (!four_bits) return;
     const auto in_chunk =
         static_cast<std::size_t>(FourBitRows::rows_in_chunk(columns, section.chunk_log2));
     target->expand = [&matrix, in_chunk](std::uint64_t chunk, std::span<const std::byte> raw) {
@@ -3690,18 +4429,25 @@ class SectionPlan {
     };
   }
 
-  // Elements lie in memory as they do in the file: Element is T, or a struct of `columns` T.
+  // Elements lie in memory as they do in the file: Element is T, or a struct of shape[1] T. check:
+  // of the whole, when it has come.
   template <class Container>
   void values(Container& container, std::string_view tag, std::uint32_t index, ElementType type,
-              std::uint64_t columns = 1) {
-    SectionTarget* target = target_of(tag, index, {type}, columns == 1 ? 1 : 2);
+              std::initializer_list<std::uint64_t> shape,
+              std::function<Result<void>()> check = {}) {
+    SectionTarget* target = target_of(tag, index, {type}, shape);
     if (!target) return;
-    const SectionInfo& section = *find(tag, index);
-    if (columns != 1 && section.shape[1] != columns)
-      return fail(section_error(Errc::corrupt, section, "unexpected number of columns"));
     static_assert(std::is_trivially_copyable_v<typename Container::value_type>);
-    container.resize(static_cast<std::size_t>(section.shape[0]));
-    target->areas = {std::as_writable_bytes(std::span(container))};
+    target->take = [&container,
+                    size = static_cast<std::size_t>(*shape.begin())]() -> SectionTarget::Areas {
+      container.resize(size);
+      return {std::as_writable_bytes(std::span(container))};
+    };
+    if (!check) return;
+    target->arrived = [check = std::move(check),
+                       all = find(tag, index)->raw_size](std::uint64_t bytes) -> Result<void> {
+      return bytes == all ? check() : Result<void>{};
+    };
   }
 
   void fail(Error error) {
@@ -3712,7 +4458,8 @@ class SectionPlan {
 
  private:
   SectionTarget* target_of(std::string_view tag, std::uint32_t index,
-                           std::initializer_list<ElementType> types, std::uint8_t rank) {
+                           std::initializer_list<ElementType> types,
+                           std::initializer_list<std::uint64_t> shape) {
     if (error_) return nullptr;
     const SectionInfo* section = find(tag, index);
     if (!section) {
@@ -3720,17 +4467,36 @@ class SectionPlan {
       std::copy_n(tag.begin(), 4, missing.tag.begin());
       missing.index = index;
       fail({Errc::corrupt, "section " + missing.label() + ": is missing"});
-    } else if (std::find(types.begin(), types.end(), section->element_type) == types.end()) {
+      return nullptr;
+    }
+    if (std::find(types.begin(), types.end(), section->element_type) == types.end()) {
       fail(section_error(Errc::corrupt, *section, "unexpected element type"));
-    } else if (section->rank != rank) {
+    } else if (section->rank != shape.size()) {
       fail(section_error(Errc::corrupt, *section, "unexpected rank"));
+    } else if (!std::equal(shape.begin(), shape.end(), section->shape.begin())) {
+      fail(section_error(Errc::corrupt, *section,
+                         "has shape " + text_of(std::span(section->shape).first(shape.size())) +
+                             ", expected " + text_of(shape)));
     } else if (!raw_size_fits(*section)) {
       fail(section_error(Errc::corrupt, *section, "raw size does not follow from its shape"));
+    } else if (last_ && section < last_) {
+      fail(section_error(Errc::corrupt, *section,
+                         "stands before section " + last_->label() + ", which it follows"));
+    } else if (section->codec != Codec::stored && section->codec != Codec::zstd) {
+      fail(section_error(Errc::unsupported, *section, "unknown codec"));
     }
     if (error_) return nullptr;
+    last_ = section;
     SectionTarget& target = targets_[static_cast<std::size_t>(section - sections_.data())];
     target.wanted = true;
     return &target;
+  }
+
+  static std::string text_of(std::span<const std::uint64_t> shape) {
+    std::string text;
+    for (const std::uint64_t extent : shape)
+      text += (text.empty() ? "[" : ", ") + std::to_string(extent);
+    return text + "]";
   }
 
   static bool raw_size_fits(const SectionInfo& section) noexcept {
@@ -3765,8 +4531,10 @@ class SectionPlan {
   }
 
   std::span<const SectionInfo> sections_;
+  SectionOrder order_;
   const LoadLimits& limits_;
   std::vector<SectionTarget> targets_;
+  const SectionInfo* last_ = nullptr;  // that was planned
   std::optional<Error> error_;
 };
 
@@ -3783,24 +4551,29 @@ struct WriteOptions {
   // in 8 where they have fewer than 16 columns, and users' states.
   ElementType element_type = ElementType::i8;
   int zstd_level = 19;                   // 1 to 22; 0 writes stored sections
-  std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^30]; see LoadOptions
+  std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^24]; see LoadOptions
 };
 
 namespace detail {
 
-inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& options,
-                                ByteSink& sink) {
+inline Result<void> check_options(const WriteOptions& options) {
   if (options.element_type != ElementType::i8 && options.element_type != ElementType::f32 &&
       options.element_type != ElementType::i4)
     return Error{Errc::invalid_argument, "WriteOptions::element_type is i4, i8 or f32"};
   if (options.zstd_level < 0 || options.zstd_level > 22)
     return Error{Errc::invalid_argument, "WriteOptions::zstd_level is outside [0, 22]"};
-  const auto chunk_log2 = static_cast<unsigned>(std::bit_width(options.chunk_bytes)) - 1;
-  if (!std::has_single_bit(options.chunk_bytes) || chunk_log2 < least_chunk_log2 ||
-      chunk_log2 > most_chunk_log2)
+  if (!std::has_single_bit(options.chunk_bytes) || options.chunk_bytes < 1u << least_chunk_log2 ||
+      options.chunk_bytes > most_chunk_bytes)
     return Error{Errc::invalid_argument,
-                 "WriteOptions::chunk_bytes is not a power of two in [64, 2^30]"};
-  if (auto checked = check_parts(parts, LoadLimits{}); !checked) return checked.error();
+                 "WriteOptions::chunk_bytes is not a power of two in [64, 2^24]"};
+  return {};
+}
+
+inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& options,
+                                const LoadLimits& limits, ByteSink& sink) {
+  if (auto checked = check_options(options); !checked) return checked;
+  if (auto checked = check_parts(parts, limits); !checked) return checked;
+  const auto chunk_log2 = static_cast<unsigned>(std::bit_width(options.chunk_bytes)) - 1;
   FileBuilder file{sink, options.zstd_level, chunk_log2};
   const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix,
                               ElementType type) {
@@ -3873,31 +4646,131 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
     add_strings("USID", 0, parts.user_ids);
     add_matrix("USTA", 0, parts.user_states, type == ElementType::i4 ? ElementType::i8 : type);
   }
-  file.finish();
-  return {};
+  return file.finish();
 }
 
 }  // namespace detail
 
 // The bytes of a model file. The same parts and options give the same bytes (with one zstd
-// version). Errors: parts that contradict one another.
+// version). limits: those of who will read it. Errors: parts that contradict one another or are
+// over a limit; out of memory.
 inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
-                                                  const WriteOptions& options = {}) {
-  detail::MemorySink sink;
-  if (auto written = detail::write_parts(parts, options, sink); !written) return written.error();
-  return std::move(sink.bytes);
+                                                  const WriteOptions& options = {},
+                                                  const LoadLimits& limits = {}) {
+  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+    detail::MemorySink sink;
+    if (auto written = detail::write_parts(parts, options, limits, sink); !written)
+      return written.error();
+    return std::move(sink.bytes);
+  });
 }
 
-// Writes the model file, replacing `path` at once or not at all. Takes memory for two chunks and,
-// where f32 matrices are to be written in 8 bits, for the largest of them in that form.
+// Writes the model file, replacing `path` at once or not at all (as write_file does). Takes memory
+// for two chunks and, where f32 matrices are to be written in 8 bits, for the largest of them in
+// that form.
 inline Result<void> save_model(const ModelParts& parts, const std::string& path,
-                               const WriteOptions& options = {}) {
-  detail::FileSink file{path};
-  if (auto written = detail::write_parts(parts, options, file); !written) return written.error();
-  return file.commit();
+                               const WriteOptions& options = {}, const LoadLimits& limits = {}) {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    detail::FileSink file{path};
+    if (auto written = detail::write_parts(parts, options, limits, file); !written) return written;
+    return file.commit();
+  });
 }
 
 namespace detail {
+
+// What a file's sections become.
+struct FileParts {
+  ModelParts model;
+  StringTable field_names;
+  std::vector<std::uint8_t> field_kinds;
+  std::vector<OpShape::Weight> weight_shapes;
+};
+
+// Items, event types and time gaps.
+inline void plan_vectors(SectionPlan& plan, ModelParts& parts, const LoadLimits& limits) {
+  plan.strings(parts.item_ids, "IIDS");
+  const std::uint64_t items = plan.extent("IIDS", 0), d = plan.extent("IVEC", 1);
+  if (items == 0 || d == 0) plan.fail({Errc::corrupt, "the model has no items or no dimensions"});
+  const bool inputs = plan.find("IINP") != nullptr;
+  const std::uint64_t e = inputs ? plan.extent("IINP", 1) : d;
+  if (d > limits.dimension || e / 3 > limits.dimension)
+    plan.fail({Errc::limit, "section IVEC or IINP: wider than LoadLimits::dimension"});
+  plan.matrix(parts.item_vectors, "IVEC", 0, {items, d});
+  if (inputs) plan.matrix(parts.input_vectors, "IINP", 0, {items, e});
+  plan.values(parts.biases, "BIAS", 0, ElementType::f32, {items});
+  plan.values(parts.statistics, "STAT", 0, ElementType::i64, {items, 4});
+  if (plan.find("EVTY")) {
+    plan.strings(parts.event_types, "EVTY");
+    plan.matrix(parts.event_type_embedding, "EVTE", 0, {plan.extent("EVTY", 0), e});
+  }
+  const std::uint64_t gaps = plan.extent("GAPE", 0);
+  if (gaps > max_time_gaps) plan.fail({Errc::limit, "section GAPE: has over 1024 rows"});
+  if (plan.find("GAPE")) plan.matrix(parts.time_gap_embedding, "GAPE", 0, {gaps, e});
+}
+
+inline void plan_fields(SectionPlan& plan, FileParts& parts) {
+  if (!plan.find("FLDN")) return;
+  const std::uint64_t fields = plan.extent("FLDN", 0), d = plan.extent("IVEC", 1);
+  plan.strings(parts.field_names, "FLDN");
+  plan.values(parts.field_kinds, "FLDK", 0, ElementType::u8, {fields});
+  if (fields > plan.section_count())
+    plan.fail({Errc::corrupt, "section FLDN: more fields than sections"});
+  if (plan.error()) return;
+  parts.model.fields.resize(static_cast<std::size_t>(fields));
+  for (std::uint32_t f = 0; f < fields; ++f) {
+    MetadataField& field = parts.model.fields[f];
+    field.numeric = plan.find("FBND", f) != nullptr;
+    const char* const rows_of = field.numeric ? "FBND" : "FVOC";
+    const std::uint64_t rows = plan.extent(rows_of, 0, f) + (field.numeric ? 1 : 0);
+    if (field.numeric)
+      plan.values(field.boundaries, "FBND", f, ElementType::f32, {rows - 1});
+    else
+      plan.strings(field.vocabulary, "FVOC", f);
+    plan.matrix(field.embedding, "FEMB", f, {rows, d});
+  }
+}
+
+// The encoder, whose program is checked against all shapes as soon as it is there, and users.
+inline void plan_encoder(SectionPlan& plan, FileParts& parts, const LoadLimits& limits) {
+  const std::uint64_t operations = plan.extent("ENCO", 0);
+  if (operations > max_operations)
+    plan.fail({Errc::corrupt, "encoder: has 1 to 256 operations and begins with embed_sum"});
+  std::uint32_t weights = 0;
+  while (plan.find("ENCW", weights)) ++weights;
+  if (weights > operations * OpShape{}.weights.size())
+    plan.fail({Errc::corrupt, "encoder: more weights than its operations use"});
+  if (plan.error()) return;
+  for (std::uint32_t k = 0; k < weights; ++k) {
+    const std::uint64_t rows = plan.extent("ENCW", 0, k), columns = plan.extent("ENCW", 1, k);
+    if (rows / 3 > limits.dimension || columns / 3 > limits.dimension)
+      return plan.fail({Errc::limit, "section ENCW: wider than LoadLimits::dimension"});
+    parts.weight_shapes.push_back(
+        {static_cast<std::size_t>(rows), static_cast<std::size_t>(columns)});
+  }
+  const auto d = static_cast<std::size_t>(plan.extent("IVEC", 1));
+  const auto e = plan.find("IINP") ? static_cast<std::size_t>(plan.extent("IINP", 1)) : d;
+  const bool users = plan.find("USID") != nullptr;
+  const std::uint64_t stored = plan.extent("USTA", 1);
+  plan.values(parts.model.operations, "ENCO", 0, ElementType::u32, {operations, 2},
+              [&parts, &limits, d, e, users, stored]() -> Result<void> {
+                const auto program =
+                    check_program(parts.model.operations, parts.weight_shapes, e, d, limits);
+                if (!program) return program.error();
+                if (users && stored != program->state + d)
+                  return Error{Errc::corrupt, "users' states have " + std::to_string(stored) +
+                                                  " values, the encoder's have " +
+                                                  std::to_string(program->state + d)};
+                return {};
+              });
+  parts.model.weights.resize(weights);
+  for (std::uint32_t k = 0; k < weights; ++k)
+    plan.matrix(parts.model.weights[k], "ENCW", k,
+                {parts.weight_shapes[k].rows, parts.weight_shapes[k].columns});
+  if (!users) return;
+  plan.strings(parts.model.user_ids, "USID");
+  plan.matrix(parts.model.user_states, "USTA", 0, {plan.extent("USID", 0), stored});
+}
 
 inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& options) {
   if (options.threads < 1 || options.threads > 64)
@@ -3908,61 +4781,30 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
   // Statistics and operations are read into place.
   static_assert(sizeof(ItemStatistics) == 4 * 8 && sizeof(EncoderOp) == 2 * 4);
   SectionPlan plan{*sections, limits};
-  ModelParts parts;
-  StringTable names;
-  std::vector<std::uint8_t> kinds;
-  plan.values(parts.metadata, "META", 0, ElementType::u8);
-  plan.strings(parts.item_ids, "IIDS");
-  plan.matrix(parts.item_vectors, "IVEC");
-  plan.values(parts.biases, "BIAS", 0, ElementType::f32);
-  plan.values(parts.statistics, "STAT", 0, ElementType::i64, 4);
-  plan.values(parts.operations, "ENCO", 0, ElementType::u32, 2);
-  if (plan.find("EVTY")) {
-    plan.strings(parts.event_types, "EVTY");
-    plan.matrix(parts.event_type_embedding, "EVTE");
-  }
-  if (plan.find("GAPE")) plan.matrix(parts.time_gap_embedding, "GAPE");
-  if (plan.find("IINP")) plan.matrix(parts.input_vectors, "IINP");
-  if (plan.find("USID")) {
-    plan.strings(parts.user_ids, "USID");
-    plan.matrix(parts.user_states, "USTA");
-  }
-  if (const SectionInfo* fields = plan.find("FLDN")) {
-    plan.strings(names, "FLDN");
-    plan.values(kinds, "FLDK", 0, ElementType::u8);
-    if (kinds.size() != fields->shape[0] || kinds.size() > sections->size())
-      plan.fail({Errc::corrupt, "section FLDK: one kind a field is needed"});
-    else
-      parts.fields.resize(kinds.size());
-    for (std::uint32_t f = 0; f < parts.fields.size(); ++f) {
-      MetadataField& field = parts.fields[f];
-      field.numeric = plan.find("FBND", f) != nullptr;
-      if (field.numeric)
-        plan.values(field.boundaries, "FBND", f, ElementType::f32);
-      else
-        plan.strings(field.vocabulary, "FVOC", f);
-      plan.matrix(field.embedding, "FEMB", f);
-    }
-  }
-  std::uint32_t weights = 0;
-  while (plan.find("ENCW", weights)) ++weights;
-  parts.weights.resize(weights);
-  for (std::uint32_t k = 0; k < weights; ++k) plan.matrix(parts.weights[k], "ENCW", k);
+  FileParts parts;
+  if (plan.extent("META", 0) > max_metadata_bytes)
+    plan.fail({Errc::limit, "section META: is over 16 MiB"});
+  plan.values(parts.model.metadata, "META", 0, ElementType::u8, {plan.extent("META", 0)});
+  plan_vectors(plan, parts.model, limits);
+  plan_fields(plan, parts);
+  plan_encoder(plan, parts, limits);
   if (plan.error()) return *plan.error();
 
   if (auto read = SectionDecoder{source, *sections, plan.targets(), options}.run(); !read)
     return read.error();
-  for (const ItemStatistics& s : parts.statistics)
+  ModelParts& model = parts.model;
+  for (const ItemStatistics& s : model.statistics)
     if (s.interactions > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
       return Error{Errc::corrupt, "section STAT: a negative number of interactions"};
-  for (std::size_t f = 0; f < parts.fields.size(); ++f) {
-    if (kinds[f] > 1) return Error{Errc::unsupported, "section FLDK: unknown kind of field"};
-    if (parts.fields[f].numeric != (kinds[f] == 1))
+  for (std::size_t f = 0; f < model.fields.size(); ++f) {
+    if (parts.field_kinds[f] > 1)
+      return Error{Errc::unsupported, "section FLDK: unknown kind of field"};
+    if (model.fields[f].numeric != (parts.field_kinds[f] == 1))
       return Error{Errc::corrupt, "section FLDK: a kind does not fit what its field has"};
-    parts.fields[f].name = names[f];
+    model.fields[f].name = parts.field_names[f];
   }
-  if (auto checked = check_parts(parts, limits); !checked) return checked.error();
-  return parts;
+  if (auto checked = check_parts(model, limits); !checked) return checked.error();
+  return std::move(model);
 }
 
 }  // namespace detail
@@ -4004,9 +4846,11 @@ class Model {
     return of(read_model(file, options));
   }
 
-  static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts) {
+  // limits: how many items and dimensions are allowed.
+  static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts,
+                                                         const LoadLimits& limits = {}) {
     return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
-      if (auto checked = detail::check_parts(parts, LoadLimits{}); !checked) return checked.error();
+      if (auto checked = detail::check_parts(parts, limits); !checked) return checked.error();
       return of(std::move(parts));
     });
   }
@@ -4020,8 +4864,8 @@ class Model {
   const ModelParts& parts() const noexcept { return parts_; }
 
   // The vector of an item that has only metadata: the sum of its values' embeddings, to out[0, d).
-  // fields: name and value, categories separated by '|'. Unknown fields and values add nothing; the
-  // number of values that were known is returned.
+  // fields: name and value, categories separated by '|', numbers with a point whatever the locale.
+  // Unknown fields and values add nothing; the number of values that were known is returned.
   std::size_t metadata_vector(std::span<const std::pair<std::string_view, std::string_view>> fields,
                               std::span<float> out) const {
     std::fill(out.begin(), out.end(), 0.0f);
@@ -4034,12 +4878,10 @@ class Model {
       for (const MetadataField& field : parts_.fields) {
         if (field.name != name) continue;
         if (field.numeric) {
-          const std::string text{value};
-          char* end = nullptr;
-          const float number = std::strtof(text.c_str(), &end);
-          if (end == text.c_str() || *end != '\0' || !std::isfinite(number)) continue;
+          const auto number = detail::parse_float(value);
+          if (!number) continue;
           const auto at =
-              std::upper_bound(field.boundaries.begin(), field.boundaries.end(), number);
+              std::upper_bound(field.boundaries.begin(), field.boundaries.end(), *number);
           add(field, static_cast<std::size_t>(at - field.boundaries.begin()));
           continue;
         }
@@ -4077,9 +4919,11 @@ inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t
 // One event as the encoder sees it: an item index, an event type's index (or no_event_type), and
 // the bucket of time_gap_bucket.
 struct EncoderInput {
-  std::uint32_t item;
+  std::uint32_t item;  // below Model::item_count(), or, with `input`, not looked at
   std::uint32_t event_type = no_event_type;
   std::uint32_t time_gap = 0;
+  // [e], the item's input vector where the item is none of the model's.
+  std::span<const float> input = {};
 };
 
 // Immutable and shared between threads; each thread brings its own Workspace. A step costs O(1) in
@@ -4096,48 +4940,20 @@ class Encoder {
   explicit Encoder(const Model& model, const kernels::Table& table = kernels::chosen(),
                    bool gate_lookup = false)
       : parts_(&model.parts()), table_(&table) {
-    std::size_t next = 0, dimension = parts_->inputs().columns();
+    std::size_t dimension = parts_->inputs().columns();
     width_ = kernels::padded(std::max(dimension, model.dimension()));
+    const Matrix* weights = parts_->weights.data();
     for (const EncoderOp& op : parts_->operations) {
-      Step step{op, dimension, dimension, {}, 0};
-      const auto& w = parts_->weights;
-      switch (op.kind) {
-        case EncoderOp::Kind::linear:
-          step.outputs = w[next].rows();
-          step.layers.push_back(pack(w[next], w[next + 1], 1));
-          next += 2;
-          break;
-        case EncoderOp::Kind::gru:
-          step.outputs = w[next].rows() / 3;
-          if ((op.argument & GruForm::gate_input) == 0) {
-            step.layers.push_back(pack(w[next], w[next + 2], 3));
-            ++next;
-          } else {
-            step.layers.push_back({.bias = pad(w[next + 1])});
-          }
-          step.layers.push_back(pack(w[next], w[next + 2], 3));
-          add_state(step);
-          next += 3;
-          break;
-        case EncoderOp::Kind::lru:
-          step.outputs = w[next].columns();
-          step.layers.push_back({.weights = pad(w[next])});
-          step.layers.push_back(pack(w[next + 1], w[next + 2], 1));
-          add_state(step);
-          next += 3;
-          break;
-        case EncoderOp::Kind::decay:
-          step.layers.push_back({.weights = pad(w[next]), .bias = pad(w[next + 1])});
-          add_state(step);
-          next += 2;
-          break;
-        case EncoderOp::Kind::layer_norm:
-          step.layers.push_back({.weights = pad(w[next]), .bias = pad(w[next + 1])});
-          next += 2;
-          break;
-        default:
-          break;
-      }
+      // The model was checked: every operation is known, and has its weights.
+      const bool more = weights != parts_->weights.data() + parts_->weights.size();
+      const auto shape =
+          shape_of(op, dimension,
+                   more ? OpShape::Weight{weights->rows(), weights->columns()} : OpShape::Weight{});
+      Step step{op, shape->inputs, shape->outputs, {}, shape->state, recurrent_size_};
+      for (std::size_t l = 0; l < shape->layer_count; ++l)
+        step.layers.push_back(make_layer(shape->layers[l], weights));
+      weights += shape->weight_count;
+      recurrent_size_ += kernels::padded(step.state);
       dimension = step.outputs;
       width_ = std::max(width_, kernels::padded(dimension));
       steps_.push_back(std::move(step));
@@ -4170,8 +4986,7 @@ class Encoder {
       for (std::size_t c = 0; c < count; ++c)
         state[offset + c] = parts_->user_states.at(row, column++);
     };
-    for (const Step& step : steps_)
-      if (step.has_state) take(step.state_offset, step.outputs);
+    for (const Step& step : steps_) take(step.state_offset, step.state);
     take(recurrent_size_, parts_->item_vectors.columns());
   }
 
@@ -4181,19 +4996,27 @@ class Encoder {
   }
 
   Workspace make_workspace() const {
-    return {std::vector<float>(width_ * (2 + 6 + detail::encoder_slots)),
-            std::vector<std::int8_t>(width_)};
+    return {std::vector<float>(width_ * areas), std::vector<std::int8_t>(width_)};
   }
 
-  // Advances `state` ([state_size()], zeros for a new user) by one event. Allocates nothing.
-  void step(const EncoderInput& input, std::span<float> state,
+  // Advances `state` ([state_size()], zeros for a new user) by one event, and returns whether all
+  // of the new state is finite: where not, weights and inputs were too large for a float, and the
+  // state stays so. The item is one of the model's, and the state and workspace this encoder's
+  // (asserted). Allocates nothing.
+  bool step(const EncoderInput& input, std::span<float> state,
             Workspace& workspace) const noexcept {
+    const bool own_input = !input.input.empty();
+    assert(own_input ? input.input.size() == parts_->inputs().columns()
+                     : input.item < parts_->inputs().rows());
+    assert(state.size() == state_size());
+    assert(workspace.values.size() >= width_ * areas && workspace.quantised.size() >= width_);
+    const GateLookup* const lookup = lookup_ && !own_input ? &*lookup_ : nullptr;
     const auto area = [&](std::size_t a) { return workspace.values.data() + a * width_; };
     std::int8_t* q = workspace.quantised.data();
     float* x = area(0);
     float* y = area(1);
     float norm = 1;  // factor of the last layer norm
-    for (std::size_t s = lookup_ ? lookup_->first : 0; s < steps_.size(); ++s) {
+    for (std::size_t s = lookup ? lookup->first : 0; s < steps_.size(); ++s) {
       const Step& step = steps_[s];
       switch (step.op.kind) {
         case EncoderOp::Kind::embed_sum:
@@ -4206,7 +5029,7 @@ class Encoder {
         case EncoderOp::Kind::gru: {
           float* hidden = state.data() + step.state_offset;
           const std::size_t stride = kernels::padded(step.outputs);
-          if (lookup_ && s == lookup_->gru)
+          if (lookup && s == lookup->gru)
             look_up(input, norm, area(2));
           else
             gate_inputs(step, x, area(2), q);
@@ -4258,6 +5081,7 @@ class Encoder {
     const std::size_t d = parts_->item_vectors.columns();
     std::copy_n(x, d, state.data() + recurrent_size_);
     std::fill(state.begin() + static_cast<std::ptrdiff_t>(recurrent_size_ + d), state.end(), 0.0f);
+    return detail::all_finite(state);
   }
 
  private:
@@ -4272,9 +5096,10 @@ class Encoder {
     EncoderOp op;
     std::size_t inputs, outputs;
     std::vector<Layer> layers;
-    std::size_t state_offset;
-    bool has_state = false;
+    std::size_t state, state_offset;  // values in a user's state, and where they lie
   };
+  // Of a workspace: two vectors, the two halves of a GRU's gates, the slots.
+  static constexpr std::size_t areas = 2 + 6 + detail::encoder_slots;
 
   // Of W x + b, the input half of a GRU's gates, where x is the sum of an item's, an event type's
   // and a time gap's row v: W (sum of v) + b. After a layer norm with weight g and bias c,
@@ -4357,10 +5182,13 @@ class Encoder {
     table_->scaled_sum(size, rows.data(), count, factor, lookup_->constant.data(), gates);
   }
 
-  void add_state(Step& step) {
-    step.has_state = true;
-    step.state_offset = recurrent_size_;
-    recurrent_size_ += kernels::padded(step.outputs);
+  static Layer make_layer(const OpShape::Layer& layer, const Matrix* weights) {
+    constexpr std::size_t none = OpShape::Layer::none;
+    if (layer.gates != 0) return pack(weights[layer.weights], weights[layer.bias], layer.gates);
+    Layer by_element;
+    if (layer.weights != none) by_element.weights = pad(weights[layer.weights]);
+    if (layer.bias != none) by_element.bias = pad(weights[layer.bias]);
+    return by_element;
   }
 
   static detail::LineVector<float> pad(const Matrix& row) {
@@ -4466,7 +5294,10 @@ class Encoder {
 
   void embed(const EncoderInput& input, float* x) const noexcept {
     const Matrix& inputs = parts_->inputs();
-    inputs.row(input.item, {x, inputs.columns()});
+    if (input.input.empty())
+      inputs.row(input.item, {x, inputs.columns()});
+    else
+      std::copy(input.input.begin(), input.input.end(), x);
     if (input.event_type < parts_->event_type_embedding.rows())
       parts_->event_type_embedding.add_row(input.event_type, {x, inputs.columns()});
     if (input.time_gap < parts_->time_gap_embedding.rows())
@@ -7470,7 +8301,7 @@ class Recommender {
 
   static std::optional<detail::HashKey> random_key() {
     detail::HashKey key{};
-#if PERSONALIZE_HAS_FSYNC
+#if PERSONALIZE_HAS_POSIX
     const std::unique_ptr<std::FILE, detail::CloseFile> file(std::fopen("/dev/urandom", "rb"));
     if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
 #else

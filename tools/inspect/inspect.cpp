@@ -13,30 +13,6 @@
 namespace personalize::tools {
 namespace {
 
-const char* name(EncoderOp::Kind kind) {
-  switch (kind) {
-    case EncoderOp::Kind::embed_sum:
-      return "embed_sum";
-    case EncoderOp::Kind::linear:
-      return "linear";
-    case EncoderOp::Kind::gru:
-      return "gru";
-    case EncoderOp::Kind::layer_norm:
-      return "layer_norm";
-    case EncoderOp::Kind::activation:
-      return "activation";
-    case EncoderOp::Kind::save:
-      return "save";
-    case EncoderOp::Kind::add:
-      return "add";
-    case EncoderOp::Kind::lru:
-      return "lru";
-    case EncoderOp::Kind::decay:
-      return "decay";
-  }
-  return "unknown";
-}
-
 nlohmann::json describe(const std::string& path) {
   const auto bytes = read_file(path, LoadLimits{}.file_bytes);
   if (!bytes) throw Failure(bytes.error().message);
@@ -63,7 +39,8 @@ nlohmann::json describe(const std::string& path) {
                                       {"kind", field.numeric ? "numeric" : "categorical"},
                                       {"embeddings", field.embedding.rows()}});
   out["encoder"] = nlohmann::json::array();
-  for (const EncoderOp& op : parts->operations) out["encoder"].push_back(name(op.kind));
+  for (const EncoderOp& op : parts->operations)
+    out["encoder"].push_back(std::string(name(op.kind)));
   std::size_t parameters = 0;
   for (const Matrix& weight : parts->weights) parameters += weight.rows() * weight.columns();
   out["encoder_parameters"] = parameters;
