@@ -102,11 +102,13 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <bitset>
 #include <cassert>
 #include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -114,7 +116,6 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -1199,6 +1200,211 @@ class PagedArray {
   std::vector<std::shared_ptr<const T[]>> pages_;
   std::vector<bool> owned_;  // pages that no other array has seen
 };
+
+namespace detail {
+
+// Seconds from one time to a later one, 0 where it is not later; without overflow at either end.
+inline std::int64_t elapsed(std::int64_t from, std::int64_t to) noexcept {
+  if (from >= to) return 0;
+  const std::uint64_t seconds = static_cast<std::uint64_t>(to) - static_cast<std::uint64_t>(from);
+  return static_cast<std::int64_t>(
+      std::min<std::uint64_t>(seconds, std::numeric_limits<std::int64_t>::max()));
+}
+
+// What a usual allocator takes for a block of so many bytes, its own words included.
+constexpr std::size_t allocated(std::size_t bytes) noexcept {
+  return bytes == 0 ? 0 : std::max<std::size_t>((bytes + 8 + 15) / 16 * 16, 32);
+}
+template <class T>
+std::size_t allocated(const std::vector<T>& values) noexcept {
+  return allocated(values.capacity() * sizeof(T));
+}
+
+// IEEE 754 half precision, rounded to nearest; what is too large becomes the largest.
+inline std::uint16_t half_of(float value) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const std::uint32_t half =
+      magnitude < 0x38800000  // subnormal: the sum's last bits are those of the half
+          ? std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000
+          : std::min((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13, 0x7bffu);
+  return static_cast<std::uint16_t>(sign | half);
+}
+inline float float_of(std::uint16_t half) noexcept {
+  // 2^112 moves the exponent's origin, of subnormals as well.
+  const float magnitude = std::bit_cast<float>(std::uint32_t{half & 0x7fffu} << 13) * 0x1p112f;
+  return (half & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// Seven bits a byte, least first; the highest bit of all bytes but the last is set.
+inline constexpr std::size_t longest_varint = 10;
+inline std::byte* write_varint(std::byte* out, std::uint64_t value) noexcept {
+  for (; value >= 0x80; value >>= 7) *out++ = static_cast<std::byte>(value | 0x80);
+  *out++ = static_cast<std::byte>(value);
+  return out;
+}
+inline const std::byte* read_varint(const std::byte* in, std::uint64_t& value) noexcept {
+  value = 0;
+  for (unsigned shift = 0;; shift += 7) {
+    const auto byte = std::to_integer<std::uint64_t>(*in++);
+    value |= (byte & 0x7f) << shift;
+    if (byte < 0x80) return in;
+  }
+}
+
+#ifndef NDEBUG
+// Of the locks that this thread holds, a bit a rank.
+inline unsigned& held_ranks() noexcept {
+  static thread_local unsigned ranks = 0;
+  return ranks;
+}
+#endif
+
+// A mutex with a place in the order of all locks: a thread takes only one whose rank is higher than
+// those it holds. Programs with assertions check it.
+template <unsigned Rank>
+class RankedMutex {
+ public:
+  void lock() {
+    assert(held_ranks() >> Rank == 0);
+    mutex_.lock();
+    note(true);
+  }
+  bool try_lock() {
+    if (!mutex_.try_lock()) return false;
+    note(true);
+    return true;
+  }
+  void unlock() noexcept {
+    note(false);
+    mutex_.unlock();
+  }
+
+ private:
+  static void note([[maybe_unused]] bool held) noexcept {
+#ifndef NDEBUG
+    held_ranks() = held ? held_ranks() | 1u << Rank : held_ranks() & ~(1u << Rank);
+#endif
+  }
+  std::mutex mutex_;
+};
+
+// Numbers found again by the hash of what they stand for: open addressing with linear probing, half
+// of the hash kept beside each number. Not thread-safe. Inserting takes no memory: whoever inserts
+// looks at full() first and, where it says so, replaces the table by grown().
+class HashIndex {
+ public:
+  // equal(number): whether it is the one looked for.
+  template <class Equal>
+  std::optional<std::uint32_t> find(std::uint64_t hash, Equal equal) const noexcept {
+    if (slots_.empty()) return std::nullopt;
+    for (std::size_t s = home(tag_of(hash)); slots_[s] != 0; s = next(s))
+      if (slots_[s] >> 32 == tag_of(hash) && equal(number_in(slots_[s])))
+        return number_in(slots_[s]);
+    return std::nullopt;
+  }
+
+  bool full() const noexcept { return (size_ + 1) * 4 > slots_.size() * 3; }
+  std::size_t capacity() const noexcept { return slots_.size(); }
+  // An empty table. slots: a power of two, or what is rounded up to one.
+  static HashIndex of_capacity(std::size_t slots) {
+    HashIndex table;
+    table.slots_.resize(std::bit_ceil(std::max<std::size_t>(16, slots)));
+    return table;
+  }
+  HashIndex grown() const {
+    HashIndex table = of_capacity(2 * slots_.size());
+    table.take(*this);
+    return table;
+  }
+  // What other holds, and nothing else; this one has room for it.
+  void take(const HashIndex& other) noexcept {
+    std::fill(slots_.begin(), slots_.end(), 0);
+    size_ = other.size_;
+    for (const std::uint64_t slot : other.slots_)
+      if (slot != 0) slots_[free_from(home(slot >> 32))] = slot;
+  }
+
+  // Not there yet, and the table not full().
+  void insert(std::uint64_t hash, std::uint32_t number) noexcept {
+    slots_[free_from(home(tag_of(hash)))] = tag_of(hash) << 32 | (std::uint64_t{number} + 1);
+    ++size_;
+  }
+
+  void erase(std::uint64_t hash, std::uint32_t number) noexcept {
+    if (slots_.empty()) return;
+    const std::uint64_t slot = tag_of(hash) << 32 | (std::uint64_t{number} + 1);
+    std::size_t hole = home(tag_of(hash));
+    while (slots_[hole] != slot) {
+      if (slots_[hole] == 0) return;
+      hole = next(hole);
+    }
+    // What was pushed behind the hole moves up (linear probing: Knuth, 6.4, algorithm R).
+    for (std::size_t s = next(hole); slots_[s] != 0; s = next(s)) {
+      const std::size_t mask = slots_.size() - 1;
+      if (((s - home(slots_[s] >> 32)) & mask) < ((s - hole) & mask)) continue;
+      slots_[hole] = slots_[s];
+      hole = s;
+    }
+    slots_[hole] = 0;
+    --size_;
+  }
+
+  std::size_t size() const noexcept { return size_; }
+  std::size_t bytes() const noexcept { return allocated(slots_); }
+
+ private:
+  static std::uint64_t tag_of(std::uint64_t hash) noexcept { return hash >> 32; }
+  static std::uint32_t number_in(std::uint64_t slot) noexcept {
+    return static_cast<std::uint32_t>(slot) - 1;
+  }
+  std::size_t home(std::uint64_t tag) const noexcept {
+    return static_cast<std::size_t>(tag) & (slots_.size() - 1);
+  }
+  std::size_t next(std::size_t s) const noexcept { return (s + 1) & (slots_.size() - 1); }
+  std::size_t free_from(std::size_t s) const noexcept {
+    while (slots_[s] != 0) s = next(s);
+    return s;
+  }
+
+  std::vector<std::uint64_t> slots_;  // the hash's upper half, then the number + 1; 0: free
+  std::size_t size_ = 0;
+};
+
+// Nodes by how long ago they were used, each with Links that links(node) finds.
+class RecencyList {
+ public:
+  static constexpr std::uint32_t none = std::numeric_limits<std::uint32_t>::max();
+  struct Links {
+    std::uint32_t newer = none, older = none;
+  };
+
+  template <class LinksOf>
+  void add(std::uint32_t node, LinksOf links) noexcept {
+    links(node) = {none, newest_};
+    if (newest_ != none) links(newest_).newer = node;
+    newest_ = node;
+    if (oldest_ == none) oldest_ = node;
+  }
+  template <class LinksOf>
+  void remove(std::uint32_t node, LinksOf links) noexcept {
+    const Links of = links(node);
+    (of.newer == none ? newest_ : links(of.newer).older) = of.older;
+    (of.older == none ? oldest_ : links(of.older).newer) = of.newer;
+  }
+  template <class LinksOf>
+  void touch(std::uint32_t node, LinksOf links) noexcept {
+    if (node == newest_) return;
+    remove(node, links);
+    add(node, links);
+  }
+  std::uint32_t oldest() const noexcept { return oldest_; }
+
+ private:
+  std::uint32_t newest_ = none, oldest_ = none;
+};
+
+}  // namespace detail
 
 // ============================================================================================
 // Room 3: instruction sets. Owns the operations on integers, scores and sums that each instruction
@@ -4977,6 +5183,22 @@ class Encoder {
     return recurrent_size_ + kernels::padded(parts_->item_vectors.columns());
   }
 
+  // That it holds beside the model.
+  std::size_t bytes() const noexcept {
+    const auto of = [](const Layer& layer) {
+      return detail::allocated(layer.weights.capacity() * sizeof(float)) +
+             detail::allocated(layer.panels.capacity()) +
+             detail::allocated((layer.scales.capacity() + layer.bias.capacity()) * sizeof(float));
+    };
+    std::size_t sum = detail::allocated(sizeof *this) + detail::allocated(steps_);
+    for (const Step& step : steps_)
+      for (const Layer& layer : step.layers) sum += sizeof layer + of(layer);
+    if (lookup_)
+      for (const auto* rows : {&lookup_->items, &lookup_->event_types, &lookup_->gaps})
+        sum += detail::allocated(rows->capacity() * sizeof(float));
+    return sum;
+  }
+
   // Writes the state that user `row` of the model's stored states comes with to `state`
   // ([state_size()]).
   void load(std::uint32_t row, std::span<float> state) const noexcept {
@@ -5890,6 +6112,7 @@ class Scorer {
     std::vector<double> query;
     std::vector<Search> searches;
     std::vector<Search*> active;
+    std::size_t bytes() const noexcept;
   };
 
   // Bytes of int8 vectors up to which the scan is in 8 bits. Larger catalogues come from main
@@ -6737,10 +6960,22 @@ class Scorer {
   float largest_bias_ = 0;
 };
 
+inline std::size_t Scorer::Workspace::bytes() const noexcept {
+  std::size_t sum =
+      detail::allocated(query) + detail::allocated(searches) + detail::allocated(active);
+  for (const Search& s : searches)
+    sum += detail::allocated(s.lower) + detail::allocated(s.upper) +
+           detail::allocated(s.positions) + detail::allocated(s.places) +
+           detail::allocated(s.query) + detail::allocated(s.quantised) + detail::allocated(s.keys) +
+           detail::allocated(s.best) + detail::allocated(s.waiting_positions) +
+           detail::allocated(s.waiting_margins) + detail::allocated(s.waiting_places);
+  return sum;
+}
+
 // ============================================================================================
 // Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
 // contexts in which it was shown and chosen, each user's recent impressions, the slates behind
-// recommendation ids, and the log's entries. Uses rooms 2 and 10.
+// recommendation ids, and the log's entries. Uses rooms 2, 6 and 10.
 // ============================================================================================
 
 // A time on the scale of exponential decay: counts made at different times are comparable once each
@@ -6771,11 +7006,12 @@ class Decay {
   std::int64_t half_life_;
 };
 
-// Two decayed counters an item, 16 bytes together. Any number of threads may add and read; no
-// increment is lost. Nothing sweeps over the items: a counter is aged when it is next touched.
+// Three decayed counters an item, 24 bytes together. Any number of threads may add and read; no
+// increment is lost but for those made 52 half-lives and more before the newest. Nothing sweeps
+// over the items: a counter is aged when it is next touched.
 class ItemCounters {
  public:
-  enum class Kind : std::uint32_t { positive, expected };
+  enum class Kind : std::uint32_t { positive, expected, interactions };
 
   explicit ItemCounters(std::size_t items = 0) : items_(items) { grow(); }
 
@@ -6789,6 +7025,34 @@ class ItemCounters {
   }
 
   std::size_t size() const noexcept { return items_; }
+  std::size_t bytes() const noexcept {
+    return blocks_.size() * detail::allocated(sizeof(Block) + 16) + detail::allocated(blocks_);
+  }
+
+  // Items added to since they were last taken, ascending, appended to `items`. O(size() / 64).
+  void take_touched(std::vector<std::uint32_t>& items) {
+    std::size_t count = 0;
+    for (const auto& block : blocks_)
+      for (const auto& word : block->touched)
+        count += static_cast<std::size_t>(std::popcount(word.load(std::memory_order_relaxed)));
+    items.reserve(items.size() + count + 64);
+    for (std::size_t w = 0; w < blocks_.size() * block_items / 64; ++w) {
+      auto& word = touched_word(w);
+      if (word.load(std::memory_order_relaxed) == 0) continue;
+      // What came meanwhile and has no room is left for the next time.
+      if (items.capacity() - items.size() < 64) break;
+      std::uint64_t bits = word.exchange(0, std::memory_order_acquire);
+      for (; bits != 0; bits &= bits - 1)
+        items.push_back(
+            static_cast<std::uint32_t>(w * 64 + static_cast<unsigned>(std::countr_zero(bits))));
+    }
+  }
+  void touch(std::uint32_t item) noexcept {
+    auto& word = touched_word(item / 64);
+    const std::uint64_t bit = std::uint64_t{1} << (item % 64);
+    if ((word.load(std::memory_order_relaxed) & bit) == 0)
+      word.fetch_or(bit, std::memory_order_release);
+  }
 
   // Adds amount >= 0, counted in steps of 2^-22; a counter holds at most 2^29. item < size().
   void add(Kind kind, std::uint32_t item, double amount, const DecayMoment& moment) noexcept {
@@ -6805,11 +7069,13 @@ class ItemCounters {
               : (old & value_mask) + rounded(std::ldexp(steps, -static_cast<int>(epoch - now)));
       sum = std::max(epoch, now) << value_bits | std::min(value, value_mask);
     } while (!word.compare_exchange_weak(old, sum, std::memory_order_relaxed));
+    touch(item);
   }
 
   // The count as it has decayed by `moment`.
   double value(Kind kind, std::uint32_t item, const DecayMoment& moment) const noexcept {
     const std::uint64_t word = at(kind, item).load(std::memory_order_relaxed);
+    if ((word & value_mask) == 0) return 0;
     // A moment long before the last addition is taken for the half-life before it.
     const int age =
         std::min(static_cast<int>(word >> value_bits) - static_cast<int>(moment.half_lives), 1);
@@ -6825,10 +7091,12 @@ class ItemCounters {
   static constexpr unsigned value_bits = 52;
   static constexpr std::uint64_t value_mask = (std::uint64_t{1} << value_bits) - 1;
   static constexpr double unit = 0x1p22;
-  static constexpr std::size_t block_items = 4096;
-  using Block = std::array<std::atomic<std::uint64_t>, 2 * block_items>;
-  static_assert(sizeof(Block) == 16 * block_items &&
-                std::atomic<std::uint64_t>::is_always_lock_free);
+  static constexpr std::size_t block_items = 4096, kinds = 3;
+  struct Block {
+    std::array<std::atomic<std::uint64_t>, kinds * block_items> counts;
+    std::array<std::atomic<std::uint64_t>, block_items / 64> touched;  // a bit an item
+  };
+  static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
   static std::uint64_t rounded(double steps) noexcept {
     return steps < 0x1p52 - 1 ? static_cast<std::uint64_t>(steps + 0.5) : value_mask;
@@ -6840,8 +7108,11 @@ class ItemCounters {
   }
 
   std::atomic<std::uint64_t>& at(Kind kind, std::uint32_t item) const noexcept {
-    return (
-        *blocks_[item / block_items])[2 * (item % block_items) + static_cast<std::uint32_t>(kind)];
+    return blocks_[item / block_items]
+        ->counts[kinds * (item % block_items) + static_cast<std::uint32_t>(kind)];
+  }
+  std::atomic<std::uint64_t>& touched_word(std::size_t w) const noexcept {
+    return blocks_[w / (block_items / 64)]->touched[w % (block_items / 64)];
   }
 
   void grow() {
@@ -6854,79 +7125,218 @@ class ItemCounters {
 
 // An item's sums over its impressions, decayed as its counters are: of the query where it was
 // chosen, and of the query times the expected number of choices. Any number of threads may call;
-// items are spread over 64 locks. Memory: 8 d bytes an item that was ever shown.
+// items are spread over 64 locks, under which a row is looked up, added to or copied and no more.
+// Memory: 8 d + 32 bytes an item, within a budget; the items added to longest ago give way.
 class ContextSums {
  public:
-  explicit ContextSums(std::size_t dimension) : dimension_(dimension) {}
+  // dimension: d, > 0. budget: bytes; at least one row in each of 64 parts is kept.
+  explicit ContextSums(std::size_t dimension, std::size_t budget = std::size_t{64} << 20)
+      : dimension_(dimension),
+        most_rows_(
+            std::clamp<std::size_t>(budget / stripe_count / (2 * dimension * sizeof(float) + 32), 1,
+                                    std::size_t{1} << 24)) {}
 
-  // Takes the item's memory, so that adding to it will take none.
+  // Takes the item's memory, so that adding to it takes none. What is added to an item without is
+  // left out.
   void prepare(std::uint32_t item) {
-    Stripe& stripe = stripes_[item % stripes_.size()];
-    const std::lock_guard lock{stripe.mutex};
-    row_in(stripe, item);
+    Stripe& stripe = stripe_of(item);
+    for (;;) {
+      bool rows_full = false;
+      std::size_t rows = 0, index_slots = 0;  // of a new index, or none
+      {
+        const std::lock_guard lock{stripe.mutex};
+        if (find(stripe, item)) return;
+        const bool index_full = stripe.index.full();
+        if (index_full) index_slots = std::max<std::size_t>(2 * stripe.index.capacity(), 1);
+        rows_full = stripe.free == RecencyList::none && stripe.rows.size() < most_rows_ &&
+                    stripe.rows.size() == stripe.blocks.size() * block_rows;
+        rows = stripe.rows.size();
+        if (!index_full && !rows_full) {
+          row_in(stripe, item);
+          return;
+        }
+      }
+      grow(stripe, index_slots, rows_full, rows);
+    }
   }
 
-  void add_positive(std::uint32_t item, std::span<const float> query, const DecayMoment& moment) {
+  void add_positive(std::uint32_t item, std::span<const float> query,
+                    const DecayMoment& moment) noexcept {
     add(item, query, 1.0, 0, moment);
   }
   void add_expected(std::uint32_t item, std::span<const float> query, double expected,
-                    const DecayMoment& moment) {
+                    const DecayMoment& moment) noexcept {
     add(item, query, expected, dimension_, moment);
   }
 
-  // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, in no order.
+  // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, in no order;
+  // no lock is held meanwhile.
   template <class Visit>
   void for_each(const DecayMoment& moment, Visit visit) const {
-    std::vector<float> sums(2 * dimension_);
+    std::vector<Row> rows;
+    std::vector<float> sums;
     for (const Stripe& stripe : stripes_) {
-      const std::lock_guard lock{stripe.mutex};
-      for (const auto& [item, row] : stripe.rows) {
+      for (std::size_t count = 0;;) {  // memory is taken without the lock
+        rows.reserve(count);
+        sums.resize(std::max(sums.size(), count * 2 * dimension_));
+        const std::lock_guard lock{stripe.mutex};
+        count = stripe.rows.size();
+        if (rows.capacity() < count || sums.size() < count * 2 * dimension_) continue;
+        rows.assign(stripe.rows.begin(), stripe.rows.end());
+        for (std::uint32_t r = 0; r < count; ++r)
+          std::copy_n(sums_of(stripe, r), 2 * dimension_, sums.data() + r * 2 * dimension_);
+        break;
+      }
+      for (std::size_t r = 0; r < rows.size(); ++r) {
+        if (rows[r].item == no_item) continue;
         const double scale =
             std::ldexp(1.0 / moment.weight,
-                       static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
-        for (std::size_t c = 0; c < sums.size(); ++c)
-          sums[c] = static_cast<float>(scale * static_cast<double>(row.sums[c]));
-        const std::span<const float> all(sums);
-        visit(item, all.first(dimension_), all.subspan(dimension_));
+                       static_cast<int>(rows[r].half_lives) - static_cast<int>(moment.half_lives));
+        const std::span<float> all(sums.data() + r * 2 * dimension_, 2 * dimension_);
+        for (float& sum : all) sum = static_cast<float>(scale * static_cast<double>(sum));
+        visit(rows[r].item, std::span<const float>(all.first(dimension_)),
+              std::span<const float>(all.subspan(dimension_)));
       }
     }
   }
 
+  // Gives up an item's sums; the memory serves other items.
+  void forget(std::uint32_t item) noexcept {
+    Stripe& stripe = stripe_of(item);
+    const std::lock_guard lock{stripe.mutex};
+    if (const auto row = find(stripe, item)) release(stripe, *row);
+  }
+
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const Stripe& stripe : stripes_) {
+      const std::lock_guard lock{stripe.mutex};
+      sum += stripe.index.bytes() + detail::allocated(stripe.rows) +
+             detail::allocated(stripe.blocks) +
+             stripe.blocks.size() * detail::allocated(block_rows * 2 * dimension_ * sizeof(float));
+    }
+    return sum;
+  }
+
  private:
+  using RecencyList = detail::RecencyList;
+  static constexpr std::size_t stripe_count = 64, block_rows = 16;
+  static constexpr std::uint32_t no_item = std::numeric_limits<std::uint32_t>::max();
+
   struct Row {
+    std::uint32_t item = no_item;
     std::uint32_t half_lives = 0;
-    std::vector<float> sums;  // positive, then expected
+    RecencyList::Links links;
   };
   struct Stripe {
-    mutable std::mutex mutex;
-    std::unordered_map<std::uint32_t, Row> rows;
+    mutable detail::RankedMutex<1> mutex;
+    detail::HashIndex index;
+    std::vector<Row> rows;
+    std::vector<std::unique_ptr<float[]>> blocks;  // of block_rows rows: positive, then expected
+    RecencyList order;
+    std::uint32_t free = RecencyList::none;  // a row without an item, its links.older the next
   };
 
-  Row& row_in(Stripe& stripe, std::uint32_t item) {
-    const auto found = stripe.rows.find(item);
-    if (found != stripe.rows.end()) return found->second;
-    return stripe.rows.emplace(item, Row{0, std::vector<float>(2 * dimension_)}).first->second;
+  Stripe& stripe_of(std::uint32_t item) noexcept { return stripes_[item % stripe_count]; }
+  static std::uint64_t hash_of(std::uint32_t item) noexcept {
+    return (item + std::uint64_t{1}) * 0x9e3779b97f4a7c15u;
+  }
+  static std::optional<std::uint32_t> find(const Stripe& stripe, std::uint32_t item) noexcept {
+    return stripe.index.find(hash_of(item),
+                             [&](std::uint32_t row) { return stripe.rows[row].item == item; });
+  }
+  float* sums_of(const Stripe& stripe, std::uint32_t row) const noexcept {
+    return stripe.blocks[row / block_rows].get() + row % block_rows * 2 * dimension_;
+  }
+  static auto links_in(Stripe& stripe) noexcept {
+    return [&stripe](std::uint32_t row) -> RecencyList::Links& { return stripe.rows[row].links; };
+  }
+
+  // Memory is taken without the lock.
+  void grow(Stripe& stripe, std::size_t index_slots, bool rows, std::size_t count) const {
+    detail::HashIndex larger;
+    std::vector<Row> more_rows;
+    std::vector<std::unique_ptr<float[]>> blocks;
+    std::unique_ptr<float[]> block;
+    if (index_slots != 0) larger = detail::HashIndex::of_capacity(index_slots);
+    if (rows) {
+      more_rows.reserve(count + block_rows);
+      blocks.reserve(count / block_rows + 1);
+      block.reset(new float[block_rows * 2 * dimension_]);
+    }
+    const std::lock_guard lock{stripe.mutex};
+    if (stripe.index.full() && larger.capacity() > stripe.index.capacity()) {
+      larger.take(stripe.index);
+      std::swap(larger, stripe.index);
+    }
+    if (rows && stripe.rows.size() == count && stripe.blocks.size() * block_rows == count) {
+      more_rows.assign(stripe.rows.begin(), stripe.rows.end());
+      more_rows.swap(stripe.rows);
+      for (auto& old : stripe.blocks) blocks.push_back(std::move(old));
+      blocks.push_back(std::move(block));
+      blocks.swap(stripe.blocks);
+    }
+  }
+
+  // The item's row; where it has none, a free one, a new one there is memory for, or the one added
+  // to longest ago. The caller holds the lock. None where there is no memory.
+  float* row_in(Stripe& stripe, std::uint32_t item) noexcept {
+    auto row = find(stripe, item);
+    if (row) {
+      stripe.order.touch(*row, links_in(stripe));
+      return sums_of(stripe, *row);
+    }
+    if (stripe.free == RecencyList::none) {
+      if (stripe.rows.size() < std::min(most_rows_, stripe.blocks.size() * block_rows)) {
+        stripe.rows.emplace_back();  // reserved with its block
+        stripe.free = static_cast<std::uint32_t>(stripe.rows.size() - 1);
+      } else if (stripe.order.oldest() != RecencyList::none) {
+        release(stripe, stripe.order.oldest());
+      } else {
+        return nullptr;
+      }
+    }
+    if (stripe.index.full()) return nullptr;
+    row = stripe.free;
+    stripe.free = stripe.rows[*row].links.older;
+    stripe.rows[*row].item = item;
+    stripe.rows[*row].half_lives = 0;
+    std::fill_n(sums_of(stripe, *row), 2 * dimension_, 0.0f);
+    stripe.index.insert(hash_of(item), *row);
+    stripe.order.add(*row, links_in(stripe));
+    return sums_of(stripe, *row);
+  }
+
+  static void release(Stripe& stripe, std::uint32_t row) noexcept {
+    stripe.index.erase(hash_of(stripe.rows[row].item), row);
+    stripe.order.remove(row, links_in(stripe));
+    stripe.rows[row].item = no_item;
+    stripe.rows[row].links.older = stripe.free;
+    stripe.free = row;
   }
 
   void add(std::uint32_t item, std::span<const float> query, double amount, std::size_t offset,
-           const DecayMoment& moment) {
-    Stripe& stripe = stripes_[item % stripes_.size()];
+           const DecayMoment& moment) noexcept {
+    Stripe& stripe = stripe_of(item);
     const std::lock_guard lock{stripe.mutex};
-    Row& row = row_in(stripe, item);
+    float* sums = row_in(stripe, item);
+    if (!sums) return;
+    Row& row = stripe.rows[*find(stripe, item)];
     if (moment.half_lives > row.half_lives) {
       const float scale =
           std::ldexp(1.0f, static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
-      for (float& sum : row.sums) sum *= scale;
+      for (std::size_t c = 0; c < 2 * dimension_; ++c) sums[c] *= scale;
       row.half_lives = moment.half_lives;
     }
     const auto factor = static_cast<float>(
         std::ldexp(amount * moment.weight,
                    static_cast<int>(moment.half_lives) - static_cast<int>(row.half_lives)));
-    for (std::size_t c = 0; c < dimension_; ++c) row.sums[offset + c] += factor * query[c];
+    for (std::size_t c = 0; c < dimension_; ++c) sums[offset + c] += factor * query[c];
   }
 
   std::size_t dimension_;
-  std::array<Stripe, 64> stripes_;
+  std::size_t most_rows_;  // a stripe
+  std::array<Stripe, stripe_count> stripes_;
 };
 
 // What one user was shown lately and did not choose: at most 64 items, the one shown longest ago
@@ -6936,71 +7346,70 @@ class RecentImpressions {
   static constexpr std::size_t capacity = 64;
   static constexpr std::int64_t half_life = 7 * 86'400;
 
-  // Takes the memory that adding `more` items could need.
-  void reserve(std::size_t more) {
-    const std::size_t wanted = std::min(entries_.size() + more, capacity);
-    if (wanted > entries_.capacity())
-      entries_.reserve(std::min(std::max(wanted, 2 * entries_.capacity()), capacity));
+  struct Entry {
+    std::uint32_t item;
+    float count;            // as of `seconds`
+    std::uint32_t seconds;  // since 1970
+  };
+
+  // The same on entries that lie elsewhere: count of them, with room for one more up to capacity.
+  static void add(Entry* entries, std::size_t& count, std::uint32_t item,
+                  std::int64_t timestamp) noexcept {
+    const std::uint32_t seconds = seconds_of(timestamp);
+    Entry* entry = find(entries, count, item);
+    if (!entry) {
+      entry = count < capacity
+                  ? entries + count++
+                  : std::min_element(entries, entries + count, [](const Entry& a, const Entry& b) {
+                      return a.seconds < b.seconds;
+                    });
+      *entry = {item, 0, seconds};
+    }
+    entry->count = 1.0f + faded(*entry, timestamp);
+    entry->seconds = std::max(entry->seconds, seconds);
+  }
+  static void remove(Entry* entries, std::size_t& count, std::uint32_t item) noexcept {
+    if (Entry* entry = find(entries, count, item)) *entry = entries[--count];
+  }
+  static Entry* find(Entry* entries, std::size_t count, std::uint32_t item) noexcept {
+    Entry* const found = std::find_if(entries, entries + count,
+                                      [item](const Entry& entry) { return entry.item == item; });
+    return found == entries + count ? nullptr : found;
+  }
+  static float faded(const Entry& entry, std::int64_t timestamp) noexcept {
+    const double age =
+        std::max(0.0, static_cast<double>(timestamp) - static_cast<double>(entry.seconds));
+    return entry.count * std::exp2(static_cast<float>(-age / half_life));
   }
 
   void add(std::uint32_t item, std::int64_t timestamp) {
-    Entry* entry = find(item);
-    if (!entry && entries_.size() < capacity) {
-      entry = &entries_.emplace_back(Entry{item, 0, timestamp});
-    } else if (!entry) {
-      entry = &*std::min_element(
-          entries_.begin(), entries_.end(),
-          [](const Entry& a, const Entry& b) { return a.timestamp < b.timestamp; });
-      *entry = {item, 0, timestamp};
-    }
-    entry->count = 1.0f + faded(*entry, timestamp);
-    entry->timestamp = std::max(entry->timestamp, timestamp);
+    std::size_t count = entries_.size();
+    if (count < capacity) entries_.emplace_back();
+    add(entries_.data(), count, item, timestamp);
+    entries_.resize(count);
   }
-
   // The user chose the item: what came before is no longer held against it.
   void remove(std::uint32_t item) noexcept {
-    if (Entry* entry = find(item)) {
-      *entry = entries_.back();
-      entries_.pop_back();
-    }
+    std::size_t count = entries_.size();
+    remove(entries_.data(), count, item);
+    entries_.resize(count);
   }
-
   float count(std::uint32_t item, std::int64_t timestamp) const noexcept {
-    const Entry* entry = const_cast<RecentImpressions*>(this)->find(item);
-    return entry ? faded(*entry, timestamp) : 0.0f;
+    for (const Entry& entry : entries_)
+      if (entry.item == item) return faded(entry, timestamp);
+    return 0;
   }
-
-  bool contains(std::uint32_t item) const noexcept {
-    return std::any_of(entries_.begin(), entries_.end(),
-                       [item](const Entry& entry) { return entry.item == item; });
-  }
-
   template <class Visit>
   void for_each(std::int64_t timestamp, Visit visit) const {
     for (const Entry& entry : entries_) visit(entry.item, faded(entry, timestamp));
   }
-
   std::size_t size() const noexcept { return entries_.size(); }
 
  private:
-  struct Entry {
-    std::uint32_t item;
-    float count;  // as of timestamp
-    std::int64_t timestamp;
-  };
-
-  static float faded(const Entry& entry, std::int64_t timestamp) noexcept {
-    const double age =
-        std::max(0.0, static_cast<double>(timestamp) - static_cast<double>(entry.timestamp));
-    return entry.count * std::exp2(static_cast<float>(-age / half_life));
+  static std::uint32_t seconds_of(std::int64_t timestamp) noexcept {
+    return static_cast<std::uint32_t>(
+        std::clamp<std::int64_t>(timestamp, 0, std::numeric_limits<std::uint32_t>::max()));
   }
-
-  Entry* find(std::uint32_t item) noexcept {
-    const auto found = std::find_if(entries_.begin(), entries_.end(),
-                                    [item](const Entry& entry) { return entry.item == item; });
-    return found == entries_.end() ? nullptr : &*found;
-  }
-
   std::vector<Entry> entries_;
 };
 
@@ -7015,26 +7424,29 @@ struct SlotChoice {
   float pool_value = 0;   // mean value of the pool, weighted by softmax
 };
 
-// One pick of a logged slate. "Log clicks": the natural logarithm of an expected number of positive
-// events.
+// One pick of a remembered slate; its place is its index. "Log clicks": the natural logarithm of an
+// expected number of positive events.
 struct LoggedPick {
-  SlotChoice choice;        // with pool_value as the values below
-  std::uint32_t place = 0;  // from 0
-  float relevance = 0;      // S, the model's score less the user's own normaliser (room 12)
-  float adjustment = 0;     // what feedback added when served, in log clicks
-  float examination = 1;    // probability that a user looks at this position
-  float expected = 0;       // positive events expected of the impression by the model alone
-  float value = 0;          // the same by all that is known
-  float best_value = 0;     // had the slot gone to choice.best
-  bool seen = false;
-  bool positive = false;
+  std::uint32_t item = 0;
+  float relevance = 0;    // S, the model's score less the user's own normaliser (room 12)
+  float adjustment = 0;   // what feedback added when served, in log clicks
+  float expected = 0;     // positive events expected of the impression by the model alone
+  float value = 0;        // the same by all that is known
+  float examination = 1;  // probability that a user looks at this place
+  bool explored = false, seen = false, positive = false;
+};
+
+// What only RecommenderOptions::log needs of a pick, remembered where it is set.
+struct LoggedChoice {
+  SlotChoice choice;     // pool_value times examination
+  float best_value = 0;  // value, had the slot gone to choice.best
 };
 
 struct LoggedSlate {
   std::int64_t timestamp = 0;
-  bool reported = false;     // an event or a call has said which picks were seen
   std::vector<float> query;  // the user's, when served; empty for a user without events
   std::vector<LoggedPick> picks;
+  std::vector<LoggedChoice> choices;  // as many as picks, or none
 };
 
 enum class SlateStatus : std::uint8_t {
@@ -7045,83 +7457,246 @@ enum class SlateStatus : std::uint8_t {
 
 // The last slates, each found again by its recommendation id: its number and a keyed hash of number
 // and owner, so that ids can be neither guessed nor used for another user. Any number of threads
-// may call; a slate is used under one of 64 locks. Memory: `capacity` slates, taken as they come.
+// may call. An owner's slates all lie in one of up to 64 parts, each a ring under a lock of its
+// own: who asks for many slates displaces those of his part only. Memory: the budget, taken at
+// once.
 class SlateLog {
  public:
-  // capacity: slates, >= 1; expiry: seconds.
-  SlateLog(std::size_t capacity, std::int64_t expiry, const detail::HashKey& key)
-      : key_(key), expiry_(expiry), slots_(capacity) {}
-
-  // Adds a slate that fill(LoggedSlate&) completes; its memory is reused. Writes the id to `id`.
-  template <class Fill>
-  void add(std::string_view owner, std::int64_t timestamp, std::string& id, Fill fill) {
-    const std::uint64_t number = next_.fetch_add(1, std::memory_order_relaxed);
-    write_id(number, tag(number, owner), id);
-    Slot& slot = slots_[number % slots_.size()];
-    const std::lock_guard lock{mutex_of(number)};
-    // A thread held up for a whole round of the ring must not displace the newer slate.
-    if (slot.number > number) return;
-    slot.number = number;
-    slot.slate.timestamp = timestamp;
-    slot.slate.reported = false;
-    slot.slate.query.clear();
-    slot.slate.picks.clear();
-    fill(slot.slate);
+  // capacity: slates, >= 1; expiry: seconds; budget: bytes; dimension: of queries; with_choices:
+  // whether LoggedChoice is kept.
+  SlateLog(std::size_t capacity, std::int64_t expiry, const detail::HashKey& key,
+           std::size_t budget = std::size_t{64} << 20, std::size_t dimension = 0,
+           bool with_choices = false)
+      : key_(key),
+        expiry_(expiry),
+        dimension_(dimension),
+        with_choices_(with_choices),
+        stripes_(std::bit_floor(
+            std::clamp<std::size_t>(std::min(capacity / 16, budget >> 18), 1, most_stripes))) {
+    const std::size_t slots = std::max<std::size_t>(capacity / stripes_.size(), 1);
+    const std::size_t bytes = budget / stripes_.size();
+    const std::size_t least = slate_size(1, dimension_ > 0) * slates_a_ring;
+    ring_size_ = std::max(bytes - std::min(bytes, slots * sizeof(Slot)), least);
+    for (Stripe& stripe : stripes_) {
+      stripe.slots.resize(slots);
+      stripe.ring.reset(new std::byte[ring_size_]);
+    }
   }
 
-  // Calls use(LoggedSlate&) where the id is one of this owner's slates and still remembered.
-  template <class Use>
-  SlateStatus use(std::string_view id, std::string_view owner, std::int64_t timestamp, Use use) {
-    const auto parsed = read_id(id);
-    if (!parsed || parsed->second != tag(parsed->first, owner)) return SlateStatus::unknown;
-    const std::uint64_t number = parsed->first;
-    Slot& slot = slots_[number % slots_.size()];
-    const std::lock_guard lock{mutex_of(number)};
-    if (slot.number != number || timestamp - expiry_ > slot.slate.timestamp)
+  // Of a slate only so many first places are remembered, so that no slate displaces all others.
+  std::size_t most_picks() const noexcept {
+    return (ring_size_ / slates_a_ring - slate_size(0, dimension_ > 0)) / pick_size();
+  }
+
+  // Remembers a slate; what is behind most_picks() is not read. Writes the id to `id`, which has
+  // room for 32 characters or takes it. now: by the clock.
+  void add(std::string_view owner, const LoggedSlate& slate, std::int64_t now, std::string& id) {
+    id.resize(32);
+    const std::uint64_t of_owner = owner_hash(owner);
+    const std::size_t s = of_owner % stripes_.size();
+    Stripe& stripe = stripes_[s];
+    const std::size_t picks = std::min(slate.picks.size(), most_picks());
+    const std::size_t size = slate_size(picks, !slate.query.empty());
+    std::uint64_t number = 0;
+    {
+      const std::lock_guard lock{stripe.mutex};
+      const std::uint64_t sequence = stripe.next++;
+      number = sequence * stripes_.size() + s;
+      if (ring_size_ - stripe.head % ring_size_ < size)
+        stripe.head += ring_size_ - stripe.head % ring_size_;
+      Slot& slot = stripe.slots[sequence % stripe.slots.size()];
+      slot = {number,
+              order_.fetch_add(1, std::memory_order_relaxed),
+              of_owner,
+              slate.timestamp,
+              now,
+              stripe.head,
+              static_cast<std::uint32_t>(picks),
+              !slate.query.empty(),
+              false};
+      stripe.head += size;
+      std::byte* at = bytes_of(stripe, slot);
+      at = put(at, slate.query.data(), slate.query.empty() ? 0 : dimension_);
+      at = put(at, slate.picks.data(), picks);
+      if (with_choices_) put(at, slate.choices.data(), picks);
+    }
+    write_id(number, tag(number, of_owner), id);
+  }
+
+  // Copies the owner's slate of this id to `slate`, whose memory is reused, where it is still
+  // remembered, and whether its impressions were reported to `reported`. timestamp: of the event.
+  // A slate that was found expired stays so.
+  SlateStatus read(std::string_view id, std::string_view owner, std::int64_t timestamp,
+                   std::int64_t now, LoggedSlate& slate, bool& reported) {
+    const auto number = number_of(id, owner);
+    if (!number) return SlateStatus::unknown;
+    // Memory first, without the lock.
+    slate.query.resize(dimension_);
+    slate.picks.resize(most_picks());
+    slate.choices.resize(with_choices_ ? most_picks() : 0);
+    Stripe& stripe = stripes_[*number % stripes_.size()];
+    const std::lock_guard lock{stripe.mutex};
+    Slot* slot = find(stripe, *number);
+    if (!slot) return SlateStatus::expired;
+    if (detail::elapsed(slot->timestamp, timestamp) > expiry_ ||
+        detail::elapsed(slot->served, now) > expiry_) {
+      slot->number = 0;
       return SlateStatus::expired;
-    use(slot.slate);
+    }
+    copy(stripe, *slot, slate);
+    reported = slot->reported;
     return SlateStatus::found;
   }
 
-  // Visits remembered slates whose impressions were reported, newest first, at most `limit`.
+  // Marks picks of a slate that read() found: change(place, LoggedPick&) for each, under the lock;
+  // it may set what is a bool. Nothing where the slate was displaced meanwhile.
+  template <class Change>
+  void mark(std::string_view id, std::string_view owner, Change change) noexcept {
+    const auto number = number_of(id, owner);
+    if (!number) return;
+    Stripe& stripe = stripes_[*number % stripes_.size()];
+    const std::lock_guard lock{stripe.mutex};
+    Slot* slot = find(stripe, *number);
+    if (!slot) return;
+    slot->reported = true;
+    std::byte* at = bytes_of(stripe, *slot) + (slot->has_query ? dimension_ * sizeof(float) : 0);
+    for (std::uint32_t place = 0; place < slot->picks; ++place, at += sizeof(LoggedPick)) {
+      LoggedPick pick;
+      std::memcpy(&pick, at, sizeof pick);
+      change(place, pick);
+      std::memcpy(at, &pick, sizeof pick);
+    }
+  }
+
+  // Visits remembered slates whose impressions were reported, newest first, at most `limit`; no
+  // lock is held meanwhile. Cost: O(capacity) beside the visits.
   template <class Visit>
   void for_each_reported(std::size_t limit, Visit visit) const {
-    std::uint64_t number = next_.load(std::memory_order_relaxed) - 1;
-    for (std::size_t s = 0; s < slots_.size() && number > 0 && limit > 0; ++s, --number) {
-      const Slot& slot = slots_[number % slots_.size()];
-      const std::lock_guard lock{mutex_of(number)};
-      if (slot.number != number || !slot.slate.reported) continue;
-      visit(slot.slate);
-      --limit;
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> newest;  // order and number
+    for (const Stripe& stripe : stripes_) {
+      newest.reserve(newest.size() + stripe.slots.size());
+      const std::lock_guard lock{stripe.mutex};
+      for (const Slot& slot : stripe.slots)
+        if (slot.reported && find(stripe, slot.number)) newest.push_back({slot.order, slot.number});
     }
+    const std::size_t count = std::min(limit, newest.size());
+    std::partial_sort(newest.begin(), newest.begin() + static_cast<std::ptrdiff_t>(count),
+                      newest.end(), std::greater<>{});
+    LoggedSlate slate;
+    for (std::size_t i = 0; i < count; ++i) {
+      slate.query.resize(dimension_);
+      slate.picks.resize(most_picks());
+      slate.choices.resize(with_choices_ ? most_picks() : 0);
+      const Stripe& stripe = stripes_[newest[i].second % stripes_.size()];
+      {
+        const std::lock_guard lock{stripe.mutex};
+        const Slot* slot = find(stripe, newest[i].second);
+        if (!slot) continue;
+        copy(stripe, *slot, slate);
+      }
+      visit(std::as_const(slate));
+    }
+  }
+
+  // Gives up all slates of an owner.
+  void forget(std::string_view owner) noexcept {
+    const std::uint64_t of_owner = owner_hash(owner);
+    Stripe& stripe = stripes_[of_owner % stripes_.size()];
+    const std::lock_guard lock{stripe.mutex};
+    for (Slot& slot : stripe.slots)
+      if (slot.owner == of_owner) {
+        if (find(stripe, slot.number))
+          std::memset(bytes_of(stripe, slot), 0, slate_size(slot.picks, slot.has_query));
+        slot = {};
+      }
+  }
+
+  std::size_t bytes() const noexcept {
+    return stripes_.size() *
+           (detail::allocated(ring_size_) + detail::allocated(stripes_[0].slots) + sizeof(Stripe));
   }
 
  private:
   struct Slot {
-    std::uint64_t number = 0;  // 0: never used
-    LoggedSlate slate;
+    std::uint64_t number = 0;  // 0: not used
+    std::uint64_t order = 0;   // among the slates of all parts
+    std::uint64_t owner = 0;   // hash
+    std::int64_t timestamp = 0, served = 0;
+    std::uint64_t begin = 0;  // bytes written to the ring before it
+    std::uint32_t picks = 0;
+    bool has_query = false;
+    bool reported = false;  // an event or a call has said which picks were seen
   };
+  struct Stripe {
+    mutable detail::RankedMutex<1> mutex;
+    std::vector<Slot> slots;
+    std::unique_ptr<std::byte[]> ring;  // slates, each in one piece: query, picks, choices
+    std::uint64_t head = 0;             // bytes written in all
+    std::uint64_t next = 1;
+  };
+  static constexpr std::size_t most_stripes = 64;
+  static constexpr std::size_t slates_a_ring = 16;  // the largest
   static constexpr std::string_view digits = "0123456789abcdef";
+  static_assert(std::is_trivially_copyable_v<LoggedPick> &&
+                std::is_trivially_copyable_v<LoggedChoice>);
 
-  std::mutex& mutex_of(std::uint64_t number) const noexcept {
-    return mutexes_[number % slots_.size() % mutexes_.size()];
+  std::size_t pick_size() const noexcept {
+    return sizeof(LoggedPick) + (with_choices_ ? sizeof(LoggedChoice) : 0);
+  }
+  std::size_t slate_size(std::size_t picks, bool query) const noexcept {
+    return picks * pick_size() + (query ? dimension_ * sizeof(float) : 0);
   }
 
-  std::uint64_t tag(std::uint64_t number, std::string_view owner) const noexcept {
-    const std::uint64_t of_owner = detail::siphash(key_, std::as_bytes(std::span(owner)));
+  // Not displaced: its slot is still its own, and so are its bytes.
+  const Slot* find(const Stripe& stripe, std::uint64_t number) const noexcept {
+    const Slot& slot = stripe.slots[number / stripes_.size() % stripe.slots.size()];
+    return number != 0 && slot.number == number && slot.begin + ring_size_ >= stripe.head ? &slot
+                                                                                          : nullptr;
+  }
+  Slot* find(Stripe& stripe, std::uint64_t number) const noexcept {
+    return const_cast<Slot*>(find(std::as_const(stripe), number));
+  }
+  std::byte* bytes_of(const Stripe& stripe, const Slot& slot) const noexcept {
+    return stripe.ring.get() + slot.begin % ring_size_;
+  }
+
+  template <class T>
+  static std::byte* put(std::byte* at, const T* values, std::size_t count) noexcept {
+    if (count > 0) std::memcpy(at, values, count * sizeof(T));
+    return at + count * sizeof(T);
+  }
+  template <class T>
+  static const std::byte* take(const std::byte* at, std::vector<T>& values,
+                               std::size_t count) noexcept {
+    values.resize(count);  // to what is smaller
+    if (count > 0) std::memcpy(values.data(), at, count * sizeof(T));
+    return at + count * sizeof(T);
+  }
+  void copy(const Stripe& stripe, const Slot& slot, LoggedSlate& slate) const noexcept {
+    slate.timestamp = slot.timestamp;
+    const std::byte* at = bytes_of(stripe, slot);
+    at = take(at, slate.query, slot.has_query ? dimension_ : 0);
+    at = take(at, slate.picks, slot.picks);
+    take(at, slate.choices, with_choices_ ? slot.picks : 0);
+  }
+
+  std::uint64_t owner_hash(std::string_view owner) const noexcept {
+    return detail::siphash(key_, std::as_bytes(std::span(owner)));
+  }
+  std::uint64_t tag(std::uint64_t number, std::uint64_t of_owner) const noexcept {
     const std::array<std::uint64_t, 2> both{number, of_owner};
     return detail::siphash(key_, std::as_bytes(std::span(both)));
   }
 
-  static void write_id(std::uint64_t number, std::uint64_t tag, std::string& id) {
-    id.resize(32);
+  static void write_id(std::uint64_t number, std::uint64_t tag, std::string& id) noexcept {
     for (std::size_t i = 0; i < 16; ++i) {
       id[15 - i] = digits[number >> (4 * i) & 15];
       id[31 - i] = digits[tag >> (4 * i) & 15];
     }
   }
-
-  static std::optional<std::pair<std::uint64_t, std::uint64_t>> read_id(std::string_view id) {
+  // Of an id that was made for this owner.
+  std::optional<std::uint64_t> number_of(std::string_view id,
+                                         std::string_view owner) const noexcept {
     if (id.size() != 32) return std::nullopt;
     std::array<std::uint64_t, 2> words{};
     for (std::size_t i = 0; i < 32; ++i) {
@@ -7129,14 +7704,17 @@ class SlateLog {
       if (digit == std::string_view::npos) return std::nullopt;
       words[i / 16] = words[i / 16] << 4 | digit;
     }
-    return std::pair{words[0], words[1]};
+    if (words[1] != tag(words[0], owner_hash(owner))) return std::nullopt;
+    return words[0];
   }
 
   detail::HashKey key_;
   std::int64_t expiry_;
-  std::atomic<std::uint64_t> next_{1};
-  std::vector<Slot> slots_;
-  mutable std::array<std::mutex, 64> mutexes_;
+  std::size_t dimension_;
+  bool with_choices_;
+  std::size_t ring_size_ = 0;
+  std::atomic<std::uint64_t> order_{1};
+  std::vector<Stripe> stripes_;
 };
 
 // One impression or, where `positive`, one positive event on it. With these, other exploration
@@ -7157,7 +7735,7 @@ inline constexpr std::string_view log_csv_header =
     "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
     "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
 
-// The entry as a line of CSV under log_csv_header. Appends to `line`.
+// The entry as a line of CSV under log_csv_header, the same in every locale. Appends to `line`.
 inline void append_csv(const LogEntry& entry, std::string& line) {
   const auto quoted = [&line](std::string_view text) {
     if (text.find_first_of(",\"\r\n") == std::string_view::npos) {
@@ -7169,19 +7747,25 @@ inline void append_csv(const LogEntry& entry, std::string& line) {
     }
     line += ',';
   };
-  line += std::to_string(entry.timestamp) + ',';
+  std::array<char, 32> digits;
+  const auto number = [&](auto value, char behind) {
+    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
+    line.append(digits.data(), end);
+    line += behind;
+  };
+  number(entry.timestamp, ',');
   quoted(entry.user);
   quoted(entry.recommendation_id);
   quoted(entry.item);
-  std::array<char, 256> rest;
-  std::snprintf(
-      rest.data(), rest.size(), "%u,%d,%.9g,%d,%.9g,%.9g,%.9g,%.9g,%.9g\n", entry.position,
-      entry.positive ? 1 : 0, static_cast<double>(entry.choice.propensity),
-      entry.choice.pick.item == entry.choice.best.item ? 1 : 0,
-      static_cast<double>(entry.choice.pool_share), static_cast<double>(entry.choice.pool_logit),
-      static_cast<double>(entry.expected), static_cast<double>(entry.best_expected),
-      static_cast<double>(entry.choice.pool_value));
-  line += rest.data();
+  number(entry.position, ',');
+  number(entry.positive ? 1 : 0, ',');
+  number(entry.choice.propensity, ',');
+  number(entry.choice.pick.item == entry.choice.best.item ? 1 : 0, ',');
+  number(entry.choice.pool_share, ',');
+  number(entry.choice.pool_logit, ',');
+  number(entry.expected, ',');
+  number(entry.best_expected, ',');
+  number(entry.choice.pool_value, '\n');
 }
 
 // ============================================================================================
@@ -7262,12 +7846,9 @@ inline GammaPrior fit_prior(std::span<const ItemFeedback> items, const GammaPrio
   // (residual^2 - x) / x^2 estimates 1 / strength; an item with few expected events tells little.
   double spread = 20 / expected.strength, weights = 20;
   for (const ItemFeedback& item : items) {
-    const double x = mean * item.expected;
-    if (x <= 0) continue;
-    const double residual = item.positive - x;
-    const double weight = std::min(1.0, x * x);
-    spread += weight * (residual * residual - x) / (x * x);
-    weights += weight;
+    const double x = mean * item.expected, residual = item.positive - x;
+    spread += (residual * residual - x) / std::max(1.0, x * x);
+    weights += std::min(1.0, x * x);
   }
   const double variance = std::max(spread / weights, 0.0);
   return {std::clamp(1.0 / std::max(variance, 1e-6), 0.5, 50.0), mean};
@@ -7290,68 +7871,162 @@ class VectorCorrection {
  public:
   static constexpr double ridge = 16.0, damping = 0.7;
 
-  // second_moment: [d, d], mean of query query^T. Cost: some 10 d^3.
-  VectorCorrection(std::vector<double> second_moment, std::size_t dimension)
-      : dimension_(dimension), vectors_(dimension * dimension), values_(dimension) {
-    diagonalise(second_moment);
-    for (const double value : values_) trace_ += std::max(value, 0.0);
+  // second_moment: [d, d], mean of query query^T. Cost: some 8 d^3.
+  VectorCorrection(std::vector<double> second_moment, std::size_t dimension,
+                   const kernels::Table& table = kernels::chosen())
+      : dimension_(dimension), padded_(kernels::padded(dimension)), table_(&table) {
+    std::vector<double> values(dimension), vectors(dimension * dimension);
+    diagonalise(second_moment, vectors, values);
+    values_.resize(padded_);
+    zeros_.resize(padded_);
+    for (std::size_t e = 0; e < dimension; ++e) {
+      values_[e] = std::max(static_cast<float>(values[e]), 0.0f);
+      trace_ += values_[e];
+    }
+    // As Kernels::matrix_vector wants them: [blocks][inputs][lanes].
+    to_basis_.resize(padded_ * dimension);
+    from_basis_.resize(padded_ * dimension);
+    for (std::size_t e = 0; e < dimension; ++e)
+      for (std::size_t c = 0; c < dimension; ++c) {
+        const auto v = static_cast<float>(vectors[e * dimension + c]);
+        to_basis_[(e / lanes * dimension + c) * lanes + e % lanes] = v;
+        from_basis_[(c / lanes * dimension + e) * lanes + c % lanes] = v;
+      }
+    projection_.resize(padded_ + lanes);
+    residual_.resize(padded_ + lanes);
+    result_.resize(padded_);
   }
 
   // delta = damping (ridge trace(M) I + expected M)^-1 residual, so that the prior deviation of
-  // query . delta is 1 / sqrt(ridge) for a query of average length. residual, delta: [d].
+  // query . delta is 1 / sqrt(ridge) for a query of average length. residual, delta: [d]. 2 d^2
+  // multiplications. One thread at a time.
   void solve(std::span<const float> residual, double expected,
              std::span<float> delta) const noexcept {
     std::fill(delta.begin(), delta.end(), 0.0f);
     if (!(trace_ > 0)) return;
-    for (std::size_t e = 0; e < dimension_; ++e) {
-      const double* vector = vectors_.data() + e * dimension_;
-      double projection = 0;
-      for (std::size_t c = 0; c < dimension_; ++c)
-        projection += vector[c] * static_cast<double>(residual[c]);
-      const double step =
-          damping * projection / (ridge * trace_ + expected * std::max(values_[e], 0.0));
-      for (std::size_t c = 0; c < dimension_; ++c) delta[c] += static_cast<float>(step * vector[c]);
-    }
+    std::copy(residual.begin(), residual.end(), residual_.begin());
+    const std::size_t blocks = padded_ / lanes;
+    table_->matrix_vector(to_basis_.data(), zeros_.data(), dimension_, blocks, residual_.data(),
+                          projection_.data());
+    for (std::size_t e = 0; e < dimension_; ++e)
+      projection_[e] *= static_cast<float>(
+          damping / (ridge * trace_ + expected * static_cast<double>(values_[e])));
+    table_->matrix_vector(from_basis_.data(), zeros_.data(), dimension_, blocks, projection_.data(),
+                          result_.data());
+    std::copy_n(result_.begin(), dimension_, delta.begin());
   }
 
  private:
-  // Cyclic Jacobi rotations (Golub and Van Loan, 8.5); rows of vectors_ are the eigenvectors.
-  void diagonalise(std::vector<double>& a) {
-    const std::size_t n = dimension_;
-    for (std::size_t i = 0; i < n; ++i) vectors_[i * n + i] = 1;
-    const auto off_diagonal = [&] {
-      double sum = 0;
-      for (std::size_t p = 0; p < n; ++p)
-        for (std::size_t q = p + 1; q < n; ++q) sum += a[p * n + q] * a[p * n + q];
-      return sum;
-    };
-    double diagonal = 0;
-    for (std::size_t i = 0; i < n; ++i) diagonal += a[i * n + i] * a[i * n + i];
-    for (int sweep = 0; sweep < 30 && off_diagonal() > 1e-14 * diagonal; ++sweep) {
-      for (std::size_t p = 0; p < n; ++p) {
-        for (std::size_t q = p + 1; q < n; ++q) {
-          if (a[p * n + q] == 0) continue;
-          const double theta = (a[q * n + q] - a[p * n + p]) / (2 * a[p * n + q]);
-          const double t =
-              (theta < 0 ? -1.0 : 1.0) / (std::abs(theta) + std::sqrt(theta * theta + 1));
-          const double cosine = 1 / std::sqrt(t * t + 1), sine = t * cosine;
-          const auto rotate = [&](double& x, double& y) {
-            const double old = x;
-            x = cosine * old - sine * y;
-            y = sine * old + cosine * y;
-          };
-          for (std::size_t k = 0; k < n; ++k) rotate(a[k * n + p], a[k * n + q]);
-          for (std::size_t k = 0; k < n; ++k) rotate(a[p * n + k], a[q * n + k]);
-          for (std::size_t k = 0; k < n; ++k) rotate(vectors_[p * n + k], vectors_[q * n + k]);
-        }
+  static constexpr std::size_t lanes = kernels::lanes;
+
+  // a = vectors^T diag(values) vectors, of a symmetric a [n, n], which is used up: Householder's
+  // reduction to a tridiagonal matrix, then implicit QL (Golub and Van Loan, 8.3).
+  static void diagonalise(std::vector<double>& a, std::vector<double>& vectors,
+                          std::vector<double>& values) {
+    const std::size_t n = values.size();
+    std::vector<double> beside(n), scales(n);
+    reduce(a, values, beside, scales);
+    // Rows of `vectors` are the columns of H_0 H_1 ..., whose Householder vectors lie in a's
+    // columns.
+    for (std::size_t i = 0; i < n; ++i) vectors[i * n + i] = 1;
+    std::vector<double> sums(n);
+    for (std::size_t k = n > 2 ? n - 2 : 0; k-- > 0;) {
+      if (scales[k] == 0) continue;
+      for (std::size_t r = k + 1; r < n; ++r) {
+        double dot = 0;
+        for (std::size_t c = k + 1; c < n; ++c) dot += vectors[r * n + c] * a[k * n + c];
+        for (std::size_t c = k + 1; c < n; ++c)
+          vectors[r * n + c] -= scales[k] * dot * a[k * n + c];
       }
     }
-    for (std::size_t i = 0; i < n; ++i) values_[i] = a[i * n + i];
+    iterate(vectors, values, beside);
   }
 
-  std::size_t dimension_;
-  std::vector<double> vectors_, values_;
+  // values: the diagonal; beside: what stands next to it, from 0 on. Row k of a, from k + 1 on, is
+  // the k-th Householder vector v, H = I - scales[k] v v^T.
+  static void reduce(std::vector<double>& a, std::vector<double>& values,
+                     std::vector<double>& beside, std::vector<double>& scales) {
+    const std::size_t n = values.size();
+    std::vector<double> w(n);
+    for (std::size_t k = 0; k < n; ++k) {
+      values[k] = a[k * n + k];
+      if (k + 1 == n) break;
+      double* const v = a.data() + k * n;
+      double squares = 0, below = 0;
+      for (std::size_t c = k + 1; c < n; ++c) squares += v[c] * v[c];
+      for (std::size_t c = k + 2; c < n; ++c) below += v[c] * v[c];
+      beside[k] = v[k + 1];
+      if (!(below > 0)) continue;
+      beside[k] = v[k + 1] > 0 ? -std::sqrt(squares) : std::sqrt(squares);
+      v[k + 1] -= beside[k];
+      const double scale = 2 / (below + v[k + 1] * v[k + 1]);
+      scales[k] = scale;
+      double dot = 0;
+      for (std::size_t r = k + 1; r < n; ++r) {
+        double sum = 0;
+        for (std::size_t c = k + 1; c < n; ++c) sum += a[r * n + c] * v[c];
+        w[r] = scale * sum;
+        dot += w[r] * v[r];
+      }
+      for (std::size_t r = k + 1; r < n; ++r) w[r] -= 0.5 * scale * dot * v[r];
+      for (std::size_t r = k + 1; r < n; ++r)
+        for (std::size_t c = k + 1; c < n; ++c) a[r * n + c] -= v[r] * w[c] + w[r] * v[c];
+    }
+  }
+
+  static void iterate(std::vector<double>& vectors, std::vector<double>& values,
+                      std::vector<double>& beside) {
+    const std::size_t n = values.size();
+    constexpr double epsilon = std::numeric_limits<double>::epsilon();
+    const auto small = [&](std::size_t i) {
+      return std::abs(beside[i]) <= epsilon * (std::abs(values[i]) + std::abs(values[i + 1]));
+    };
+    for (std::size_t l = 0; l < n; ++l)
+      for (int step = 0; step < 60; ++step) {
+        std::size_t m = l;
+        while (m + 1 < n && !small(m)) ++m;
+        if (m == l) break;
+        // Wilkinson's shift, then plane rotations from m up to l.
+        const double half = (values[l + 1] - values[l]) / (2 * beside[l]);
+        double g =
+            values[m] - values[l] + beside[l] / (half + std::copysign(std::hypot(half, 1.0), half));
+        double sine = 1, cosine = 1, shift = 0;
+        std::size_t i = m;
+        while (i-- > l) {
+          const double f = sine * beside[i], b = cosine * beside[i];
+          const double r = std::hypot(f, g);
+          beside[i + 1] = r;
+          if (r == 0) break;
+          sine = f / r;
+          cosine = g / r;
+          const double before = values[i + 1] - shift;
+          const double s = (values[i] - before) * sine + 2 * cosine * b;
+          shift = sine * s;
+          values[i + 1] = before + shift;
+          g = cosine * s - b;
+          double* const upper = vectors.data() + i * n;
+          double* const lower = upper + n;
+          for (std::size_t c = 0; c < n; ++c) {
+            const double x = upper[c], y = lower[c];
+            lower[c] = sine * x + cosine * y;
+            upper[c] = cosine * x - sine * y;
+          }
+        }
+        if (i < l || i == static_cast<std::size_t>(-1)) {
+          values[l] -= shift;
+          beside[l] = g;
+        } else {
+          values[i + 1] -= shift;
+        }
+        beside[m] = 0;
+      }
+  }
+
+  std::size_t dimension_, padded_;
+  const kernels::Table* table_;
+  std::vector<float> to_basis_, from_basis_, values_, zeros_;
   double trace_ = 0;
+  mutable std::vector<float> projection_, residual_, result_;  // while solving
 };
 
 // tau, in log clicks. The higher, the more mediocre items of a large pool count together as one
@@ -7371,6 +8046,10 @@ class SlotPolicy {
   SlotPolicy() = default;
   SlotPolicy(float weight, float temperature, float slope = 1) noexcept {
     configure(weight, temperature, slope);
+  }
+
+  std::size_t bytes() const noexcept {
+    return detail::allocated(weights_) + detail::allocated(blocks_) + detail::allocated(open_);
   }
 
   // weight in [0, 1]; temperature > 0, in log clicks; slope > 0: log clicks a unit of score.
@@ -7399,17 +8078,18 @@ class SlotPolicy {
               ItemMask& taken, std::vector<SlotChoice>& choices) {
     choices.clear();
     if (weight_ == 0) pool = {};
-    values_ = pool.empty() ? std::span<const float>{} : values;
+    if (pool.empty()) values = {};
     open_.assign(pool.size(), 1);
     remaining_ = pool.size();
     weights_.resize(pool.size());
-    weigh(pool);
+    weigh(pool, values);
     std::size_t next = 0;
     while (choices.size() < count) {
       while (next < ranking.size() && taken.test(ranking[next].item)) ++next;
       const bool has_best = next < ranking.size();
-      if (!has_best && remaining_ == 0) break;
-      if (remaining_ == 0) {
+      const bool open = remaining_ > 0 && total_ > 0 && std::isfinite(total_);
+      if (!has_best && !open) break;
+      if (!open) {
         choices.push_back({ranking[next], ranking[next], false, 1.0f, 0.0f,
                            -std::numeric_limits<float>::infinity(), 0.0f});
         taken.set(ranking[next].item);
@@ -7422,8 +8102,10 @@ class SlotPolicy {
                                : std::numeric_limits<double>::infinity();
       const double explore = has_best ? static_cast<double>(weight_) * win(logit) : 1.0;
       const auto [which, where] = random.uniform(choices.size());
-      const bool explored = which < explore;
-      const std::size_t j = explored ? draw(where) : position(pool, ranking[next].item);
+      std::size_t j = which < explore ? draw(where) : pool.size();
+      const bool explored = j < pool.size();
+      if (!explored && !has_best) break;
+      if (!explored) j = position(pool, ranking[next].item);
       const ScoredItem pick = explored ? pool[j] : ranking[next];
       const bool best = has_best && pick.item == ranking[next].item;
       const double share = j < pool.size() ? static_cast<double>(weights_[j]) / total_ : 0.0;
@@ -7432,23 +8114,23 @@ class SlotPolicy {
                          static_cast<float>(share), static_cast<float>(logit),
                          static_cast<float>(value_ / total_)});
       taken.set(pick.item);
-      if (j < pool.size()) remove(pool, j);
+      if (j < pool.size()) remove(pool, values, j);
     }
     for (const SlotChoice& choice : choices) taken.reset(choice.pick.item);
   }
 
  private:
   // Weights relative to the largest l of the items that are left.
-  void weigh(std::span<const ScoredItem> pool) {
+  void weigh(std::span<const ScoredItem> pool, std::span<const float> values) {
     largest_ = -std::numeric_limits<float>::infinity();
     for (std::size_t j = 0; j < open_.size(); ++j)
       if (open_[j]) largest_ = std::max(largest_, pool[j].score);
     for (std::size_t j = 0; j < open_.size(); ++j)
       weights_[j] = open_[j] ? std::exp((pool[j].score - largest_) / temperature_) : 0.0f;
-    add_up();
+    add_up(values);
   }
 
-  void add_up() {
+  void add_up(std::span<const float> values) {
     total_ = value_ = 0;
     blocks_.clear();
     for (std::size_t begin = 0; begin < weights_.size(); begin += block) {
@@ -7458,28 +8140,29 @@ class SlotPolicy {
       blocks_.push_back(sum);
       total_ += sum;
     }
-    for (std::size_t j = 0; j < values_.size(); ++j)
-      value_ += static_cast<double>(weights_[j]) * static_cast<double>(values_[j]);
+    for (std::size_t j = 0; j < values.size(); ++j)
+      value_ += static_cast<double>(weights_[j]) * static_cast<double>(values[j]);
   }
 
-  void remove(std::span<const ScoredItem> pool, std::size_t j) {
+  void remove(std::span<const ScoredItem> pool, std::span<const float> values, std::size_t j) {
     const auto weight = static_cast<double>(weights_[j]);
     open_[j] = 0;
     weights_[j] = 0;
     --remaining_;
     blocks_[j / block] -= weight;
     total_ -= weight;
-    if (!values_.empty()) value_ -= weight * static_cast<double>(values_[j]);
+    if (!values.empty()) value_ -= weight * static_cast<double>(values[j]);
     // A sum that lost most of itself is left with rounding errors.
-    if (weight > total_) add_up();
-    if (total_ < 1e-20) weigh(pool);
+    if (weight > total_) add_up(values);
+    if (total_ < 1e-20) weigh(pool, values);
   }
 
+  // pool.size() where no item has weight.
   std::size_t draw(double where) const noexcept {
     double at = where * total_;
     std::size_t b = 0;
     while (b + 1 < blocks_.size() && at >= blocks_[b]) at -= blocks_[b++];
-    // Where rounding leaves nothing in the block that was reached, the next item with weight.
+    // Where rounding leaves nothing in the block that was reached, the last item with weight.
     std::size_t last = weights_.size();
     for (std::size_t j = b * block; j < weights_.size(); ++j) {
       if (!(weights_[j] > 0)) continue;
@@ -7487,7 +8170,8 @@ class SlotPolicy {
       at -= static_cast<double>(weights_[j]);
       if (at < 0) return j;
     }
-    while (last == weights_.size() || !(weights_[last] > 0)) --last;
+    for (std::size_t j = b * block; last == weights_.size() && j-- > 0;)
+      if (weights_[j] > 0) last = j;
     return last;
   }
 
@@ -7506,15 +8190,2393 @@ class SlotPolicy {
   std::vector<float> weights_;  // softmax numerators of the pool, 0 where taken
   std::vector<double> blocks_;  // their sums over blocks
   std::vector<char> open_;
-  std::span<const float> values_;
   std::size_t remaining_ = 0;
   float largest_ = 0;
   double total_ = 0, value_ = 0;  // sums over weights_, of weights_ x values_
 };
 
 // ============================================================================================
-// Room 16: recommender. Owns users and sessions and the catalogue as feedback has shaped it, and
-// answers requests. Uses all earlier rooms.
+// Room 13: catalogue. Owns the items: their ids beyond the model's, one published generation of
+// what is known of them, and how the next generation is built. Uses rooms 1, 2, 4 and 6 to 12.
+// ============================================================================================
+
+// An item that enters the catalogue, or is changed in it, at the next update. What is left out
+// stays as it is: a creation timestamp that is missing, fields that are not named.
+struct NewItem {
+  std::string_view item = {};  // 1 to 256 bytes of UTF-8 without control characters
+  std::optional<std::int64_t> creation_timestamp = {};  // of a new item: the time of the call
+  // Name and value of metadata fields, categories separated by '|'. At most 64 KiB together.
+  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
+};
+
+// What the last update did. An update that had nothing to do leaves the report of the one before.
+struct UpdateReport {
+  std::int64_t timestamp = no_timestamp;  // it learnt for
+  std::chrono::microseconds duration{0};
+  std::size_t items_added = 0, items_changed = 0, items_removed = 0;
+  std::size_t items_learnt = 0;     // with feedback, whose scores it set anew
+  std::size_t events_replayed = 0;  // that came for items which were put and not in yet
+  std::size_t events_lost = 0;      // of those, where memory ran out
+  std::size_t values_unknown = 0;   // of the fields of items: no embedding in the model
+  std::size_t items_refused = 0;
+  std::vector<std::pair<std::string, Error>> refused = {};  // the first 100 of them, and why
+  std::optional<Error> error = {};  // of an update that could not be made; the catalogue stayed
+};
+
+namespace detail {
+
+// The ids of a model's items and of those that were put since, numbered in that order. A copy
+// shares what it does not change; read by any number of threads, changed by one.
+class ItemIds {
+ public:
+  ItemIds(std::shared_ptr<const Model> model, const HashKey& key)
+      : model_(std::move(model)), key_(key) {}
+  ItemIds(const ItemIds& other)
+      : model_(other.model_), key_(other.key_), added_(other.added_), parts_(other.parts_) {}
+  ItemIds& operator=(const ItemIds&) = delete;
+
+  std::size_t size() const noexcept { return model_->item_count() + added_.size(); }
+
+  std::string_view operator[](std::uint32_t item) const noexcept {
+    const std::size_t base = model_->item_count();
+    return item < base ? model_->item_id(item) : std::string_view(added_[item - base]);
+  }
+
+  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
+    if (const auto item = model_->find_item(id)) return item;
+    if (added_.empty()) return std::nullopt;
+    const std::uint64_t hash = hash_of(id);
+    const auto& part = parts_[hash % parts_.size()];
+    if (!part) return std::nullopt;
+    const auto found = part->find(hash, [&](std::uint32_t n) { return added_[n] == id; });
+    if (!found) return std::nullopt;
+    return static_cast<std::uint32_t>(*found + model_->item_count());
+  }
+
+  // The number of an id that is not there yet.
+  std::uint32_t add(std::string_view id) {
+    const std::uint64_t hash = hash_of(id);
+    const std::size_t p = hash % parts_.size();
+    if (!owned_.test(p) || parts_[p]->full()) {
+      const HashIndex& old = parts_[p] ? *parts_[p] : HashIndex{};
+      parts_[p] = std::make_shared<HashIndex>(old.full() ? old.grown() : old);
+      owned_.set(p);
+    }
+    added_.push_back(std::string(id));
+    const auto number = static_cast<std::uint32_t>(added_.size() - 1);
+    parts_[p]->insert(hash, number);
+    return static_cast<std::uint32_t>(number + model_->item_count());
+  }
+
+  std::size_t bytes() const noexcept {
+    std::size_t sum =
+        allocated(sizeof *this) + added_.pages() * added_.page_size * sizeof(std::string);
+    for (const auto& part : parts_)
+      if (part) sum += allocated(sizeof(HashIndex) + 16) + part->bytes();
+    for (std::size_t i = 0; i < added_.size(); ++i)
+      if (added_[i].capacity() > 15) sum += allocated(added_[i].capacity() + 1);
+    return sum;
+  }
+
+ private:
+  std::uint64_t hash_of(std::string_view id) const noexcept {
+    return siphash(key_, std::as_bytes(std::span(id)));
+  }
+
+  std::shared_ptr<const Model> model_;
+  HashKey key_;
+  PagedArray<std::string> added_;
+  std::array<std::shared_ptr<HashIndex>, 256> parts_;
+  std::bitset<256> owned_;  // parts that no other copy has seen
+};
+
+struct PoolItem {
+  std::uint32_t item;
+  float bonus;  // half the deviation of the log quality, in units of score
+  std::int64_t created;
+};
+
+// What an update needs to know of RecommenderOptions.
+struct CatalogueSettings {
+  bool feedback = true;
+  float exploration_weight = 0;
+  std::int64_t cut_off = 0;  // seconds
+  bool gate_lookup = false;
+  const kernels::Table* table = nullptr;
+};
+
+// The items as one update left them; immutable once published. Quality, corrections and bonuses are
+// in units of score. u = query . vectors + biases. An item that was removed has a NaN for a bias.
+struct Catalogue {
+  static constexpr std::uint64_t well_known = 10;  // interactions
+  static constexpr double explored_enough = 3;     // expected positive events
+  static constexpr std::size_t max_pool = 4096;    // the newest
+  static constexpr std::int64_t half_life = 14 * 86'400;
+
+  std::shared_ptr<const Model> base;
+  std::shared_ptr<const ItemIds> ids;
+  std::shared_ptr<const Encoder> encoder;  // of the base's items
+  std::shared_ptr<ItemCounters> counters;  // positive and expected, with feedback
+  PagedArray<ItemStatistics> statistics;
+  ItemRows rows;              // the model's, and those of new items
+  ItemRows input_rows;        // what the encoder takes in, where that is not the item's row
+  PagedArray<float> offsets;  // the model's biases, and those of new items
+  ItemRows vectors;           // rows with corrections
+  PagedArray<float> biases;   // offsets with quality and corrections
+  PagedArray<float> quality;  // empty without feedback
+  PagedArray<std::uint32_t> correction_of;                // row + 1 of corrections, 0: none
+  std::shared_ptr<const std::vector<float>> corrections;  // [rows, d + 1]: delta, then a constant
+  std::shared_ptr<const std::vector<std::uint32_t>> corrected;  // the item of each
+  std::shared_ptr<const Scorer> scorer;
+  // log of interactions, on the scale of those in training; share of all = exp(popularity + scale)
+  PagedArray<float> popularity;
+  float popularity_scale = 0;
+  double trained_interactions = 0, interactions = 0;  // of all items; on that scale
+  std::int64_t started = 0;  // the training's interactions count as of this time
+  std::shared_ptr<const std::vector<std::uint32_t>>
+      popular;                               // by popularity and quality, best first
+  std::vector<std::uint32_t> popular_later;  // put or changed since that was sorted, best first
+  std::vector<std::uint32_t> later_items;    // the same, ascending
+  std::vector<PoolItem> pool;                // ascending by item
+  std::vector<float> pool_vectors, pool_biases;
+  Calibration calibration;
+  GammaPrior well_known_prior{10, 1}, cold_prior{2, 1};
+  std::shared_ptr<const std::vector<double>> second_moment;  // of queries of reported slates
+  float mean_square = 0;  // of the lengths of the model's item vectors
+  float low_bias = 0;     // of an item of which nothing is known
+  // Ascending: items with counts, whose scores each learning sets anew. All others have the quality
+  // of items without feedback: 0 where they are well known, else unseen_quality.
+  std::shared_ptr<const std::vector<std::uint32_t>> active;
+  float unseen_quality = 0;
+  bool changed_base = false;  // items were put or removed: `base` alone is not the model
+
+  std::size_t size() const noexcept { return ids->size(); }
+  std::size_t dimension() const noexcept { return base->dimension(); }
+  bool available(std::uint32_t item) const noexcept { return !std::isnan(biases[item]); }
+
+  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
+    const auto item = ids->find(id);
+    return item && *item < size() && available(*item) ? item : std::nullopt;
+  }
+
+  // Whether an item's row is another than the model's own, or the model has none.
+  static bool replaced(const ItemRows& rows, const Matrix& own, std::uint32_t item) noexcept {
+    if (item >= own.rows()) return true;
+    const std::size_t at = item * own.columns();
+    return own.type() == ElementType::i8 ? rows.i8(item) != own.i8().data() + at
+                                         : rows.f32(item) != own.f32().data() + at;
+  }
+  // The item's input to the encoder, where the model has none or another; else empty. buffer: [e].
+  std::span<const float> input_of(std::uint32_t item, std::span<float> buffer) const noexcept {
+    const ItemRows& inputs = input_rows.empty() ? rows : input_rows;
+    if (!replaced(inputs, base->parts().inputs(), item)) return {};
+    inputs.row(item, buffer);
+    return buffer;
+  }
+
+  const float* correction(std::uint32_t item) const noexcept {
+    if (correction_of.empty() || correction_of[item] == 0) return nullptr;
+    return corrections->data() + (correction_of[item] - std::size_t{1}) * (dimension() + 1);
+  }
+  // What this user's likes add to the item's score.
+  float taste(std::uint32_t item, std::span<const float> query) const noexcept {
+    const float* row = correction(item);
+    if (!row) return 0;
+    const std::size_t d = dimension();
+    return std::inner_product(row, row + d, query.begin(), row[d]);
+  }
+  float quality_of(std::uint32_t item) const noexcept {
+    return quality.empty() ? 0.0f : quality[item];
+  }
+  // Without events of the user: the log of the item's share of interactions, with its quality.
+  float popular_score(std::uint32_t item) const noexcept {
+    return popularity[item] + popularity_scale + quality_of(item);
+  }
+
+  ItemFeedback feedback_of(std::uint32_t item, const DecayMoment& moment) const noexcept {
+    if (item >= counters->size()) return {};
+    return {counters->value(ItemCounters::Kind::positive, item, moment),
+            counters->value(ItemCounters::Kind::expected, item, moment)};
+  }
+  double interactions_since(std::uint32_t item, const DecayMoment& moment) const noexcept {
+    return item < counters->size() ? counters->value(ItemCounters::Kind::interactions, item, moment)
+                                   : 0;
+  }
+  bool is_well_known(std::uint32_t item, const DecayMoment& moment) const noexcept {
+    return static_cast<double>(statistics[item].interactions) + interactions_since(item, moment) >=
+           static_cast<double>(well_known);
+  }
+  const GammaPrior& prior_of(std::uint32_t item, const DecayMoment& moment) const noexcept {
+    return is_well_known(item, moment) ? well_known_prior : cold_prior;
+  }
+
+  // When the item came to be: its creation or its first interaction. An item without either and
+  // without interactions is new (Amazon's definition): the end of time. no_timestamp: not known.
+  static std::int64_t creation(const ItemStatistics& s) noexcept {
+    if (s.creation_timestamp != no_timestamp) return s.creation_timestamp;
+    if (s.first_timestamp != no_timestamp || s.interactions > 0) return s.first_timestamp;
+    return std::numeric_limits<std::int64_t>::max();
+  }
+  static bool young(std::int64_t created, std::int64_t latest, std::int64_t cut_off) noexcept {
+    return created != no_timestamp && elapsed(created, latest) <= cut_off;
+  }
+
+  // Items by popular_score, best first, to visit(item) until it returns false.
+  template <class Visit>
+  void for_popular(Visit visit) const {
+    std::size_t later = 0;
+    const auto before = [&](std::uint32_t a, std::uint32_t b) {
+      return ranks_before({a, popular_score(a)}, {b, popular_score(b)});
+    };
+    const auto show = [&](std::uint32_t item) { return !available(item) || visit(item); };
+    for (const std::uint32_t item : *popular) {
+      if (std::binary_search(later_items.begin(), later_items.end(), item)) continue;
+      for (; later < popular_later.size() && before(popular_later[later], item); ++later)
+        if (!show(popular_later[later])) return;
+      if (!show(item)) return;
+    }
+    for (; later < popular_later.size(); ++later)
+      if (!show(popular_later[later])) return;
+  }
+
+  // The model with the items of this generation. O(items x d).
+  Result<std::shared_ptr<const Model>> whole_model() const {
+    ModelParts parts = base->parts();
+    std::vector<float> row(dimension()), input(input_rows.columns());
+    parts.item_vectors.resize_rows(size());
+    if (!parts.input_vectors.empty()) parts.input_vectors.resize_rows(size());
+    for (std::uint32_t i = 0; i < size(); ++i) {
+      if (i >= base->item_count()) {
+        if (auto added = parts.item_ids.add((*ids)[i]); !added) return added.error();
+        parts.biases.push_back(0);
+        parts.statistics.emplace_back();
+      }
+      parts.biases[i] = offsets[i];
+      parts.statistics[i] = statistics[i];
+      if (replaced(rows, base->parts().item_vectors, i)) {
+        rows.row(i, row);
+        parts.item_vectors.set_row(i, row);
+      }
+      if (input.empty() || !replaced(input_rows, base->parts().input_vectors, i)) continue;
+      input_rows.row(i, input);
+      parts.input_vectors.set_row(i, input);
+    }
+    return Model::from_parts(std::move(parts));
+  }
+
+  std::size_t bytes() const {
+    return allocated(sizeof *this + 16) + ids->bytes() + encoder->bytes() + counters->bytes() +
+           scorer->bytes() + statistics.owned_bytes() + rows.owned_bytes() +
+           input_rows.owned_bytes() + offsets.owned_bytes() + vectors.owned_bytes() +
+           biases.owned_bytes() + quality.owned_bytes() + correction_of.owned_bytes() +
+           popularity.owned_bytes() + (corrections ? allocated(*corrections) : 0) +
+           allocated(*popular) + allocated(popular_later) + allocated(later_items) +
+           allocated(*active) + allocated(pool) + allocated(pool_vectors) + allocated(pool_biases) +
+           (second_moment ? allocated(*second_moment) : 0);
+  }
+};
+
+// The vector that an item's metadata gives by itself, to vector [d], and how many of its values the
+// model knows. Errors (invalid_argument): embeddings that add up to what is not finite.
+inline Result<std::size_t> metadata_of(const Model& model,
+                                       std::span<const std::pair<std::string, std::string>> fields,
+                                       std::span<float> vector) {
+  const std::vector<std::pair<std::string_view, std::string_view>> views(fields.begin(),
+                                                                         fields.end());
+  const std::size_t known = model.metadata_vector(views, vector);
+  constexpr float most = 1e18f;  // as of what a model file may hold
+  for (const float v : vector)
+    if (!(std::abs(v) <= most))
+      return Error{Errc::invalid_argument,
+                   "the embeddings of the item's metadata add up to a vector that is not finite"};
+  return known;
+}
+
+// Builds the generation that follows another one. Belongs to one thread. Costs what changes:
+// putting and removing items O(items put x (20,000 d + log)) and copies of the pages they lie in;
+// learning a few passes over the items, O(d^2) for each with context sums, and some 8 d^3.
+class CatalogueBuilder {
+ public:
+  using Fields = std::vector<std::pair<std::string, std::string>>;
+  static constexpr std::size_t calibration_slates = 2048;  // the newest
+  static constexpr std::size_t largest_correction = 1024;  // d, beyond which d^3 is too much
+
+  CatalogueBuilder(const Catalogue& previous, const CatalogueSettings& settings)
+      : settings_(settings),
+        next_(std::make_shared<Catalogue>(previous)),
+        first_added_(static_cast<std::uint32_t>(previous.size())) {}
+
+  CatalogueBuilder(const CatalogueBuilder&) = delete;
+  CatalogueBuilder& operator=(const CatalogueBuilder&) = delete;
+  // Of a generation that was not finished, the counts are left to the next one.
+  ~CatalogueBuilder() {
+    if (next_)
+      for (const std::uint32_t item : touched_) next_->counters->touch(item);
+  }
+
+  // The first generation, of a model alone.
+  static std::shared_ptr<const Catalogue> first(const std::shared_ptr<const Model>& model,
+                                                const CatalogueSettings& settings,
+                                                const HashKey& key, std::int64_t now,
+                                                std::int64_t latest) {
+    const ModelParts& parts = model->parts();
+    Catalogue c;
+    c.base = model;
+    c.ids = std::make_shared<const ItemIds>(model, key);
+    c.encoder = std::make_shared<const Encoder>(*model, *settings.table, settings.gate_lookup);
+    c.counters = std::make_shared<ItemCounters>(parts.item_ids.size());
+    c.statistics = {model, std::span<const ItemStatistics>(parts.statistics)};
+    c.rows = ItemRows(std::shared_ptr<const Matrix>(model, &parts.item_vectors));
+    if (!parts.input_vectors.empty())
+      c.input_rows = ItemRows(std::shared_ptr<const Matrix>(model, &parts.input_vectors));
+    c.offsets = {model, std::span<const float>(parts.biases)};
+    c.vectors = c.rows;
+    c.biases = c.offsets;
+    c.started = std::max(now, latest);
+    c.low_bias = tenth_percentile(parts);
+    c.active = c.corrected = std::make_shared<const std::vector<std::uint32_t>>();
+    if (settings.feedback) c.mean_square = mean_square(parts.item_vectors);
+    for (const ItemStatistics& s : parts.statistics) {
+      c.popularity.push_back(std::log(std::max(static_cast<float>(s.interactions), 0.5f)));
+      c.trained_interactions += static_cast<double>(s.interactions);
+      if (!settings.feedback) continue;
+      c.quality.push_back(0);
+      c.correction_of.push_back(0);
+    }
+    c.scorer = std::make_shared<const Scorer>(c.vectors, c.biases,
+                                              Scorer::usual_query_length(*model), *settings.table);
+    c.interactions = c.trained_interactions;
+    CatalogueBuilder builder(c, settings);
+    builder.sort_popular();
+    builder.choose_pool(now, latest);
+    return std::move(builder.next_);
+  }
+
+  // Puts an item, whose fields are all that is known of it; given: those of this time. Returns its
+  // number.
+  std::uint32_t put(std::string_view id, std::optional<std::int64_t> created, const Fields& fields,
+                    bool given) {
+    auto item = next_->ids->find(id);
+    const bool added = !item;
+    if (added) item = add(id);
+    ItemStatistics& statistics = next_->statistics.edit(*item);
+    if (created) statistics.creation_timestamp = *created;
+    if (statistics.interactions == 0 && (added || given)) described_.push_back({*item, &fields});
+    if (!added && std::isnan(next_->biases[*item])) restore(*item);
+    changed_.push_back(*item);
+    next_->changed_base = true;
+    return *item;
+  }
+
+  void remove(std::uint32_t item) {
+    next_->biases.edit(item) = std::numeric_limits<float>::quiet_NaN();
+    next_->changed_base = true;
+    changed_.push_back(item);
+  }
+
+  // Folds the counters into calibration, popularity, quality and corrections. Returns the number of
+  // items that have feedback.
+  std::size_t learn(std::int64_t now, const SlateLog& slates, ContextSums& contexts);
+
+  std::size_t values_unknown() const noexcept { return values_unknown_; }
+
+  // The new generation; nothing of this builder is used afterwards.
+  std::shared_ptr<const Catalogue> finish(std::int64_t now, std::int64_t latest) {
+    Catalogue& next = *next_;
+    if (ids_) next.ids = ids_;
+    describe();
+    if (next.counters->size() < next.size())
+      next.counters = std::make_shared<ItemCounters>(next.counters->grown(next.size()));
+    std::sort(changed_.begin(), changed_.end());
+    changed_.erase(std::unique(changed_.begin(), changed_.end()), changed_.end());
+    // Items that were added are not the old scorer's.
+    const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_);
+    next.scorer = std::make_shared<const Scorer>(
+        next.scorer->changed(next.vectors, next.biases, std::span(changed_.begin(), added)));
+    adjust_popular();
+    if (next.pool.size() == Catalogue::max_pool)  // items may wait that were not among the newest
+      choose_pool(now, latest);
+    else
+      adjust_pool(now, latest);
+    return std::move(next_);
+  }
+
+ private:
+  struct Described {
+    std::uint32_t item;
+    const Fields* fields;
+  };
+  static constexpr std::size_t neighbours = 16, looked_at = 20'000;
+  // Of a new item's vector, what comes from its like; the rest is its own metadata, which keeps it
+  // apart from other new items with the same neighbours.
+  static constexpr float like = 0.7f;
+
+  static float mean_square(const Matrix& vectors) {
+    std::vector<float> row(vectors.columns());
+    double sum = 0;
+    for (std::size_t i = 0; i < vectors.rows(); ++i) {
+      vectors.row(i, row);
+      sum += static_cast<double>(std::inner_product(row.begin(), row.end(), row.begin(), 0.0f));
+    }
+    return vectors.rows() == 0 ? 0.0f
+                               : static_cast<float>(sum / static_cast<double>(vectors.rows()));
+  }
+
+  // Of the biases of items with interactions, or of all.
+  static float tenth_percentile(const ModelParts& parts) {
+    std::vector<float> biases;
+    for (std::size_t i = 0; i < parts.biases.size(); ++i)
+      if (parts.statistics[i].interactions > 0) biases.push_back(parts.biases[i]);
+    if (biases.empty()) biases = parts.biases;
+    const auto at = biases.begin() + static_cast<std::ptrdiff_t>(biases.size() / 10);
+    std::nth_element(biases.begin(), at, biases.end());
+    return *at;
+  }
+
+  std::uint32_t add(std::string_view id) {
+    Catalogue& next = *next_;
+    if (!ids_) ids_ = std::make_shared<ItemIds>(*next.ids);
+    next.ids = ids_;
+    const std::uint32_t item = ids_->add(id);
+    const std::vector<float> zeros(next.dimension());
+    next.statistics.push_back({});
+    next.rows.push_back(zeros);
+    next.vectors.push_back(zeros);
+    if (!next.input_rows.empty())
+      next.input_rows.push_back(std::vector<float>(next.input_rows.columns()));
+    next.offsets.push_back(next.low_bias);
+    next.biases.push_back(next.low_bias);
+    next.popularity.push_back(std::log(0.5f));
+    if (settings_.feedback) {
+      next.quality.push_back(next.unseen_quality);
+      next.biases.edit(item) += next.unseen_quality;
+      next.correction_of.push_back(0);
+    }
+    return item;
+  }
+
+  void restore(std::uint32_t item) {
+    const float* row = next_->correction(item);
+    next_->biases.edit(item) =
+        next_->offsets[item] + next_->quality_of(item) + (row ? row[next_->dimension()] : 0.0f);
+  }
+
+  // Vectors and biases of the items in described_: metadata, moved towards the mean of the 16
+  // trained items nearest to it (by cosine), and these items' mean bias. Looks at no more than
+  // 20,000 items, evenly chosen, once for all. Of an item of which nothing is known: zero and a low
+  // bias.
+  void describe() {
+    Catalogue& next = *next_;
+    const std::size_t d = next.dimension();
+    std::vector<Described> known;
+    std::vector<float> own;  // [known, d]
+    std::vector<float> vector(d);
+    for (const Described& one : described_) {
+      // What does not fit was refused when it was put.
+      const auto values = metadata_of(*next.base, *one.fields, vector);
+      values_unknown_ += count_values(*one.fields) - (values ? *values : 0);
+      if (!values || *values == 0) continue;
+      known.push_back(one);
+      own.insert(own.end(), vector.begin(), vector.end());
+    }
+    if (known.empty()) return;
+    const auto nearest = nearest_trained(own, known.size());
+    std::vector<float> row(d), inputs(next.input_rows.columns()), input(inputs.size());
+    for (std::size_t k = 0; k < known.size(); ++k) {
+      const std::uint32_t item = known[k].item;
+      const auto& near = nearest[k];
+      std::copy_n(own.data() + k * d, d, vector.data());
+      std::fill(inputs.begin(), inputs.end(), 0.0f);
+      float bias = near.empty() ? next.low_bias : 0.0f;
+      if (!near.empty())
+        for (float& v : vector) v *= 1 - like;
+      for (const ScoredItem& other : near) {
+        const float part = 1.0f / static_cast<float>(near.size());
+        bias += part * next.offsets[other.item];
+        next.rows.row(other.item, row);
+        for (std::size_t c = 0; c < d; ++c) vector[c] += like * part * row[c];
+        if (inputs.empty()) continue;
+        next.input_rows.row(other.item, input);
+        for (std::size_t c = 0; c < inputs.size(); ++c) inputs[c] += part * input[c];
+      }
+      next.rows.set_row(item, vector);
+      if (!inputs.empty()) next.input_rows.set_row(item, inputs);
+      if (const float* delta = next.correction(item))
+        for (std::size_t c = 0; c < d; ++c) vector[c] += delta[c];
+      next.vectors.set_row(item, vector);
+      next.offsets.edit(item) = bias;
+      restore(item);
+    }
+  }
+
+  // Those that are not known are one each, as categories and as numbers.
+  static std::size_t count_values(const Fields& fields) noexcept {
+    std::size_t count = 0;
+    for (const auto& [name, value] : fields)
+      count += 1 + static_cast<std::size_t>(std::count(value.begin(), value.end(), '|'));
+    return count;
+  }
+
+  // Of each of `count` vectors [d], the nearest items that were trained on.
+  std::vector<std::vector<ScoredItem>> nearest_trained(std::span<const float> vectors,
+                                                       std::size_t count) const {
+    const Catalogue& next = *next_;
+    const std::size_t d = next.dimension(), items = next.base->item_count();
+    const std::size_t stride = items / looked_at + 1;
+    std::vector<std::vector<ScoredItem>> nearest(count);
+    std::vector<float> row(d);
+    for (std::uint32_t i = 0; i < items; i += static_cast<std::uint32_t>(stride)) {
+      if (next.statistics[i].interactions == 0 || !next.available(i)) continue;
+      next.rows.row(i, row);
+      const float square = std::inner_product(row.begin(), row.end(), row.begin(), 0.0f);
+      const float inverse = square > 0 ? 1 / std::sqrt(square) : 0.0f;
+      for (std::size_t k = 0; k < count; ++k) {
+        const float* vector = vectors.data() + k * d;
+        const ScoredItem scored{i,
+                                inverse * std::inner_product(row.begin(), row.end(), vector, 0.0f)};
+        auto& best = nearest[k];  // a heap, the worst in front
+        if (best.size() < neighbours) {
+          best.push_back(scored);
+          std::push_heap(best.begin(), best.end(), ranks_before);
+        } else if (ranks_before(scored, best.front())) {
+          std::pop_heap(best.begin(), best.end(), ranks_before);
+          best.back() = scored;
+          std::push_heap(best.begin(), best.end(), ranks_before);
+        }
+      }
+    }
+    for (auto& best : nearest) std::sort(best.begin(), best.end(), ranks_before);
+    return nearest;
+  }
+
+  void calibrate(const SlateLog& slates);
+  std::vector<std::uint32_t> find_active();
+  void learn_popularity(std::span<const std::uint32_t> active, const DecayMoment& moment,
+                        std::int64_t now);
+  template <class Rate>
+  void settle_unseen(float quality, std::span<const std::uint32_t> active,
+                     const DecayMoment& moment, Rate rate);
+  void correct_vectors(const DecayMoment& moment, ContextSums& contexts);
+
+  void sort_popular() {
+    Catalogue& next = *next_;
+    next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
+    std::vector<ScoredItem> order(next.size());
+    for (std::uint32_t i = 0; i < order.size(); ++i) order[i] = {i, next.popular_score(i)};
+    std::sort(order.begin(), order.end(), ranks_before);
+    std::vector<std::uint32_t> popular(order.size());
+    for (std::size_t i = 0; i < order.size(); ++i) popular[i] = order[i].item;
+    next.popular = std::make_shared<const std::vector<std::uint32_t>>(std::move(popular));
+    next.popular_later.clear();
+    next.later_items.clear();
+  }
+
+  // The order where only changed_ can have changed; sorted anew once that is much.
+  void adjust_popular() {
+    Catalogue& next = *next_;
+    next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
+    std::vector<std::uint32_t> later;
+    std::set_union(next.later_items.begin(), next.later_items.end(), changed_.begin(),
+                   changed_.end(), std::back_inserter(later));
+    if (later.size() > std::max<std::size_t>(256, next.size() / 16)) return sort_popular();
+    next.later_items = later;
+    std::sort(later.begin(), later.end(), [&](std::uint32_t a, std::uint32_t b) {
+      return ranks_before({a, next.popular_score(a)}, {b, next.popular_score(b)});
+    });
+    next.popular_later = std::move(later);
+  }
+
+  // The item as it may be explored; nothing where it may not.
+  std::optional<PoolItem> pool_item(std::uint32_t item, const DecayMoment& moment,
+                                    std::int64_t latest) const {
+    const Catalogue& next = *next_;
+    const std::int64_t created = Catalogue::creation(next.statistics[item]);
+    if (!next.available(item) || !Catalogue::young(created, latest, settings_.cut_off))
+      return std::nullopt;
+    const ItemFeedback counted = next.feedback_of(item, moment);
+    if (counted.expected >= Catalogue::explored_enough) return std::nullopt;
+    const float spread = posterior(next.prior_of(item, moment), counted).deviation;
+    return PoolItem{item, spread / (2 * next.calibration.slope), created};
+  }
+
+  void choose_pool(std::int64_t now, std::int64_t latest) {
+    next_->pool.clear();
+    if (settings_.exploration_weight > 0) {
+      const DecayMoment moment = Decay(Catalogue::half_life).at(now);
+      for (std::uint32_t i = 0; i < next_->size(); ++i)
+        if (const auto candidate = pool_item(i, moment, latest)) next_->pool.push_back(*candidate);
+    }
+    fill_pool();
+  }
+
+  // The pool where only changed_ can have changed.
+  void adjust_pool(std::int64_t now, std::int64_t latest) {
+    if (!(settings_.exploration_weight > 0)) return;
+    const DecayMoment moment = Decay(Catalogue::half_life).at(now);
+    std::vector<std::uint32_t> items, all;
+    for (const PoolItem& candidate : next_->pool) items.push_back(candidate.item);
+    std::set_union(items.begin(), items.end(), changed_.begin(), changed_.end(),
+                   std::back_inserter(all));
+    next_->pool.clear();
+    for (const std::uint32_t item : all)
+      if (const auto candidate = pool_item(item, moment, latest)) next_->pool.push_back(*candidate);
+    fill_pool();
+  }
+
+  // No more than the newest, and their vectors.
+  void fill_pool() {
+    Catalogue& next = *next_;
+    auto& pool = next.pool;
+    if (pool.size() > Catalogue::max_pool) {
+      std::nth_element(pool.begin(), pool.begin() + Catalogue::max_pool, pool.end(),
+                       [](const PoolItem& a, const PoolItem& b) {
+                         return a.created > b.created ||
+                                (a.created == b.created && a.item < b.item);
+                       });
+      pool.resize(Catalogue::max_pool);
+      std::sort(pool.begin(), pool.end(),
+                [](const PoolItem& a, const PoolItem& b) { return a.item < b.item; });
+    }
+    const std::size_t d = next.dimension();
+    next.pool_vectors.assign(pool.size() * d + kernels::lanes, 0.0f);
+    next.pool_biases.resize(pool.size());
+    for (std::size_t j = 0; j < pool.size(); ++j) {
+      next.vectors.row(pool[j].item, std::span(next.pool_vectors).subspan(j * d, d));
+      next.pool_biases[j] = next.biases[pool[j].item];
+    }
+  }
+
+  CatalogueSettings settings_;
+  std::shared_ptr<Catalogue> next_;
+  std::uint32_t first_added_;
+  std::shared_ptr<ItemIds> ids_;  // where items are added
+  std::vector<Described> described_;
+  std::vector<std::uint32_t> changed_;  // another row, bias, popularity or creation
+  std::vector<std::uint32_t> touched_;  // with counts since the generation before
+  std::size_t values_unknown_ = 0;
+};
+
+inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& slates,
+                                           ContextSums& contexts) {
+  Catalogue& next = *next_;
+  const DecayMoment moment = Decay(Catalogue::half_life).at(now);
+  std::vector<std::uint32_t> active = find_active();
+  learn_popularity(active, moment, now);
+  if (!settings_.feedback) {
+    next.active = std::make_shared<const std::vector<std::uint32_t>>(std::move(active));
+    return next.active->size();
+  }
+  calibrate(slates);
+
+  std::vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
+  std::vector<bool> well_known(active.size());
+  for (std::size_t a = 0; a < active.size(); ++a) {
+    well_known[a] = next.is_well_known(active[a], moment);
+    counted[a] = next.feedback_of(active[a], moment);
+    if (counted[a].expected > 0)
+      (well_known[a] ? well_known_items : cold_items).push_back(counted[a]);
+  }
+  next.well_known_prior = fit_prior(well_known_items, next.well_known_prior);
+  next.cold_prior = fit_prior(cold_items, next.cold_prior);
+  correct_vectors(moment, contexts);
+
+  // Quality counts from the mean of well-known items, whose level the calibration has in it.
+  const double level = std::log(next.well_known_prior.mean);
+  const auto slope = static_cast<double>(next.calibration.slope);
+  const auto rate = [&](std::uint32_t item, float quality) {
+    if (quality != next.quality[item]) next.quality.edit(item) = quality;
+    if (!next.available(item)) return;
+    const float before = next.biases[item];
+    restore(item);
+    if (next.biases[item] != before) changed_.push_back(item);
+  };
+  settle_unseen(static_cast<float>((std::log(next.cold_prior.mean) - level) / slope), active,
+                moment, rate);
+  std::vector<std::uint32_t> still;
+  for (std::size_t a = 0; a < active.size(); ++a) {
+    const GammaPrior& prior = well_known[a] ? next.well_known_prior : next.cold_prior;
+    const bool seen = counted[a].expected > 0 || counted[a].positive > 0;
+    const double log_quality = static_cast<double>(posterior(prior, counted[a]).mean);
+    rate(active[a], seen            ? static_cast<float>((log_quality - level) / slope)
+                    : well_known[a] ? 0.0f
+                                    : next.unseen_quality);
+    if (seen || next.interactions_since(active[a], moment) > 0) still.push_back(active[a]);
+  }
+  next.active = std::make_shared<const std::vector<std::uint32_t>>(std::move(still));
+  return well_known_items.size() + cold_items.size();
+}
+
+// Items with counts: those of the generation before and those counted since.
+inline std::vector<std::uint32_t> CatalogueBuilder::find_active() {
+  std::vector<std::uint32_t> active;
+  next_->counters->take_touched(touched_);
+  std::set_union(next_->active->begin(), next_->active->end(), touched_.begin(), touched_.end(),
+                 std::back_inserter(active));
+  return active;
+}
+
+// Cold items without feedback: their quality follows the prior's mean, where that has moved by more
+// than what a ranking would show; each time costs a pass over all items.
+template <class Rate>
+void CatalogueBuilder::settle_unseen(float quality, std::span<const std::uint32_t> active,
+                                     const DecayMoment& moment, Rate rate) {
+  constexpr float least = 0.02f;
+  Catalogue& next = *next_;
+  if (std::abs(quality - next.unseen_quality) <= least) return;
+  next.unseen_quality = quality;
+  auto counted = active.begin();
+  for (std::uint32_t i = 0; i < next.size(); ++i) {
+    if (counted != active.end() && *counted == i)
+      ++counted;
+    else if (!next.is_well_known(i, moment))
+      rate(i, quality);
+  }
+}
+
+inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
+  Catalogue& next = *next_;
+  const std::size_t d = next.dimension();
+  std::vector<CalibrationSample> samples;
+  std::vector<double> second_moment(d <= largest_correction ? d * d : 0);
+  double queries = 0;
+  slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
+    for (std::size_t place = 0; place < slate.picks.size(); ++place) {
+      const LoggedPick& pick = slate.picks[place];
+      if (pick.seen && !pick.explored)
+        samples.push_back({pick.relevance, pick.adjustment, pick.examination, pick.positive});
+    }
+    if (slate.query.empty() || second_moment.empty()) return;
+    for (std::size_t i = 0; i < d; ++i)
+      for (std::size_t j = 0; j < d; ++j)
+        second_moment[i * d + j] +=
+            static_cast<double>(slate.query[i]) * static_cast<double>(slate.query[j]);
+    ++queries;
+  });
+  if (!samples.empty()) next.calibration = fit_calibration(samples, next.calibration);
+  if (queries == 0) return;
+  for (double& value : second_moment) value /= queries;
+  next.second_moment = std::make_shared<const std::vector<double>>(std::move(second_moment));
+}
+
+// Interactions at run time count beside those of training, which decay as they do.
+inline void CatalogueBuilder::learn_popularity(std::span<const std::uint32_t> active,
+                                               const DecayMoment& moment, std::int64_t now) {
+  Catalogue& next = *next_;
+  const double half_lives =
+      static_cast<double>(elapsed(next.started, now)) / static_cast<double>(Catalogue::half_life);
+  const double scale = std::exp2(std::min(half_lives, 900.0));
+  next.interactions = next.trained_interactions;
+  for (const std::uint32_t item : active) {
+    const double since = next.interactions_since(item, moment);
+    next.interactions += since * scale;
+    ItemStatistics s = next.statistics[item];
+    const auto trained = static_cast<double>(s.interactions);
+    const auto popularity = static_cast<float>(std::log(std::max(trained, 0.5) + since * scale));
+    if (popularity != next.popularity[item]) {
+      next.popularity.edit(item) = popularity;
+      changed_.push_back(item);
+    }
+    if (since == 0 || Catalogue::creation(s) != std::numeric_limits<std::int64_t>::max()) continue;
+    s.first_timestamp = now;
+    next.statistics.edit(item) = s;
+  }
+}
+
+// Who likes an item: at fixed quality, its residuals are the queries where it was chosen less those
+// where its impressions let expect so. The correction is centred on the contexts in which the item
+// was shown, so that it moves the item between users and not for all of them.
+inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, ContextSums& contexts) {
+  Catalogue& next = *next_;
+  if (!next.second_moment) return;
+  constexpr double least = 0.1, forgotten = 0.01;  // expected positive events
+  const std::size_t d = next.dimension();
+  const float slope = next.calibration.slope;
+  const VectorCorrection layer(*next.second_moment, d, *settings_.table);
+  for (const std::uint32_t item : *next.corrected) {
+    next.correction_of.edit(item) = 0;
+    changed_.push_back(item);
+  }
+  next.vectors = next.rows;
+  std::vector<float> corrections, residual(d), row(d);
+  std::vector<std::uint32_t> corrected, faded;
+  contexts.for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
+                                std::span<const float> expected) {
+    if (item >= next.size()) return;
+    const ItemFeedback feedback = next.feedback_of(item, moment);
+    if (feedback.expected < forgotten) faded.push_back(item);
+    if (feedback.expected < least) return;
+    const auto quality =
+        std::exp(static_cast<double>(posterior(next.prior_of(item, moment), feedback).mean));
+    for (std::size_t c = 0; c < d; ++c)
+      residual[c] = positive[c] - static_cast<float>(quality) * expected[c];
+    const std::size_t begin = corrections.size();
+    corrections.resize(begin + d + 1);
+    const std::span<float> delta(corrections.data() + begin, d);
+    layer.solve(residual, quality * feedback.expected, delta);
+    float centre = 0;
+    for (std::size_t c = 0; c < d; ++c) {
+      delta[c] /= slope;
+      centre -= delta[c] * expected[c] / static_cast<float>(feedback.expected);
+    }
+    if (!all_finite(delta) || !std::isfinite(centre)) return corrections.resize(begin);
+    corrections.back() = centre;
+    corrected.push_back(item);
+    next.correction_of.edit(item) = static_cast<std::uint32_t>(corrected.size());
+    next.rows.row(item, row);
+    for (std::size_t c = 0; c < d; ++c) row[c] += delta[c];
+    next.vectors.set_row(item, row);
+    changed_.push_back(item);
+  });
+  for (const std::uint32_t item : faded) contexts.forget(item);
+  for (const std::uint32_t item : *next.corrected)
+    if (next.correction_of[item] == 0 && next.available(item)) restore(item);
+  next.corrections = std::make_shared<const std::vector<float>>(std::move(corrections));
+  next.corrected = std::make_shared<const std::vector<std::uint32_t>>(std::move(corrected));
+}
+
+}  // namespace detail
+
+// ============================================================================================
+// Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
+// within a budget in bytes, and the window of event ids. Uses rooms 1, 2, 6, 8 and 11.
+// ============================================================================================
+
+namespace detail {
+
+struct RememberedEvent {
+  std::uint32_t item;
+  std::uint32_t event_type;
+  std::int64_t timestamp;
+};
+
+// Users and sessions live in one table; the first byte keeps "u1" the user from "u1" the session.
+class UserKey {
+ public:
+  // Ids of at most max_id_bytes; where both are given, the user's. key: of the hash, without which
+  // nobody can make users fall together.
+  UserKey(std::string_view user, std::string_view session, const HashKey& key) noexcept {
+    const std::string_view id = user.empty() ? session : user;
+    size_ = 1 + id.size();
+    text_[0] = user.empty() ? 's' : 'u';
+    std::copy(id.begin(), id.end(), text_.begin() + 1);
+    hash_ = siphash(key, std::as_bytes(std::span(text_.data(), size_)));
+  }
+  std::string_view text() const noexcept { return {text_.data(), size_}; }
+  std::uint64_t hash() const noexcept { return hash_; }
+
+ private:
+  std::array<char, 1 + max_id_bytes> text_;
+  std::size_t size_;
+  std::uint64_t hash_;
+};
+
+// A user or session: one block of memory with the encoder's state and the key behind it, and a
+// second one, the tail, that grows:
+//   offset       [d] halves, padded to 4 bytes; once there was an impression
+//   impressions  RecentImpressions::Entry each
+//   history      events, oldest first, each as varints: item, event type + 1, and the seconds since
+//                the event before, with the sign in the lowest bit
+// Not thread-safe: Users holds a lock.
+class alignas(16) User {
+ public:
+  struct Free {
+    void operator()(User* user) const noexcept {
+      ::operator delete(user->tail_);
+      user->~User();
+      ::operator delete(static_cast<void*>(user));
+    }
+  };
+  using Owner = std::unique_ptr<User, Free>;
+
+  // state_size: floats, zero.
+  static Owner make(const UserKey& key, std::size_t state_size) {
+    void* const memory = ::operator new(size_of(state_size, key.text().size()));
+    User* const user = new (memory) User;
+    user->hash = key.hash();
+    user->state_size_ = static_cast<std::uint32_t>(state_size);
+    user->key_size_ = static_cast<std::uint16_t>(key.text().size());
+    std::fill_n(user->floats(), state_size, 0.0f);
+    std::memcpy(user->floats() + state_size, key.text().data(), key.text().size());
+    return Owner(user);
+  }
+
+  std::string_view key() const noexcept {
+    return {reinterpret_cast<const char*>(floats() + state_size_), key_size_};
+  }
+  std::span<float> state() noexcept { return {floats(), state_size_}; }
+  std::span<const float> state() const noexcept { return {floats(), state_size_}; }
+
+  std::size_t bytes() const noexcept {
+    return allocated(size_of(state_size_, key_size_)) + allocated(tail_capacity_);
+  }
+  bool is_blank() const noexcept {
+    return history_events_ == 0 && impressions_ == 0 && requests == 0;
+  }
+
+  // Bytes that the tail needs for so many more events and impressions, and for an offset of
+  // `dimension` where it is not 0. 0: it has them.
+  std::size_t tail_for(std::size_t events, std::size_t impressions,
+                       std::size_t dimension) const noexcept {
+    const std::size_t entries =
+        std::min<std::size_t>(impressions_ + impressions, RecentImpressions::capacity);
+    const std::size_t needed = std::max<std::size_t>(offset_bytes_, offset_size(dimension)) +
+                               entries * sizeof(RecentImpressions::Entry) + history_bytes_ +
+                               events * longest_event;
+    return needed <= tail_capacity_ ? 0 : (needed + needed / 16 + 15) / 16 * 16;
+  }
+  // Moves the tail to `memory`, of `capacity` bytes, which becomes the old one.
+  void move_tail(void*& memory, std::size_t capacity) noexcept {
+    std::memcpy(memory, tail_, tail_bytes());
+    std::swap(memory, tail_);
+    tail_capacity_ = static_cast<std::uint32_t>(capacity);
+  }
+
+  // There is memory for it (tail_for). limit: events that are remembered, the oldest go.
+  void remember(const RememberedEvent& event, std::size_t limit) noexcept {
+    const std::uint64_t gap = history_events_ == 0 ? 0
+                                                   : static_cast<std::uint64_t>(event.timestamp) -
+                                                         static_cast<std::uint64_t>(last_timestamp);
+    if (history_events_ == 0) first_remembered_ = event.timestamp;
+    std::byte* out = history() + history_bytes_;
+    out = write_varint(out, event.item);
+    out = write_varint(out, (std::uint64_t{event.event_type} + 1) & 0xffffffffu);
+    out = write_varint(out, gap << 1 ^ (0 - (gap >> 63)));
+    history_bytes_ = static_cast<std::uint32_t>(out - history());
+    last_timestamp = event.timestamp;
+    if (++history_events_ > limit) drop_oldest();
+  }
+  // To visit(RememberedEvent), oldest first.
+  template <class Visit>
+  void for_each_event(Visit visit) const noexcept {
+    const std::byte* in = history();
+    std::int64_t timestamp = first_remembered_;
+    for (std::uint32_t e = 0; e < history_events_; ++e) visit(read_event(in, timestamp, e == 0));
+  }
+  std::size_t events() const noexcept { return history_events_; }
+  std::size_t history_bytes() const noexcept { return history_bytes_; }
+
+  std::span<const RecentImpressions::Entry> impressions() const noexcept {
+    return {entries(), impressions_};
+  }
+  // There is memory for one more.
+  void add_impression(std::uint32_t item, std::int64_t timestamp) noexcept {
+    change_impressions([&](RecentImpressions::Entry* entries, std::size_t& count) {
+      RecentImpressions::add(entries, count, item, timestamp);
+    });
+  }
+  void remove_impression(std::uint32_t item) noexcept {
+    change_impressions([&](RecentImpressions::Entry* entries, std::size_t& count) {
+      RecentImpressions::remove(entries, count, item);
+    });
+  }
+  // Entries of another user; there is memory for them.
+  void add_impressions(std::span<const RecentImpressions::Entry> others) noexcept {
+    for (const RecentImpressions::Entry& other : others)
+      change_impressions([&](RecentImpressions::Entry* entries, std::size_t& count) {
+        if (auto* own = RecentImpressions::find(entries, count, other.item)) {
+          own->count += other.count;
+          own->seconds = std::max(own->seconds, other.seconds);
+        } else if (count < RecentImpressions::capacity) {
+          entries[count++] = other;
+        }
+      });
+  }
+
+  bool has_offset() const noexcept { return offset_bytes_ != 0; }
+  // Adds the user's offset to out [d].
+  void add_offset_to(std::span<float> out) const noexcept {
+    if (!has_offset()) return;
+    const auto* halves = static_cast<const std::byte*>(tail_);
+    for (std::size_t c = 0; c < out.size(); ++c)
+      out[c] += offset_scale_ * float_of(load_integer<std::uint16_t>(halves + 2 * c));
+  }
+  // Moves the offset by change [d]; there is memory for it. What is not finite is left out.
+  void move_offset(std::span<const float> change) noexcept {
+    const std::size_t bytes = offset_size(change.size());
+    if (!has_offset()) {
+      std::memmove(static_cast<std::byte*>(tail_) + bytes, tail_, tail_bytes());
+      std::memset(tail_, 0, bytes);
+      offset_bytes_ = static_cast<std::uint32_t>(bytes);
+      offset_scale_ = 1;
+    }
+    auto* halves = static_cast<std::byte*>(tail_);
+    for (std::size_t c = 0; c < change.size(); ++c) {
+      float value = offset_scale_ * float_of(load_integer<std::uint16_t>(halves + 2 * c));
+      if (std::isfinite(change[c])) value += change[c];
+      const std::uint16_t half = half_of(value);
+      std::memcpy(halves + 2 * c, &half, sizeof half);
+    }
+    offset_scale_ = 1;
+  }
+  void fade_offset(float factor) noexcept { offset_scale_ *= factor; }
+
+  // Takes `amount` from what the user may still add to what all users share: `most` in a half-life.
+  // False where nothing is left. `spent` is one of spent_events and spent_impressions.
+  bool spend(float& spent, float amount, float most, std::int64_t now) noexcept {
+    const auto day = static_cast<std::uint32_t>(
+        std::clamp<std::int64_t>(now / 86'400, 0, std::numeric_limits<std::uint32_t>::max()));
+    if (day > budget_day_) {
+      const float kept = std::exp2(-static_cast<float>(day - budget_day_) / 14.0f);
+      spent_events *= kept;
+      spent_impressions *= kept;
+      budget_day_ = day;
+    }
+    if (spent + amount > most) return false;
+    spent += amount;
+    return true;
+  }
+
+  std::uint64_t hash = 0;  // of the key
+  RecencyList::Links links;
+  std::int64_t last_timestamp = no_timestamp;  // of the last event
+  std::uint64_t requests = 0;                  // slates drawn
+  float spent_events = 0, spent_impressions = 0;
+
+ private:
+  static constexpr std::size_t longest_event = 5 + 5 + longest_varint;
+
+  User() = default;
+  ~User() = default;
+
+  static std::size_t size_of(std::size_t state_size, std::size_t key_size) noexcept {
+    return sizeof(User) + state_size * sizeof(float) + key_size;
+  }
+  static std::size_t offset_size(std::size_t dimension) noexcept {
+    return (dimension * sizeof(std::uint16_t) + 3) / 4 * 4;
+  }
+  float* floats() noexcept { return reinterpret_cast<float*>(this + 1); }
+  const float* floats() const noexcept { return reinterpret_cast<const float*>(this + 1); }
+
+  std::size_t tail_bytes() const noexcept {
+    return offset_bytes_ + impressions_ * sizeof(RecentImpressions::Entry) + history_bytes_;
+  }
+  const RecentImpressions::Entry* entries() const noexcept {
+    return reinterpret_cast<const RecentImpressions::Entry*>(static_cast<const std::byte*>(tail_) +
+                                                             offset_bytes_);
+  }
+  const std::byte* history() const noexcept {
+    return static_cast<const std::byte*>(tail_) + offset_bytes_ +
+           impressions_ * sizeof(RecentImpressions::Entry);
+  }
+  std::byte* history() noexcept { return const_cast<std::byte*>(std::as_const(*this).history()); }
+
+  // change(entries, count) with room for one more, if there is; the history moves behind them.
+  template <class Change>
+  void change_impressions(Change change) noexcept {
+    std::array<RecentImpressions::Entry, RecentImpressions::capacity> copy;
+    std::size_t count = impressions_;
+    std::copy_n(entries(), count, copy.begin());
+    change(copy.data(), count);
+    std::byte* const from = history();
+    std::byte* const begin = static_cast<std::byte*>(tail_) + offset_bytes_;
+    std::memmove(begin + count * sizeof(copy[0]), from, history_bytes_);
+    std::memcpy(begin, copy.data(), count * sizeof(copy[0]));
+    impressions_ = static_cast<std::uint8_t>(count);
+  }
+
+  static RememberedEvent read_event(const std::byte*& in, std::int64_t& timestamp,
+                                    bool first) noexcept {
+    std::uint64_t item, type, gap;
+    in = read_varint(in, item);
+    in = read_varint(in, type);
+    in = read_varint(in, gap);
+    gap = gap >> 1 ^ (0 - (gap & 1));
+    if (!first) timestamp = static_cast<std::int64_t>(static_cast<std::uint64_t>(timestamp) + gap);
+    return {static_cast<std::uint32_t>(item), static_cast<std::uint32_t>(type - 1), timestamp};
+  }
+
+  void drop_oldest() noexcept {
+    const std::byte* in = history();
+    std::int64_t timestamp = first_remembered_;
+    read_event(in, timestamp, true);
+    const std::byte* const second = in;
+    read_event(in, timestamp, false);
+    first_remembered_ = timestamp;
+    const auto dropped = static_cast<std::size_t>(second - history());
+    history_bytes_ -= static_cast<std::uint32_t>(dropped);
+    std::memmove(history(), second, history_bytes_);
+    --history_events_;
+  }
+
+  std::int64_t first_remembered_ = 0;  // the oldest event's time
+  void* tail_ = nullptr;
+  std::uint32_t tail_capacity_ = 0, offset_bytes_ = 0, history_bytes_ = 0, state_size_ = 0;
+  float offset_scale_ = 1;
+  std::uint32_t budget_day_ = 0;
+  std::uint32_t history_events_ = 0;
+  std::uint16_t key_size_ = 0;
+  std::uint8_t impressions_ = 0;
+  static_assert(RecentImpressions::capacity < 256);
+};
+static_assert(sizeof(User) % 16 == 0 && std::is_trivially_copyable_v<RecentImpressions::Entry>);
+
+// Any number of threads may call. Users are spread over 64 locks by a keyed hash. A user's memory
+// is taken and given back outside of them; what is done under one is a look-up and what apply()
+// does.
+class Users {
+ public:
+  using Mutex = RankedMutex<1>;
+
+  // budget: bytes, of all users; most: users. The least recently used go first, of each 64th part.
+  Users(std::size_t budget, std::size_t most, std::size_t state_size, std::size_t dimension)
+      : budget_(budget / shard_count),
+        most_(std::max<std::size_t>(most / shard_count, 1)),
+        state_size_(state_size),
+        dimension_(dimension) {}
+
+  // Calls apply(User*) under the user's lock, with null where the key is not known, and returns
+  // what it returns. apply takes no memory and no other lock. use: the user counts as used.
+  template <class Apply>
+  auto with(const UserKey& key, Apply apply, bool use = true) {
+    Shard& shard = shard_of(key);
+    const std::lock_guard lock{shard.mutex};
+    User* const user = find(shard, key, use);
+    return apply(user);
+  }
+  template <class Apply>
+  auto with(const UserKey& key, Apply apply) const {
+    const Shard& shard = shards_[shard_number(key)];
+    const std::lock_guard lock{shard.mutex};
+    const auto number = number_of(shard, key);
+    return apply(number ? static_cast<const User*>(shard.users[*number].get()) : nullptr);
+  }
+
+  // Makes sure of a user and of the memory for so many more events and impressions and, where
+  // offset, for the user's offset. fresh(state): what a new user begins with. True where the user
+  // is new.
+  template <class Fresh>
+  bool prepare(const UserKey& key, std::size_t events, std::size_t impressions, bool offset,
+               Fresh fresh) {
+    Shard& shard = shard_of(key);
+    const std::size_t dimension = offset ? dimension_ : 0;
+    bool added = false;
+    for (;;) {
+      std::size_t tail = 0;
+      bool missing = false;
+      {
+        const std::lock_guard lock{shard.mutex};
+        if (User* user = find(shard, key, true)) {
+          tail = user->tail_for(events, impressions, dimension);
+          if (tail == 0) return added;
+        } else {
+          missing = true;
+        }
+      }
+      if (missing)
+        added = add(shard, key, fresh) || added;
+      else
+        grow_tail(shard, key, tail, events, impressions, dimension);
+    }
+  }
+
+  // Gives up what is over the budget; the user of `key` where nothing was recorded of them.
+  void settle(const UserKey& key) noexcept {
+    Shard& shard = shard_of(key);
+    std::array<User::Owner, 8> gone;  // freed without the lock
+    for (bool more = true; more;) {
+      std::size_t count = 0;
+      {
+        const std::lock_guard lock{shard.mutex};
+        if (const auto number = number_of(shard, key); number && shard.users[*number]->is_blank())
+          gone[count++] = remove(shard, *number);
+        while (count < gone.size() && over_budget(shard))
+          gone[count++] = remove(shard, shard.order.oldest());
+        more = over_budget(shard);
+      }
+      for (User::Owner& user : gone) user.reset();
+    }
+  }
+
+  // The user, who is forgotten; null where there is none.
+  User::Owner take(const UserKey& key) noexcept {
+    Shard& shard = shard_of(key);
+    const std::lock_guard lock{shard.mutex};
+    const auto number = number_of(shard, key);
+    return number ? remove(shard, *number) : nullptr;
+  }
+
+  std::size_t count() const {
+    std::size_t sum = 0;
+    for (const Shard& shard : shards_) {
+      const std::lock_guard lock{shard.mutex};
+      sum += shard.index.size();
+    }
+    return sum;
+  }
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const Shard& shard : shards_) {
+      const std::lock_guard lock{shard.mutex};
+      sum += bytes_of(shard);
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr std::size_t shard_count = 64;
+  struct alignas(64) Shard {
+    mutable Mutex mutex;
+    HashIndex index;                 // of users
+    std::vector<User::Owner> users;  // null: free
+    std::vector<std::uint32_t> free;
+    RecencyList order;
+    std::size_t bytes = 0;  // of the users
+  };
+
+  static std::size_t shard_number(const UserKey& key) noexcept { return key.hash() % shard_count; }
+  Shard& shard_of(const UserKey& key) noexcept { return shards_[shard_number(key)]; }
+  static auto links_in(Shard& shard) noexcept {
+    return [&shard](std::uint32_t n) -> RecencyList::Links& { return shard.users[n]->links; };
+  }
+  static std::optional<std::uint32_t> number_of(const Shard& shard, const UserKey& key) noexcept {
+    return shard.index.find(key.hash(), [&](std::uint32_t n) {
+      return shard.users[n]->hash == key.hash() && shard.users[n]->key() == key.text();
+    });
+  }
+  static User* find(Shard& shard, const UserKey& key, bool use) noexcept {
+    const auto number = number_of(shard, key);
+    if (!number) return nullptr;
+    if (use) shard.order.touch(*number, links_in(shard));
+    return shard.users[*number].get();
+  }
+  static std::size_t bytes_of(const Shard& shard) noexcept {
+    return shard.bytes + shard.index.bytes() + allocated(shard.users) + allocated(shard.free);
+  }
+  bool over_budget(const Shard& shard) const noexcept {
+    return shard.index.size() > 1 && (shard.index.size() > most_ || bytes_of(shard) > budget_);
+  }
+
+  // Adds the user unless another thread did. Memory is taken without the lock.
+  template <class Fresh>
+  bool add(Shard& shard, const UserKey& key, Fresh fresh) {
+    User::Owner user = User::make(key, state_size_);
+    fresh(user->state());
+    for (;;) {
+      std::size_t room = 0;
+      {
+        const std::lock_guard lock{shard.mutex};
+        if (number_of(shard, key)) return false;
+        if (!shard.index.full() && (!shard.free.empty() || has_room(shard))) {
+          insert(shard, std::move(user));
+          return true;
+        }
+        room = shard.index.full() ? shard.index.capacity() : 0;
+      }
+      grow(shard, room);
+    }
+  }
+  static bool has_room(const Shard& shard) noexcept {
+    return shard.users.size() < shard.users.capacity() &&
+           shard.users.size() < shard.free.capacity();
+  }
+  // The index where it has `full_at` slots (0: stays), and the lists where they are full.
+  static void grow(Shard& shard, std::size_t full_at) {
+    HashIndex larger;
+    std::vector<User::Owner> users;
+    std::vector<std::uint32_t> free;
+    std::size_t size = 0;
+    {
+      const std::lock_guard lock{shard.mutex};
+      size = shard.users.size();
+    }
+    if (full_at != 0 || size == 0) larger = HashIndex::of_capacity(2 * full_at);
+    const std::size_t room = std::max<std::size_t>(size + size / 4 + 4, 4);
+    users.reserve(room);
+    free.reserve(room);
+    const std::lock_guard lock{shard.mutex};
+    if (shard.index.full() && larger.capacity() > shard.index.capacity()) {
+      larger.take(shard.index);
+      std::swap(larger, shard.index);
+    }
+    if (!has_room(shard) && shard.free.empty() && shard.users.size() < room) {
+      for (User::Owner& user : shard.users) users.push_back(std::move(user));
+      users.swap(shard.users);
+      free.swap(shard.free);
+    }
+  }
+
+  void insert(Shard& shard, User::Owner user) noexcept {
+    std::uint32_t number;
+    if (shard.free.empty()) {
+      number = static_cast<std::uint32_t>(shard.users.size());
+      shard.users.emplace_back();
+    } else {
+      number = shard.free.back();
+      shard.free.pop_back();
+    }
+    shard.bytes += user->bytes();
+    shard.index.insert(user->hash, number);
+    shard.users[number] = std::move(user);
+    shard.order.add(number, links_in(shard));
+  }
+
+  static User::Owner remove(Shard& shard, std::uint32_t number) noexcept {
+    shard.order.remove(number, links_in(shard));
+    User::Owner user = std::move(shard.users[number]);
+    shard.index.erase(user->hash, number);
+    shard.bytes -= user->bytes();
+    shard.free.push_back(number);  // reserved with users
+    return user;
+  }
+
+  void grow_tail(Shard& shard, const UserKey& key, std::size_t capacity, std::size_t events,
+                 std::size_t impressions, std::size_t dimension) {
+    struct Delete {
+      void operator()(void* memory) const noexcept { ::operator delete(memory); }
+    };
+    void* memory = ::operator new(capacity);
+    std::unique_ptr<void, Delete> owner(memory);
+    const std::lock_guard lock{shard.mutex};
+    User* const user = find(shard, key, false);
+    if (!user || user->tail_for(events, impressions, dimension) != capacity) return;
+    shard.bytes -= user->bytes();
+    (void)owner.release();
+    user->move_tail(memory, capacity);
+    owner.reset(memory);
+    shard.bytes += user->bytes();
+  }
+
+  std::size_t budget_, most_;  // a shard
+  std::size_t state_size_, dimension_;
+  std::array<Shard, shard_count> shards_;
+};
+
+// The last event ids of all users, by keyed hashes, spread over 64 locks by the hash, so that no
+// one user fills a part of it alone. Any number of threads may call.
+class EventIds {
+ public:
+  // most: ids remembered, 16 bytes each, taken as they come.
+  explicit EventIds(std::size_t most) : capacity_(std::max<std::size_t>(most / stripe_count, 1)) {}
+
+  // An id while its event is recorded; remembered for good once the event counts.
+  class Claim {
+   public:
+    Claim(EventIds& ids, std::string_view id, const UserKey& user, const HashKey& key) {
+      if (id.empty()) return;
+      const std::array<std::uint64_t, 2> both{siphash(key, std::as_bytes(std::span(id))),
+                                              user.hash()};
+      hash_ = std::max<std::uint64_t>(siphash(key, std::as_bytes(std::span(both))), 1);
+      ids_ = &ids;
+      place_ = ids.insert(hash_);
+    }
+    Claim(const Claim&) = delete;
+    Claim& operator=(const Claim&) = delete;
+    ~Claim() {
+      if (place_) ids_->erase(hash_, *place_);
+    }
+    bool is_known() const noexcept { return ids_ && !place_ && !kept_; }
+    void keep() noexcept {
+      place_.reset();
+      kept_ = true;
+    }
+
+   private:
+    EventIds* ids_ = nullptr;
+    std::uint64_t hash_ = 0;
+    std::optional<std::uint32_t> place_;
+    bool kept_ = false;
+  };
+
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const Stripe& stripe : stripes_) {
+      const std::lock_guard lock{stripe.mutex};
+      sum += stripe.index.bytes() + allocated(stripe.ring);
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr std::size_t stripe_count = 64;
+  struct Stripe {
+    mutable RankedMutex<1> mutex;
+    HashIndex index;                  // of places in the ring
+    std::vector<std::uint64_t> ring;  // hashes in the order of arrival; 0: given up
+    std::size_t next = 0;
+  };
+
+  // The place of a new hash; nothing where it is known.
+  std::optional<std::uint32_t> insert(std::uint64_t hash) {
+    Stripe& stripe = stripes_[hash % stripe_count];
+    for (;;) {
+      std::size_t room = 0;
+      {
+        const std::lock_guard lock{stripe.mutex};
+        if (stripe.index.find(hash, [&](std::uint32_t p) { return stripe.ring[p] == hash; }))
+          return std::nullopt;
+        if (!stripe.index.full() &&
+            (stripe.ring.size() < stripe.ring.capacity() || stripe.ring.size() == capacity_)) {
+          const auto place = static_cast<std::uint32_t>(stripe.next);
+          stripe.next = (stripe.next + 1) % capacity_;
+          if (place == stripe.ring.size()) {
+            stripe.ring.push_back(hash);
+          } else {
+            if (stripe.ring[place] != 0) stripe.index.erase(stripe.ring[place], place);
+            stripe.ring[place] = hash;
+          }
+          stripe.index.insert(hash, place);
+          return place;
+        }
+        room = stripe.ring.size();
+      }
+      grow(stripe, std::min(std::max<std::size_t>(2 * room, 64), capacity_));
+    }
+  }
+
+  static void grow(Stripe& stripe, std::size_t room) {
+    HashIndex larger = HashIndex::of_capacity(std::bit_ceil(room + room / 3 + 2));
+    std::vector<std::uint64_t> ring;
+    ring.reserve(room);
+    const std::lock_guard lock{stripe.mutex};
+    if (stripe.ring.size() > room || stripe.ring.capacity() >= room) return;
+    ring.assign(stripe.ring.begin(), stripe.ring.end());
+    ring.swap(stripe.ring);
+    larger.take(stripe.index);
+    std::swap(larger, stripe.index);
+  }
+
+  void erase(std::uint64_t hash, std::uint32_t place) noexcept {
+    Stripe& stripe = stripes_[hash % stripe_count];
+    const std::lock_guard lock{stripe.mutex};
+    if (stripe.ring[place] != hash) return;
+    stripe.index.erase(hash, place);
+    stripe.ring[place] = 0;
+  }
+
+  std::size_t capacity_;  // a stripe
+  std::array<Stripe, stripe_count> stripes_;
+};
+
+}  // namespace detail
+
+// ============================================================================================
+// Room 15: state. Owns all that a recommender knows and where it lies: options, the gate of time,
+// the published catalogue and the memory of requests in lanes of threads, what waits for an update,
+// and who runs updates. Uses all earlier rooms. (What outlives the process, save, restore and
+// journal, belongs here.)
+//
+// Locks, in the order in which a thread may take them (RankedMutex checks it):
+//   0  State::update_mutex   one update at a time; no request takes it (but with
+//   Updates::in_requests) 1  all others            a lane's catalogue and idle memory, a 64th of
+//   the users, of the event ids,
+//                            of the slates, of the context sums; what waits for an update
+// So a request holds one lock at a time. Under it there are look-ups, copies and one step of the
+// encoder: no memory is taken (but for items and events that wait for an update), nothing is
+// solved, no foreign string is hashed, no callback is called.
+// ============================================================================================
+
+// Bytes that a recommender has taken, beside the model and what its callers hold.
+struct MemoryUse {
+  std::size_t users = 0;      // users and sessions: RecommenderOptions::user_bytes
+  std::size_t event_ids = 0;  // at most some 30 bytes x remembered_event_ids
+  std::size_t slates = 0;     // slate_log_bytes
+  std::size_t contexts = 0;   // context_bytes
+  std::size_t pending = 0;    // pending_bytes, and the fields of items that were put and are in
+  std::size_t catalogue = 0;  // the present generation and those that readers still hold
+  std::size_t scratch = 0;    // of requests: one a thread that asks at the same time
+  std::size_t total() const noexcept {
+    return users + event_ids + slates + contexts + pending + catalogue + scratch;
+  }
+};
+
+// Who runs automatic updates.
+enum class Updates : std::uint8_t {
+  by_thread,    // a thread that create() starts and the destructor joins
+  by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
+  in_requests,  // the record or recommend that finds one due, which then takes that much longer
+};
+
+struct RecommenderOptions {
+  std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
+  // Users and sessions remembered: at most so many, [64, 2^40], in so many bytes, [2^16, 2^50]; the
+  // least recently used go. At a hidden dimension of 128 a user with 50 events takes 2 KiB.
+  std::uint64_t max_users = 10'000'000;
+  std::uint64_t user_bytes = std::uint64_t{256} << 20;
+  // Probability that a place of a slate may go to an item with little feedback, [0, 1].
+  float exploration_weight = 0.3f;
+  // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
+  // first interaction) to the latest interaction of all.
+  std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
+  // Learn from impressions. Off: the slate is the model's own ranking, without exploration, which
+  // could not end, and has no id.
+  bool feedback = true;
+  // Event types that count as a choice of the item; empty: all of them.
+  std::vector<std::string> positive_event_types = {};
+  // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
+  // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
+  // 2002).
+  std::vector<float> examination = {};
+  // An automatic update falls due so long after the last one, by the clock; 0: never, whoever
+  // `updates` names. [0, 2^32]. Items that were put come in at once where a thread runs updates.
+  std::chrono::seconds update_interval = std::chrono::hours{2};
+  Updates updates = Updates::by_thread;
+  // Slates whose recommendation ids are known: at most so many, [1, 2^28], in so many bytes,
+  // [2^16, 2^50], which are taken at once, for so long, > 0 and at most 2^32.
+  std::uint32_t remembered_slates = 65'536;
+  std::uint64_t slate_log_bytes = std::uint64_t{64} << 20;
+  std::chrono::seconds slate_expiry = std::chrono::days{1};
+  std::uint32_t remembered_event_ids = 262'144;  // [64, 2^28]
+  // Of the contexts in which items were shown and chosen, 8 d + 32 an item. [2^16, 2^50]
+  std::uint64_t context_bytes = std::uint64_t{64} << 20;
+  // Of items that were put and wait for an update, and of events on them. [2^12, 2^50]
+  std::uint64_t pending_bytes = std::uint64_t{16} << 20;
+  // Unix seconds now; empty: the system's clock. For replays and simulations; called in every
+  // request, from any thread.
+  std::function<std::int64_t()> clock = {};
+  // Times so much ahead of the clock are taken; later ones are an error. [0, 2^40]
+  std::chrono::seconds clock_skew = std::chrono::days{1};
+  std::uint64_t seed = 0;  // of exploration: the same seed, calls and timestamps, the same slates
+  // Makes recommendation ids unforgeable, and users' and items' hashes unforeseeable. Missing:
+  // taken from the system's random source.
+  std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
+  // Called for every impression and positive event of a remembered slate, on the recording thread,
+  // which holds no lock. Must not throw.
+  std::function<void(const LogEntry&)> log = {};
+  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
+  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
+  // programs.
+  bool gate_lookup = false;
+  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
+  // program and run on this processor. Empty: kernels::chosen(), the best, or with
+  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
+  std::string instruction_set = {};
+};
+
+namespace detail {
+
+inline Result<void> check_options(const RecommenderOptions& options) {
+  const auto error = [](const char* text) {
+    return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
+  };
+  const auto outside = [](std::uint64_t value, unsigned low, unsigned high) {
+    return value < std::uint64_t{1} << low || value > std::uint64_t{1} << high;
+  };
+  const auto within = [](std::chrono::seconds value, std::int64_t low, std::int64_t high) {
+    return value.count() >= low && value.count() <= high;
+  };
+  if (options.history_length < 1 || options.history_length > 65535)
+    return error("history_length is outside [1, 65535]");
+  if (outside(options.max_users, 6, 40)) return error("max_users is outside [64, 2^40]");
+  if (outside(options.user_bytes, 16, 50)) return error("user_bytes is outside [2^16, 2^50]");
+  if (!(options.exploration_weight >= 0 && options.exploration_weight <= 1))
+    return error("exploration_weight is outside [0, 1]");
+  if (options.exploration_item_age_cut_off.count() <= 0)
+    return error("exploration_item_age_cut_off is not above 0");
+  for (const float probability : options.examination)
+    if (!(probability > 0 && probability <= 1))
+      return error("examination has a probability outside (0, 1]");
+  if (!within(options.update_interval, 0, std::int64_t{1} << 32))
+    return error("update_interval is outside [0, 2^32] seconds");
+  if (options.updates > Updates::in_requests) return error("updates is none of the three");
+  if (outside(options.remembered_slates, 0, 28))
+    return error("remembered_slates is outside [1, 2^28]");
+  if (outside(options.slate_log_bytes, 16, 50))
+    return error("slate_log_bytes is outside [2^16, 2^50]");
+  if (!within(options.slate_expiry, 1, std::int64_t{1} << 32))
+    return error("slate_expiry is not above 0, or above 2^32 seconds");
+  if (outside(options.remembered_event_ids, 6, 28))
+    return error("remembered_event_ids is outside [64, 2^28]");
+  if (outside(options.context_bytes, 16, 50)) return error("context_bytes is outside [2^16, 2^50]");
+  if (outside(options.pending_bytes, 12, 50)) return error("pending_bytes is outside [2^12, 2^50]");
+  if (!within(options.clock_skew, 0, std::int64_t{1} << 40))
+    return error("clock_skew is outside [0, 2^40] seconds");
+  return {};
+}
+
+// Request-sized memory.
+struct Scratch {
+  std::vector<float> query;             // [padded(d)], h with g
+  std::vector<float> offset;            // [d], g
+  std::vector<float> gradient, vector;  // [d], for moving g
+  std::vector<float> input;             // [e], of an item that is none of the model's
+  Encoder::Workspace encoding;
+  Scorer::Workspace scoring;
+  std::vector<std::uint32_t> interacted;  // ascending
+  std::vector<ScoredItem> ignored;        // item and its discount, ascending by item
+  std::uint64_t request_number = 0;
+  bool drawn_user = false, drawn_session = false;  // whose next number request_number is
+  ItemMask taken{0};                               // all zero between requests
+  std::vector<ScoredItem> top, pool;
+  std::vector<float> pool_scores, pool_expected;
+  float normaliser = 0;
+  SlotPolicy policy;
+  std::vector<SlotChoice> choices;
+  LoggedSlate logged;  // of a slate that is made, or that an event answers
+  // Of an event: the items listed, with their places; the picks seen, by place, and which of them
+  // others may learn from.
+  struct Seen {
+    std::uint32_t place;
+    LoggedPick pick;
+    LoggedChoice logged;
+    bool shared;  // others may learn from it
+  };
+  std::vector<ScoredItem> listed;  // score: the place
+  std::vector<Seen> seen;
+
+  std::size_t bytes() const noexcept {
+    return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
+           allocated(vector) + allocated(input) + allocated(encoding.values) +
+           allocated(encoding.quantised) + scoring.bytes() + allocated(interacted) +
+           allocated(ignored) + allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
+           allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
+           allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
+           allocated(listed) + allocated(seen) + policy.bytes();
+  }
+
+  float discount(std::uint32_t item) const noexcept {
+    if (ignored.empty()) return 0;
+    const auto found = std::lower_bound(
+        ignored.begin(), ignored.end(), item,
+        [](const ScoredItem& scored, std::uint32_t wanted) { return scored.item < wanted; });
+    return found != ignored.end() && found->item == item ? found->score : 0.0f;
+  }
+};
+
+// When something happened, checked, and the clock's time.
+struct Time {
+  std::int64_t timestamp;
+  std::int64_t now;
+  // What all share is counted at no later time than this.
+  std::int64_t counted() const noexcept { return std::min(timestamp, now); }
+};
+
+class ScratchLease;
+
+// What a recommender has, for all threads.
+struct State {
+  // What one user adds to what all share, in a half-life.
+  static constexpr float most_events = 1600, most_shown = 4096;
+  static constexpr std::size_t slate_repetitions = 4;  // of events on one item, from slates
+  static constexpr float offset_forgotten = 0.05f;     // of the user's offset, an event
+
+  using Mutex = RankedMutex<1>;
+
+  // A part of the threads: who is in it shares a lock and idle memory with few others. Each has a
+  // pointer to the catalogue of its own, so that counting readers is no traffic between cores.
+  struct alignas(64) Lane {
+    mutable Mutex mutex;
+    std::shared_ptr<const Catalogue> catalogue;
+    std::vector<std::unique_ptr<Scratch>> idle;
+    std::size_t scratches = 0;
+  };
+
+  struct PendingEvent {
+    std::string user, session, event_type;
+    std::int64_t timestamp;
+    std::size_t bytes() const noexcept {
+      return sizeof *this + user.capacity() + session.capacity() + event_type.capacity();
+    }
+  };
+  // An item that was put: what is known of it, and what waits for the next update.
+  struct PutItem {
+    CatalogueBuilder::Fields fields;
+    std::optional<std::int64_t> created;
+    bool waiting = false, remove = false, given = false;
+    std::uint64_t version = 0;  // of the last change
+    std::vector<PendingEvent> events;
+    std::size_t bytes = 0;  // its own and its id's, without events
+  };
+  struct PutHash {
+    using is_transparent = void;
+    HashKey key;
+    std::size_t operator()(std::string_view id) const noexcept {
+      return static_cast<std::size_t>(siphash(key, std::as_bytes(std::span(id))));
+    }
+  };
+
+  // model, options and table as Recommender::create has checked them.
+  State(const std::shared_ptr<const Model>& model, RecommenderOptions chosen,
+        const kernels::Table& kernel_table)
+      : base_model(model),
+        options(std::move(chosen)),
+        key(*options.recommendation_key),
+        table(kernel_table),
+        settings{options.feedback, options.exploration_weight,
+                 options.exploration_item_age_cut_off.count(), options.gate_lookup, &table},
+        encoder_state(Encoder(*model, table).state_size()),
+        users(options.user_bytes, options.max_users, encoder_state, model->dimension()),
+        event_ids(options.remembered_event_ids),
+        contexts(model->dimension(), options.context_bytes),
+        slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(), key,
+               options.feedback ? options.slate_log_bytes : 0, model->dimension(),
+               static_cast<bool>(options.log)),
+        forgotten((model->parts().user_ids.size() + 63) / 64),
+        put_items(0, PutHash{key}) {}
+
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+  ~State() {
+    if (!updater.joinable()) return;
+    {
+      const std::lock_guard lock{wake_mutex};
+      stopping = true;
+    }
+    wake.notify_all();
+    updater.join();
+  }
+
+  std::int64_t clock() const {
+    if (options.clock) return options.clock();
+    return std::chrono::duration_cast<std::chrono::seconds>(
+               std::chrono::system_clock::now().time_since_epoch())
+        .count();
+  }
+
+  // The gate through which every time comes in.
+  Result<Time> time_of(std::optional<std::int64_t> timestamp, const char* what) const {
+    const std::int64_t now = clock();
+    if (!timestamp || *timestamp <= now) return Time{timestamp.value_or(now), now};
+    const std::int64_t ahead = elapsed(now, *timestamp);
+    if (ahead <= options.clock_skew.count()) return Time{*timestamp, now};
+    std::string text = std::string(what) + " is " + std::to_string(*timestamp) + ", " +
+                       std::to_string(ahead) + " seconds ahead of the clock";
+    for (const auto& [scale, unit] : {std::pair<std::int64_t, const char*>{1'000, "milliseconds"},
+                                      {1'000'000, "microseconds"},
+                                      {1'000'000'000, "nanoseconds"}})
+      if (const std::int64_t seconds = *timestamp / scale;
+          now > 0 && seconds > now / 16 && elapsed(now, seconds) <= now) {
+        text += std::string("; it looks like ") + unit + ", and Unix seconds are wanted";
+        break;
+      }
+    return Error{Errc::invalid_argument, std::move(text)};
+  }
+
+  std::shared_ptr<const Catalogue> current() const {
+    Lane& lane = lane_of_thread();
+    const std::lock_guard lock{lane.mutex};
+    return lane.catalogue;
+  }
+  Lane& lane_of_thread() const noexcept {
+    return lanes[std::hash<std::thread::id>{}(std::this_thread::get_id()) % lanes.size()];
+  }
+
+  bool is_positive(std::string_view event_type) const noexcept {
+    const auto& types = options.positive_event_types;
+    return types.empty() || std::find(types.begin(), types.end(), event_type) != types.end();
+  }
+  float examination(std::size_t place) const noexcept {
+    const auto& chosen = options.examination;
+    if (chosen.empty()) return 1.0f / std::log2(static_cast<float>(place) + 2.0f);
+    return chosen[std::min(place, chosen.size() - 1)];
+  }
+  bool young(std::int64_t created) const noexcept {
+    return Catalogue::young(created, latest.load(std::memory_order_relaxed), settings.cut_off);
+  }
+  void raise_latest(std::int64_t timestamp) noexcept {
+    std::int64_t old = latest.load(std::memory_order_relaxed);
+    while (old < timestamp &&
+           !latest.compare_exchange_weak(old, timestamp, std::memory_order_relaxed)) {
+    }
+  }
+
+  // A stored user's row, unless forgotten.
+  std::optional<std::uint32_t> stored_user(const Model& model,
+                                           std::string_view user) const noexcept {
+    const auto row = user.empty() ? std::nullopt : model.parts().user_ids.find(user);
+    if (!row || (forgotten[*row / 64].load(std::memory_order_relaxed) >> *row % 64 & 1) != 0)
+      return std::nullopt;
+    return row;
+  }
+
+  void begin(const Catalogue& of, std::string_view user, std::span<float> state) const noexcept;
+  void step(User& user, const RememberedEvent& event, Scratch& scratch,
+            const Catalogue& of) noexcept;
+  void apply_event(const UserKey& key_of, std::string_view user, const RememberedEvent& event,
+                   const Time& time, Scratch& scratch, const Catalogue& of);
+  bool merge(std::string_view session, std::string_view user);
+
+  Result<void> check_fields(const NewItem& item) const;
+  Result<void> put(const NewItem& item, const Time& time);
+  bool remove(std::string_view id);
+  bool remember_pending(std::string_view item, PendingEvent event);
+
+  bool due() const;
+  Result<void> update_if_due();
+  Result<void> run_update(std::int64_t now, bool learn);
+  void publish(std::shared_ptr<const Catalogue> next);
+  void start_updater();
+  void run_updater();
+  void wake_updater();
+
+  std::shared_ptr<const Model> base_model;
+  RecommenderOptions options;
+  HashKey key;
+  const kernels::Table& table;
+  CatalogueSettings settings;
+  std::size_t encoder_state;
+  Users users;
+  EventIds event_ids;
+  ContextSums contexts;
+  SlateLog slates;
+  Decay decay{Catalogue::half_life};
+  std::vector<std::atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
+  static constexpr std::size_t lane_count = 16;
+  mutable std::array<Lane, lane_count> lanes;
+
+  std::atomic<bool> changed{false};                // events or impressions since the last learning
+  std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
+  std::atomic<std::int64_t> next_update{no_timestamp};  // by the clock
+  std::atomic<std::uint64_t> restarted{0};
+
+  mutable Mutex pending_mutex;
+  std::unordered_map<std::string, PutItem, PutHash, std::equal_to<>> put_items;
+  std::size_t pending_bytes = 0, kept_bytes = 0;  // waiting; of what is in
+  std::uint64_t put_version = 0;                  // of the last change
+  std::atomic<bool> has_pending{false};
+
+  RankedMutex<0> update_mutex;                            // one update at a time
+  std::shared_ptr<const Catalogue> catalogue;             // under update_mutex
+  std::vector<std::shared_ptr<const Catalogue>> retired;  // that readers may still hold
+  std::shared_ptr<const Model> whole_model;               // of `catalogue`, once asked for
+  mutable Mutex report_mutex;
+  UpdateReport report;
+  std::int64_t learnt_at = no_timestamp;  // these under update_mutex
+  std::size_t learnt_items = 0;
+
+  std::mutex wake_mutex;  // of the update thread alone, and of who wakes it
+  std::condition_variable wake, taken_in;
+  bool stopping = false, woken = false;
+  std::uint64_t taken_version = 0;  // put_version that updates have taken in
+  std::thread updater;
+
+ private:
+  static std::size_t bytes_of(std::string_view id) noexcept {
+    return sizeof(std::pair<const std::string, PutItem>) + 32 + id.size();
+  }
+  std::vector<std::pair<std::string, PutItem>> waiting_items(std::uint64_t& version) const;
+  void take_in(const std::vector<std::pair<std::string, PutItem>>& items, CatalogueBuilder& builder,
+               UpdateReport& result) const;
+  void settle_pending(std::vector<std::pair<std::string, PutItem>>& items) noexcept;
+  void replay(const std::vector<std::pair<std::string, PutItem>>& items, ScratchLease& scratch,
+              UpdateReport& result) noexcept;
+  void sweep() noexcept;
+};
+
+// Gives back, in the end, users over the budget and one who was added for nothing.
+struct Settle {
+  Users& users;
+  const UserKey& key;
+  ~Settle() { users.settle(key); }
+};
+
+// Scratch memory and the catalogue of one request, from the thread's lane and given back clean.
+class ScratchLease {
+ public:
+  explicit ScratchLease(const State& state) : lane_(state.lane_of_thread()) {
+    bool make = false;
+    {
+      const std::lock_guard lock{lane_.mutex};
+      catalogue_ = lane_.catalogue;
+      if (lane_.idle.empty()) {
+        make = true;
+      } else {
+        scratch_ = std::move(lane_.idle.back());
+        lane_.idle.pop_back();
+      }
+    }
+    if (make) add();
+    fit();
+  }
+  ScratchLease(const ScratchLease&) = delete;
+  ScratchLease& operator=(const ScratchLease&) = delete;
+  ~ScratchLease() {
+    if (!scratch_) return;
+    for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
+    scratch_->choices.clear();
+    scratch_->interacted.clear();
+    scratch_->ignored.clear();
+    const std::lock_guard lock{lane_.mutex};
+    lane_.idle.push_back(std::move(scratch_));
+  }
+  Scratch& operator*() const noexcept { return *scratch_; }
+  Scratch* operator->() const noexcept { return scratch_.get(); }
+  const Catalogue& catalogue() const noexcept { return *catalogue_; }
+  const std::shared_ptr<const Catalogue>& shared() const noexcept { return catalogue_; }
+
+  // Goes on with another generation, which has room here then.
+  void use(std::shared_ptr<const Catalogue> catalogue) {
+    catalogue_ = std::move(catalogue);
+    fit();
+  }
+
+ private:
+  void fit() {
+    const Catalogue& c = *catalogue_;
+    Scratch& scratch = *scratch_;
+    scratch.query.resize(kernels::padded(c.dimension()));
+    for (std::vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
+      each->resize(c.dimension());
+    scratch.input.resize(c.base->parts().inputs().columns());
+    if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
+    if (scratch.taken.size() < c.size()) scratch.taken = ItemMask(c.size());
+  }
+
+  // One more, and room among the idle ones for all there are.
+  void add() {
+    auto made = std::make_unique<Scratch>();
+    for (;;) {
+      std::vector<std::unique_ptr<Scratch>> room;
+      std::size_t wanted = 0;
+      {
+        const std::lock_guard lock{lane_.mutex};
+        if (lane_.idle.capacity() > lane_.scratches) {
+          ++lane_.scratches;
+          scratch_ = std::move(made);
+          return;
+        }
+        wanted = 2 * lane_.scratches + 2;
+      }
+      room.reserve(wanted);
+      const std::lock_guard lock{lane_.mutex};
+      if (lane_.idle.capacity() >= wanted) continue;
+      for (auto& scratch : lane_.idle) room.push_back(std::move(scratch));
+      room.swap(lane_.idle);
+    }
+  }
+
+  State::Lane& lane_;
+  std::shared_ptr<const Catalogue> catalogue_;
+  std::unique_ptr<Scratch> scratch_;
+};
+
+// What a new user begins with.
+inline void State::begin(const Catalogue& of, std::string_view user,
+                         std::span<float> state) const noexcept {
+  if (const auto row = stored_user(*of.base, user)) of.encoder->load(*row, state);
+}
+
+// The user's remembered events on an item, within a half-life of a time.
+inline std::size_t repetitions(const User& user, std::uint32_t item,
+                               std::int64_t timestamp) noexcept {
+  std::size_t count = 0;
+  user.for_each_event([&](const RememberedEvent& event) {
+    count += event.item == item &&
+             elapsed(std::min(event.timestamp, timestamp), std::max(event.timestamp, timestamp)) <
+                 Catalogue::half_life;
+  });
+  return count;
+}
+
+// One event more, under the user's lock; there is memory for it.
+inline void State::step(User& user, const RememberedEvent& event, Scratch& scratch,
+                        const Catalogue& of) noexcept {
+  const auto buckets = static_cast<std::uint32_t>(of.base->parts().time_gap_embedding.rows());
+  const auto previous =
+      user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
+  const std::uint32_t gap = buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
+  const auto input = of.input_of(event.item, scratch.input);
+  if (!of.encoder->step({event.item, event.event_type, gap, input}, user.state(),
+                        scratch.encoding)) {
+    std::fill(user.state().begin(), user.state().end(), 0.0f);
+    restarted.fetch_add(1, std::memory_order_relaxed);
+  }
+  user.fade_offset(1.0f - offset_forgotten);
+  user.remember(event, options.history_length);
+}
+
+// Advances the user's state and memory by an event on an item of the catalogue, and counts it.
+inline void State::apply_event(const UserKey& key_of, std::string_view user,
+                               const RememberedEvent& event, const Time& time, Scratch& scratch,
+                               const Catalogue& of) {
+  enum class Outcome : std::uint8_t { no_memory, counted, alone };
+  Outcome outcome = Outcome::no_memory;
+  while (outcome == Outcome::no_memory) {  // again where others have filled or displaced it
+    users.prepare(key_of, 1, 0, false, [&](std::span<float> fresh) { begin(of, user, fresh); });
+    outcome = users.with(key_of, [&](User* found) {
+      if (!found || found->tail_for(1, 0, 0) != 0) return Outcome::no_memory;
+      const bool shared = repetitions(*found, event.item, event.timestamp) < slate_repetitions &&
+                          found->spend(found->spent_events, 1, most_events, time.now);
+      step(*found, event, scratch, of);
+      return shared ? Outcome::counted : Outcome::alone;
+    });
+  }
+  raise_latest(time.counted());
+  if (outcome == Outcome::alone) return;
+  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(time.counted()));
+  changed.store(true, std::memory_order_relaxed);
+}
+
+// The visitor's events are replayed with a catalogue of after they were made: its items are in it.
+inline bool State::merge(std::string_view session, std::string_view user) {
+  const UserKey visitor_key{{}, session, key}, user_key{user, {}, key};
+  const auto before = users.with(
+      visitor_key,
+      [](const User* found) {
+        return found ? std::optional(std::pair(found->events(), found->impressions().size()))
+                     : std::nullopt;
+      },
+      false);
+  if (!before) return false;
+  ScratchLease scratch{*this};
+  Settle settle{users, user_key};
+  std::vector<RememberedEvent> events;
+  events.reserve(options.history_length);
+  const auto prepare = [&](std::size_t more_events, std::size_t more_impressions) {
+    users.prepare(user_key, more_events, more_impressions, true,
+                  [&](std::span<float> fresh) { begin(scratch.catalogue(), user, fresh); });
+  };
+  prepare(before->first, before->second);
+  const User::Owner visitor = users.take(visitor_key);
+  if (!visitor) return false;
+  scratch.use(current());
+  const Catalogue& of = scratch.catalogue();
+  visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
+  std::fill(scratch->gradient.begin(), scratch->gradient.end(), 0.0f);
+  visitor->add_offset_to(scratch->gradient);
+  const auto join = [&](User* found) {
+    if (!found ||
+        found->tail_for(events.size(), visitor->impressions().size(), of.dimension()) != 0)
+      return false;
+    for (const RememberedEvent& event : events) step(*found, event, *scratch, of);
+    found->add_impressions(visitor->impressions());
+    if (visitor->has_offset()) found->move_offset(scratch->gradient);
+    return true;
+  };
+  while (!users.with(user_key, join)) prepare(events.size(), visitor->impressions().size());
+  return true;
+}
+
+// --------------------------------------------------------------------------------------------
+// Items that wait
+
+inline Result<void> State::check_fields(const NewItem& item) const {
+  constexpr std::size_t most_bytes = std::size_t{1} << 16, most_fields = 1000;
+  const ModelParts& parts = base_model->parts();
+  std::size_t bytes = 0;
+  for (const auto& [field, value] : item.fields) bytes += field.size() + value.size();
+  if (bytes > most_bytes || item.fields.size() > most_fields)
+    return Error{Errc::invalid_argument, "an item has at most 1,000 fields of 64 KiB together"};
+  for (const auto& named : item.fields) {
+    const std::string_view field = named.first;
+    const bool known =
+        std::any_of(parts.fields.begin(), parts.fields.end(),
+                    [&](const MetadataField& of_model) { return of_model.name == field; });
+    if (known) continue;
+    std::string names;
+    for (const MetadataField& of_model : parts.fields)
+      names += (names.empty() ? "" : ", ") + of_model.name;
+    return Error{Errc::invalid_argument, "the model has no metadata field '" +
+                                             std::string(field.substr(0, 64)) + "'; it has " +
+                                             (names.empty() ? "none" : names)};
+  }
+  return {};
+}
+
+// Merges what is given into what is known of the item; where that cannot be taken in, nothing is
+// changed.
+inline Result<void> State::put(const NewItem& item, const Time& time) {
+  std::vector<float> vector(base_model->dimension());
+  const std::lock_guard lock{pending_mutex};
+  const auto found = put_items.find(item.item);
+  const bool there = found != put_items.end(), waits = there && found->second.waiting;
+  PutItem next;
+  if (there) {
+    next.fields = found->second.fields;
+    next.created = found->second.created;
+    next.given = waits && found->second.given;
+  }
+  for (const auto& [name, value] : item.fields) {
+    const std::string_view field = name;
+    const auto known = std::find_if(next.fields.begin(), next.fields.end(),
+                                    [&](const auto& other) { return other.first == field; });
+    if (known != next.fields.end())
+      known->second = value;
+    else
+      next.fields.emplace_back(name, value);
+  }
+  if (const auto known = metadata_of(*base_model, next.fields, vector); !known)
+    return known.error();
+  if (item.creation_timestamp) next.created = item.creation_timestamp;
+  // Of an item that nobody knows yet; one that is there keeps its own.
+  if (!next.created && !base_model->find_item(item.item)) next.created = time.now;
+  next.given = next.given || !item.fields.empty();
+  next.waiting = true;
+  next.version = put_version + 1;
+  next.bytes = bytes_of(item.item);
+  for (const auto& [name, value] : next.fields)
+    next.bytes += 2 * sizeof(std::string) + name.size() + value.size();
+  const std::size_t before = waits ? found->second.bytes : 0;
+  if (pending_bytes - before + next.bytes > options.pending_bytes)
+    return Error{Errc::limit,
+                 "items that were put fill RecommenderOptions::pending_bytes; put more when an "
+                 "update has taken them in"};
+  const std::size_t kept = there && !waits ? found->second.bytes : 0, now = next.bytes;
+  if (there) {
+    next.events = std::move(found->second.events);
+    found->second = std::move(next);
+  } else {
+    put_items.emplace(item.item, std::move(next));
+  }
+  pending_bytes += now - before;
+  kept_bytes -= kept;
+  ++put_version;
+  has_pending.store(true, std::memory_order_relaxed);
+  return {};
+}
+
+inline bool State::remove(std::string_view id) {
+  const bool there = current()->find(id).has_value();
+  const std::lock_guard lock{pending_mutex};
+  auto found = put_items.find(id);
+  const bool waits = found != put_items.end() && found->second.waiting && !found->second.remove;
+  if (!there && !waits) return false;
+  if (found == put_items.end()) {
+    found = put_items.emplace(std::string(id), PutItem{}).first;
+    found->second.bytes = bytes_of(id);
+    kept_bytes += found->second.bytes;
+  }
+  PutItem& item = found->second;
+  if (!item.waiting) {
+    kept_bytes -= item.bytes;
+    pending_bytes += item.bytes;
+  }
+  item.waiting = item.remove = true;
+  item.version = ++put_version;
+  has_pending.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+// Keeps an event on an item that waits for an update; false where none waits, or there is no room.
+inline bool State::remember_pending(std::string_view item, PendingEvent event) {
+  const std::size_t bytes = event.bytes();
+  const std::lock_guard lock{pending_mutex};
+  const auto found = put_items.find(item);
+  if (found == put_items.end() || !found->second.waiting || found->second.remove ||
+      pending_bytes + bytes > options.pending_bytes)
+    return false;
+  found->second.events.push_back(std::move(event));
+  pending_bytes += bytes;
+  return true;
+}
+
+// Copies of what waits, in the order in which it was put.
+inline std::vector<std::pair<std::string, State::PutItem>> State::waiting_items(
+    std::uint64_t& version) const {
+  std::vector<std::pair<std::string, PutItem>> items;
+  {
+    const std::lock_guard lock{pending_mutex};
+    version = put_version;
+    for (const auto& [id, item] : put_items) {
+      if (!item.waiting) continue;
+      auto& copy = items.emplace_back(id, PutItem{}).second;
+      copy.fields = item.fields;
+      copy.created = item.created;
+      copy.remove = item.remove;
+      copy.given = item.given;
+      copy.version = item.version;
+    }
+  }
+  std::sort(items.begin(), items.end(),
+            [](const auto& a, const auto& b) { return a.second.version < b.second.version; });
+  return items;
+}
+
+inline void State::take_in(const std::vector<std::pair<std::string, PutItem>>& items,
+                           CatalogueBuilder& builder, UpdateReport& result) const {
+  constexpr std::size_t most_items = std::size_t{1} << 31, most_told = 100;
+  for (const auto& [id, item] : items) {
+    const auto there = catalogue->ids->find(id);
+    if (item.remove) {
+      if (there) builder.remove(*there);
+      result.items_removed += there.has_value();
+    } else if (!there && catalogue->size() + result.items_added >= most_items) {
+      ++result.items_refused;
+      if (result.refused.size() < most_told)
+        result.refused.push_back({id, {Errc::limit, "the catalogue has 2^31 items"}});
+    } else {
+      builder.put(id, item.created, item.fields, item.given);
+      ++(there ? result.items_changed : result.items_added);
+    }
+  }
+}
+
+// What was taken in waits no more, unless it was put again meanwhile; its events move to `items`.
+inline void State::settle_pending(std::vector<std::pair<std::string, PutItem>>& items) noexcept {
+  const std::lock_guard lock{pending_mutex};
+  for (auto& [id, taken] : items) {
+    const auto found = put_items.find(id);
+    if (found == put_items.end()) continue;
+    PutItem& item = found->second;
+    taken.events.swap(item.events);
+    for (const PendingEvent& event : taken.events) pending_bytes -= event.bytes();
+    if (item.version != taken.version) continue;
+    pending_bytes -= item.bytes;
+    if (item.remove) {
+      put_items.erase(found);
+      continue;
+    }
+    kept_bytes += item.bytes;
+    item.waiting = item.given = false;
+  }
+  has_pending.store(std::any_of(put_items.begin(), put_items.end(),
+                                [](const auto& one) { return one.second.waiting; }),
+                    std::memory_order_relaxed);
+}
+
+// Events on items that have come in. One for which there is no memory is lost, and counted.
+inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& items,
+                          ScratchLease& scratch, UpdateReport& result) noexcept {
+  for (const auto& [id, item] : items) {
+    const auto number = catalogue->find(id);
+    if (!number) continue;
+    for (const PendingEvent& event : item.events) {
+      const auto applied = catching_bad_alloc([&]() -> Result<void> {
+        const UserKey user{event.user, event.session, key};
+        Settle settle{users, user};
+        const auto type = catalogue->base->parts().event_types.find(event.event_type);
+        apply_event(user, event.user, {*number, type.value_or(no_event_type), event.timestamp},
+                    {event.timestamp, clock()}, *scratch, *catalogue);
+        return {};
+      });
+      ++(applied ? result.events_replayed : result.events_lost);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------
+// Updates
+
+inline bool State::due() const {
+  return options.update_interval.count() > 0 && clock() >= next_update.load() &&
+         (changed.load(std::memory_order_relaxed) || has_pending.load(std::memory_order_relaxed));
+}
+
+// Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
+// again.
+inline Result<void> State::update_if_due() {
+  if (options.updates != Updates::in_requests || !due()) return {};
+  const std::unique_lock lock{update_mutex, std::try_to_lock};
+  if (!lock || !due()) return {};
+  const std::int64_t now = clock(), before = next_update.load();
+  next_update.store(now + options.update_interval.count());
+  auto updated = run_update(now, true);
+  if (!updated) next_update.store(before);
+  return updated;
+}
+
+// The caller holds update_mutex. learn: what events and impressions taught as well. Where it fails,
+// everything stays as it was but for the report.
+inline Result<void> State::run_update(std::int64_t now, bool learn) {
+  const auto begun = std::chrono::steady_clock::now();
+  UpdateReport result;
+  result.timestamp = now;
+  bool taught = false, published = false;
+  auto made = catching_bad_alloc([&]() -> Result<void> {
+    sweep();
+    std::uint64_t version = 0;
+    auto items = waiting_items(version);
+    taught = learn && changed.exchange(false);
+    // Counts fade with time alone.
+    const bool faded =
+        learn && learnt_items > 0 && elapsed(learnt_at, now) > Catalogue::half_life / 64;
+    if (items.empty() && !taught && !faded) return {};
+    CatalogueBuilder builder(*catalogue, settings);
+    take_in(items, builder, result);
+    if (taught || faded) result.items_learnt = builder.learn(now, slates, contexts);
+    auto next = builder.finish(now, latest.load());
+    result.values_unknown = builder.values_unknown();
+    ScratchLease scratch{*this};
+    scratch.use(next);
+    publish(std::move(next));
+    published = true;
+    if (taught || faded) {
+      learnt_at = now;
+      learnt_items = result.items_learnt;
+    }
+    settle_pending(items);
+    replay(items, scratch, result);
+    {
+      const std::lock_guard lock{wake_mutex};
+      taken_version = version;
+    }
+    taken_in.notify_all();
+    return {};
+  });
+  if (!made) {
+    if (taught) changed.store(true);
+    result.error = made.error();
+  }
+  result.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - begun);
+  if (published || !made) {
+    const std::lock_guard lock{report_mutex};
+    report = std::move(result);
+  }
+  return made;
+}
+
+// Makes the catalogue the present one: each lane gets a pointer with a count of its own.
+inline void State::publish(std::shared_ptr<const Catalogue> next) {
+  std::array<std::shared_ptr<const Catalogue>, lane_count> copies;
+  for (auto& copy : copies) {
+    auto owner = std::make_shared<std::shared_ptr<const Catalogue>>(next);
+    copy = std::shared_ptr<const Catalogue>(std::move(owner), next.get());
+  }
+  if (catalogue) retired.push_back(catalogue);
+  for (std::size_t l = 0; l < lanes.size(); ++l) {
+    const std::lock_guard lock{lanes[l].mutex};
+    lanes[l].catalogue.swap(copies[l]);
+  }
+  catalogue = std::move(next);
+  whole_model.reset();
+}
+
+// Ends generations that no reader holds any more: here, and not in somebody's request.
+inline void State::sweep() noexcept {
+  std::erase_if(retired, [](const auto& generation) { return generation.use_count() == 1; });
+}
+
+inline void State::start_updater() {
+  updater = std::thread([this] { run_updater(); });
+}
+
+inline void State::wake_updater() {
+  if (!updater.joinable()) return;
+  {
+    const std::lock_guard lock{wake_mutex};
+    woken = true;
+  }
+  wake.notify_one();
+}
+
+// What was put is taken in at once, but updates take no more than a fifth of the time.
+inline void State::run_updater() {
+  using std::chrono::microseconds;
+  constexpr auto most_items_pause = std::chrono::seconds{1};
+  const std::chrono::milliseconds usual{options.clock ? 20 : 1000};
+  std::unique_lock lock{wake_mutex};
+  while (!stopping) {
+    wake.wait_for(lock, usual, [this] { return stopping || woken; });
+    if (stopping) return;
+    const bool put = std::exchange(woken, false);
+    lock.unlock();
+    microseconds pause{0};
+    const bool is_due = due();
+    {
+      const std::lock_guard update_lock{update_mutex};
+      if (put || is_due) {
+        const auto begun = std::chrono::steady_clock::now();
+        const std::int64_t now = clock();
+        if (is_due) next_update.store(now + options.update_interval.count());
+        const bool made = run_update(now, is_due).has_value();
+        pause = std::min<microseconds>(
+            4 * std::chrono::duration_cast<microseconds>(std::chrono::steady_clock::now() - begun),
+            most_items_pause);
+        if (!made) pause = most_items_pause;
+      } else {
+        sweep();
+      }
+    }
+    lock.lock();
+    wake.wait_for(lock, pause, [this] { return stopping; });
+  }
+}
+
+}  // namespace detail
+
+// ============================================================================================
+// Room 16: recommender. Owns options, requests and slates, and answers them. Uses all earlier
+// rooms.
 // ============================================================================================
 
 // Why an item stands in a slate.
@@ -7523,6 +10585,7 @@ enum class Reason : std::uint8_t {
   exploration,  // drawn from the items with little feedback
   popular,      // nothing is known of this user: most interactions first
   unknown,      // rank() only: not in the catalogue, so it could not be ranked
+  excluded,     // rank() only: not eligible, or an item that was to be left out
 };
 
 constexpr std::string_view name(Reason reason) noexcept {
@@ -7535,15 +10598,18 @@ constexpr std::string_view name(Reason reason) noexcept {
       return "popular";
     case Reason::unknown:
       return "unknown item";
+    case Reason::excluded:
+      return "excluded";
   }
   return "";
 }
 
-// `item` is valid as long as the slate (which holds the model) or, from rank(), the caller's list.
+// `item` is valid as long as the slate holds it: until the slate is used again, or ends. From
+// rank() it is the caller's own.
 struct Pick {
   std::string_view item;
-  float
-      score;  // u, see Recommender; popular: share of all interactions, times what feedback taught
+  float score;  // u, see Recommender; popular: exp(u), the share of all interactions, times what
+                // feedback taught
   Reason reason;
   float propensity = 1;  // probability of this pick at its place, given the picks above it
 };
@@ -7552,21 +10618,25 @@ struct Slate {
   std::vector<Pick> items;
   std::string id;         // the recommendation id; empty with feedback off, and from rank()
   double propensity = 1;  // probability of the whole slate: the product over its picks
-  std::shared_ptr<const Model> model;
+  std::shared_ptr<const void> ids;  // what `items` point into
 };
 
+// Times are Unix seconds; where missing, the clock's. One more than RecommenderOptions::clock_skew
+// ahead of the clock is an error: invalid_argument, and nothing is changed.
 struct Interaction {
   std::string_view user = {};     // empty for an anonymous visitor, who then needs a session
   std::string_view session = {};  // with a user: this session's events become the user's
   std::string_view item = {};
   std::string_view event_type = {};
-  std::optional<std::int64_t> timestamp = {};  // Unix seconds; the system clock where missing
+  std::optional<std::int64_t> timestamp = {};
   // Slate::id of the slate that the event answers: without `impressions`, all its picks count as
   // seen. An event without it is attributed to the user's remembered impression of the item.
   std::string_view recommendation_id = {};
-  // The items that were shown, first place first; what they say wins over the recommendation id.
+  // The items that were shown, first place first, at most 10,000; what they say wins over the
+  // recommendation id. An item that is listed again counts once.
   std::span<const std::string_view> impressions = {};
-  std::string_view event_id = {};  // the same id of the same user counts once
+  // The same id of the same user counts once, among the last remembered_event_ids of all users.
+  std::string_view event_id = {};
 };
 
 // Items that a user was shown, first place first, without an event.
@@ -7585,30 +10655,41 @@ enum class Recorded : std::uint8_t {
   duplicate,      // an event with this event_id came before; nothing was changed
   unknown_slate,  // learned, but the recommendation id is none that this user was given
   expired_slate,  // learned, but the slate is no longer remembered
+  pending_item,   // the item was put and is not in yet: the event counts when it is
 };
 
-// An item that enters the catalogue at the next update.
-struct NewItem {
-  std::string_view item = {};
-  std::optional<std::int64_t> creation_timestamp = {};  // the time of the call where missing
-  // Name and value of metadata fields, categories separated by '|'.
-  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
-};
+constexpr std::string_view name(Recorded recorded) noexcept {
+  switch (recorded) {
+    case Recorded::learned:
+      return "learned";
+    case Recorded::unknown_item:
+      return "unknown item";
+    case Recorded::duplicate:
+      return "duplicate";
+    case Recorded::unknown_slate:
+      return "unknown slate";
+    case Recorded::expired_slate:
+      return "expired slate";
+    case Recorded::pending_item:
+      return "pending item";
+  }
+  return "";
+}
 
 struct Request {
   std::string_view user = {};
   std::string_view session = {};
   std::uint32_t count = 25;         // [1, 10000]
   bool exclude_interacted = false;  // leave out the items of the user's remembered events
-  // At most Model::item_count() bits, items beyond its size are left out; null: every item.
+  // At most item_count() bits, items beyond its size are left out; null: every item.
   const ItemMask* eligible = nullptr;
-  std::optional<std::int64_t> timestamp = {};  // Unix seconds; the system clock where missing
+  std::optional<std::int64_t> timestamp = {};
 };
 
 // What a pick's score is made of. In units of score: score = relevance + quality + taste -
 // discount.
 struct Explanation {
-  float score;                // u
+  float score;                // u; of a user without events Pick::score shows exp(u)
   float relevance;            // h . v + b of the model; without events, log share of interactions
   float quality;              // m: more or less chosen than the model expects, over all users
   float taste;                // h . delta + g . v: by users like this one, and by this user
@@ -7619,1647 +10700,1112 @@ struct Explanation {
   bool explorable;                  // in the pool of items with little feedback
 };
 
-struct RecommenderOptions {
-  std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
-  std::uint64_t max_users =
-      10'000'000;  // users and sessions; the least recently used go. [64, 2^40]
-  // Probability that a place of a slate may go to an item with little feedback, [0, 1].
-  float exploration_weight = 0.3f;
-  // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
-  // first interaction) to the latest interaction of all.
-  std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
-  // Learn from impressions. Off: the slate is the model's own ranking, without exploration, which
-  // could not end, and has no id.
-  bool feedback = true;
-  // Event types that count as a choice of the item; empty: all of them.
-  std::vector<std::string> positive_event_types = {};
-  // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
-  // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
-  // 2002).
-  std::vector<float> examination = {};
-  // How long update() waits for the next record or recommend to run it again; 0: never. [0, 2^32]
-  std::chrono::seconds update_interval = std::chrono::hours{2};
-  std::uint32_t remembered_slates = 65'536;                  // [1, 2^28]
-  std::chrono::seconds slate_expiry = std::chrono::days{1};  // > 0
-  std::uint64_t seed = 0;  // of exploration: the same seed, calls and timestamps, the same slates
-  // Makes recommendation ids unforgeable. Missing: taken from the system's random source.
-  std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
-  // Called for every impression and positive event, on the recording thread, which holds no lock.
-  std::function<void(const LogEntry&)> log = {};
-  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
-  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
-  // programs.
-  bool gate_lookup = false;
-  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
-  // program and run on this processor. Empty: kernels::chosen(), the best, or with
-  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
-  std::string instruction_set = {};
-};
-
 // Serves a model to any number of threads: every member function may be called at any time from
-// any thread. Users are spread over 64 locks; scoring runs outside of them.
+// any thread, but for moving and ending it. A moved-from Recommender can only be assigned to or
+// end.
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
 // with feedback on, what impressions taught (room 12) in units of the score. rho = 0.4 (impression
-// discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's leaning
+// discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's offset
 // g, for the encoder sees what was chosen but not what was passed over: each impression y of an
 // item moves
-//   g by leaning_gain slope (y - p) v / mean |v|^2,
+//   g by offset_gain slope (y - p) v / mean |v|^2,
 // y: 1 if it was chosen, else 0; p: positive events expected by all that is known, at most 1. This
-// is a step of constant gain up the log likelihood, as if g . v varied by leaning_gain about 0 for
+// is a step of constant gain up the log likelihood, as if g . v varied by offset_gain about 0 for
 // an item of usual length. Each event of the user moves the encoder's state, and g forgets
-// leaning_forgotten of itself.
+// offset_forgotten of itself.
+//
+// What one user adds to what all share is capped: of an item that the user has chosen within 14
+// days, further choices and impressions count for the user alone (where they come from slates of
+// this recommender: from the fifth on), and in all 1,600 events and 4,096 impressions in 14 days.
 class Recommender {
  public:
-  // Errors (invalid_argument): an option outside its stated range.
+  // Takes slate_log_bytes and, with Updates::by_thread and an interval, starts the thread. Errors
+  // (invalid_argument): an option outside its range; statistics of the model that lie ahead of the
+  // clock. io: no random bytes. unsupported: no thread to be had.
   static Result<Recommender> create(std::shared_ptr<const Model> model,
-                                    const RecommenderOptions& options = {}) {
-    return detail::catching_bad_alloc([&]() -> Result<Recommender> {
-      if (!model) return Error{Errc::invalid_argument, "the model is null"};
-      if (auto checked = check(options); !checked) return checked.error();
-      RecommenderOptions chosen = options;
-      if (!chosen.feedback) chosen.exploration_weight = 0;
-      if (!chosen.recommendation_key) {
-        chosen.recommendation_key = random_key();
-        if (!chosen.recommendation_key)
-          return Error{
-              Errc::io,
-              "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
-      }
-      const auto table = find_kernels(options.instruction_set);
-      if (!table) return table.error();
-      Recommender recommender(
-          std::make_unique<State>(std::move(model), std::move(chosen), **table));
-      const std::int64_t latest = recommender.state_->latest;
-      if (auto built = recommender.rebuild(latest == no_timestamp ? 0 : latest); !built)
-        return built.error();
-      return recommender;
-    });
-  }
+                                    const RecommenderOptions& options = {});
 
   // Advances the user's state by one event; O(1) in the length of the history. With a
   // recommendation id or impressions, also counts what was seen and chosen: O(items shown).
-  // Errors (invalid_argument; nothing is changed): no user and no session, an id of over 256 bytes,
-  // over 10,000 impressions. Where both are given, the session's earlier events become the user's
-  // first.
-  Result<Recorded> record(const Interaction& event) {
-    return detail::catching_bad_alloc([&]() -> Result<Recorded> {
-      if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
-      if (auto checked = check_impressions(event.impressions); !checked) return checked.error();
-      const std::int64_t timestamp = event.timestamp.value_or(system_seconds());
-      if (auto updated = update_if_due(timestamp); !updated) return updated.error();
-      const Key key{event.user, event.session};
-      Shard& shard = shard_of(event.user, event.session);
-      EventId id{shard, event.event_id, key};
-      if (id.is_known()) return Recorded::duplicate;
-      if (!event.user.empty() && !event.session.empty()) merge(event.session, event.user);
-      const auto catalogue = state_->current();
-      const auto item = catalogue->model->find_item(event.item);
-      // All memory is taken before anything is counted.
-      UserLease lease{*this, *catalogue, shard, key};
-      if (item) lease.prepare(1, 0, 0);
-      Recorded recorded = Recorded::learned;
-      if (state_->options.feedback)
-        recorded = learn_from(
-            *catalogue, {event.user, event.session, event.recommendation_id, event.impressions, {}},
-            timestamp, is_positive(event.event_type) ? item : std::nullopt);
-      id.keep();
-      if (!item) return Recorded::unknown_item;
-      raise(state_->latest, timestamp);
-      const auto type = catalogue->model->parts().event_types.find(event.event_type);
-      const std::lock_guard lock{shard.mutex};
-      advance(*catalogue, shard, user_in(*catalogue, shard, key),
-              {*item, type.value_or(no_event_type), timestamp});
-      return recorded;
-    });
-  }
+  // Errors (invalid_argument; nothing is changed): no user and no session, an id that is not 1 to
+  // 256 bytes of UTF-8 without control characters, over 10,000 impressions, a time ahead of the
+  // clock. Where user and session are given, the session's earlier events become the user's first,
+  // as by merge_session.
+  Result<Recorded> record(const Interaction& event);
 
-  // Counts items as seen without an event. Each pick of a slate counts once.
-  // Errors (invalid_argument; nothing is changed): no user and no session, neither a recommendation
-  // id nor items, an id of over 256 bytes, over 10,000 items.
-  Result<Recorded> record_impression(const Impression& impression) {
-    return detail::catching_bad_alloc([&]() -> Result<Recorded> {
-      if (auto checked = check_ids(impression.user, impression.session); !checked)
-        return checked.error();
-      if (auto checked = check_impressions(impression.items); !checked) return checked.error();
-      if (impression.recommendation_id.empty() && impression.items.empty())
-        return Error{Errc::invalid_argument,
-                     "record_impression needs a recommendation id or the items shown"};
-      const std::int64_t timestamp = impression.timestamp.value_or(system_seconds());
-      if (auto updated = update_if_due(timestamp); !updated) return updated.error();
-      if (!state_->options.feedback) return Recorded::learned;
-      return learn_from(*state_->current(), impression, timestamp, std::nullopt);
-    });
-  }
+  // Counts items as seen without an event. Each pick of a slate counts once. Errors as above, and
+  // neither a recommendation id nor items.
+  Result<Recorded> record_impression(const Impression& impression);
 
-  // The best `count` items for the user into `slate`, whose memory is reused; fewer where fewer are
-  // eligible. One pass over the catalogue and, with exploration, O(count x pool). A user without
-  // events gets popular items. Errors (invalid_argument): no user and no session, an id of over 256
-  // bytes, a count or a mask outside its range.
-  Result<void> recommend(const Request& request, Slate& slate) {
-    return detail::catching_bad_alloc([&]() -> Result<void> {
-      if (auto checked = check_request(request); !checked) return checked;
-      const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
-      if (auto updated = update_if_due(timestamp); !updated) return updated;
-      const auto catalogue = state_->current();
-      if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-      Asked asked{*this, *catalogue, request, timestamp};
-      find_best(*catalogue, asked.known, asked.best(), asked.eligibility, *asked.scratch);
-      answer(*catalogue, asked, slate);
-      return {};
-    });
-  }
+  // The best `count` items for the user into `slate`, whose memory is reused: once warm, no memory
+  // is taken. Fewer where fewer are eligible. One pass over the catalogue and, with exploration,
+  // O(count x pool). A user without events gets popular items. Of a slate only the first places,
+  // some thousand, can be answered with its id. Errors (invalid_argument): as record, and a count
+  // or a mask outside its range.
+  Result<void> recommend(const Request& request, Slate& slate);
+  Result<Slate> recommend(const Request& request);
 
-  // slates[i] for requests[i], each the same as alone but for an update that falls due: it comes
-  // before all of them. Known users share a pass over the catalogue, 32 at a time, which takes a
-  // fraction of the time of one by one, and the request memory of 32 threads, some 5 bytes an item
-  // each, which is kept for later calls. Errors as above, and invalid_argument where there are more
-  // requests than slates; where memory runs out on the way, the slates that were not reached are
-  // empty.
-  Result<void> recommend(std::span<const Request> requests, std::span<Slate> slates) {
-    return detail::catching_bad_alloc([&]() -> Result<void> {
-      if (slates.size() < requests.size())
-        return Error{Errc::invalid_argument, "there are more requests than slates"};
-      for (const Request& request : requests)
-        if (auto checked = check_request(request); !checked) return checked;
-      const std::int64_t now = system_seconds();
-      for (const Request& request : requests)
-        if (auto updated = update_if_due(request.timestamp.value_or(now)); !updated) return updated;
-      const auto catalogue = state_->current();
-      for (const Request& request : requests)
-        if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-      for (std::size_t i = 0; i < requests.size(); ++i) clear(slates[i]);
-      for (std::size_t begin = 0; begin < requests.size(); begin += asked_together)
-        recommend_together(
-            *catalogue, requests.subspan(begin, std::min(asked_together, requests.size() - begin)),
-            slates.subspan(begin), now);
-      return {};
-    });
-  }
+  // slates[i] for requests[i], each the same as alone. Known users share a pass over the catalogue,
+  // 32 at a time, which takes a fraction of the time of one by one, and the request memory of 32
+  // threads, which is kept for later calls. Errors as above, and invalid_argument where there are
+  // more requests than slates; where memory runs out on the way, the slates that were not reached
+  // are empty and count as not asked for.
+  Result<void> recommend(std::span<const Request> requests, std::span<Slate> slates);
 
-  Result<Slate> recommend(const Request& request) {
-    Slate slate;
-    if (auto done = recommend(request, slate); !done) return done.error();
-    return slate;
-  }
-
-  // Orders the given items for the user, best first, without exploration. Items that are not in the
-  // catalogue, not eligible or excluded come last, in the given order, with reason unknown and
-  // score 0. Request::count is not used.
-  Result<void> rank(const Request& request, std::span<const std::string_view> items, Slate& slate) {
-    return detail::catching_bad_alloc([&]() -> Result<void> {
-      if (auto checked = check_ids(request.user, request.session); !checked) return checked;
-      const auto catalogue = state_->current();
-      ScratchLease scratch{*state_, *catalogue};
-      if (auto checked = check_mask(*catalogue, request); !checked) return checked;
-      const bool known = read_user(*catalogue, request,
-                                   request.timestamp.value_or(system_seconds()), nullptr, *scratch);
-      const Eligibility eligibility = restrict_to(*catalogue, request, *scratch);
-      clear(slate);
-      slate.model = catalogue->model;
-      scratch->top.clear();
-      for (std::uint32_t position = 0; position < items.size(); ++position) {
-        const auto item = catalogue->model->find_item(items[position]);
-        if (item && eligibility.test(*item))
-          scratch->top.push_back({position, score(*catalogue, known, *item, *scratch)});
-      }
-      std::sort(scratch->top.begin(), scratch->top.end(), ranks_before);
-      for (const ScoredItem& scored : scratch->top)
-        slate.items.push_back({items[scored.item], shown_score(known, scored.score),
-                               known ? Reason::relevance : Reason::popular});
-      for (const std::string_view id : items) {
-        const auto item = catalogue->model->find_item(id);
-        if (!item || !eligibility.test(*item)) slate.items.push_back({id, 0.0f, Reason::unknown});
-      }
-      return {};
-    });
-  }
+  // Orders the given items for the user, best first, without exploration. What cannot be ranked
+  // comes last, in the given order, with reason unknown or excluded and score 0. Request::count is
+  // not used. O(items).
+  Result<void> rank(const Request& request, std::span<const std::string_view> items,
+                    Slate& slate) const;
 
   // What makes up an item's score for this user now. Errors: unknown_item; as recommend.
-  Result<Explanation> explain(const Request& request, std::string_view id) {
-    return detail::catching_bad_alloc([&]() -> Result<Explanation> {
-      if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
-      const std::int64_t timestamp = request.timestamp.value_or(system_seconds());
-      const auto catalogue = state_->current();
-      const auto item = catalogue->model->find_item(id);
-      if (!item)
-        return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
-      ScratchLease scratch{*state_, *catalogue};
-      const bool known = read_user(*catalogue, request, timestamp, nullptr, *scratch);
-      const ItemFeedback counted = feedback_of(*catalogue, *item, timestamp);
-      Explanation parts{};
-      parts.score = score(*catalogue, known, *item, *scratch);
-      parts.discount = scratch->discount(*item);
-      parts.quality = catalogue->quality.empty() ? 0.0f : catalogue->quality[*item];
-      parts.taste =
-          known ? taste(*catalogue, *item, scratch->query) + leaning_of(*catalogue, *item, *scratch)
-                : 0.0f;
-      parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
-      parts.uncertainty = posterior(prior_of(*catalogue, *item), counted).deviation;
-      parts.positive = counted.positive;
-      parts.expected = counted.expected;
-      const std::int64_t created = creation(catalogue->model->parts().statistics[*item]);
-      const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
-      if (created != no_timestamp && latest != no_timestamp) parts.age = age(created, latest);
-      parts.explorable = std::any_of(
-          catalogue->pool.begin(), catalogue->pool.end(),
-          [&](const PoolItem& p) { return p.item == *item && young(p.created, latest); });
-      return parts;
-    });
-  }
+  Result<Explanation> explain(const Request& request, std::string_view item) const;
 
-  // The item enters the catalogue, or is changed in it, at the next update: its vector from its
-  // metadata and the mean difference of similar items from theirs. The vector of an item that the
-  // model was trained on stays as it is. Errors (invalid_argument): an id of 0 or over 256 bytes.
-  Result<void> put_item(const NewItem& item) {
-    if (item.item.empty() || item.item.size() > max_id_bytes)
-      return Error{Errc::invalid_argument, "an item id has 1 to 256 bytes"};
-    return detail::catching_bad_alloc([&]() -> Result<void> {
-      PendingItem pending{
-          std::string(item.item), item.creation_timestamp.value_or(system_seconds()), {}};
-      for (const auto& [name, value] : item.fields) pending.fields.emplace_back(name, value);
-      const std::lock_guard lock{state_->pending_mutex};
-      state_->pending.push_back(std::move(pending));
-      return {};
-    });
-  }
+  // The item enters the catalogue, or is changed in it, at the next update. What was put before and
+  // is not named now stays. Of an item that the model was trained on the vector stays as it is. A
+  // new item's vector comes from its metadata and the items it is like; where nothing is known, a
+  // neutral one and a low bias. Errors: invalid_argument (id, time, fields over 64 KiB, metadata
+  // without a finite vector); limit: pending_bytes are used, until an update.
+  Result<void> put_item(const NewItem& item);
 
-  // Takes in new items and what impressions taught since the last time. Readers go on with the old
-  // catalogue until the new one is complete. record and recommend call it when
-  // RecommenderOptions::update_interval has passed by their timestamps and there is something new.
-  // Cost: a few passes over the items, and some 10 d^3.
-  // Errors: what Model::from_parts says of the new items; the old catalogue stays.
-  Result<void> update(std::optional<std::int64_t> now = {}) {
-    const std::int64_t timestamp = now.value_or(system_seconds());
-    const std::lock_guard lock{state_->update_mutex};
-    state_->next_update.store(later(timestamp, state_->options.update_interval.count()),
-                              std::memory_order_relaxed);
-    return detail::catching_bad_alloc([&] { return rebuild(timestamp); });
-  }
+  // The item leaves the catalogue at the next update; putting it again brings it back with what was
+  // learnt of it. False where there is no such item. Errors: as put_item.
+  Result<bool> remove_item(std::string_view item);
 
-  // Makes an anonymous session's events the user's own, after those the user already has, and
-  // forgets the session. False where there is no such session.
-  Result<bool> merge_session(std::string_view session, std::string_view user) {
-    if (session.empty() || user.empty())
-      return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
-    if (auto checked = check_ids(user, session); !checked) return checked.error();
-    return detail::catching_bad_alloc([&]() -> Result<bool> { return merge(session, user); });
-  }
+  // Takes in what was put and removed, and folds in what events and impressions taught since the
+  // last time. Readers go on with the old catalogue until the new one is complete. now: the clock's
+  // time where missing. Cost: see CatalogueBuilder. Errors: out_of_memory, invalid_argument (now is
+  // ahead of the clock); the old catalogue stays. An item that cannot be taken in is no error; it
+  // stands in the report.
+  Result<void> update(std::optional<std::int64_t> now = {});
 
-  // Forgets a user or, with an empty user, a session. False where there was none.
-  bool forget(std::string_view user, std::string_view session = {}) {
-    if (user.empty() && session.empty()) return false;
-    Shard& shard = shard_of(user, session);
-    const std::lock_guard lock{shard.mutex};
-    const auto found = shard.users.find(Key{user, session}.text());
-    if (found == shard.users.end()) return false;
-    erase(shard, found);
-    return true;
-  }
+  // Whether update_interval has passed since the last update and there is something new.
+  bool update_due() const;
+  UpdateReport update_report() const;
+
+  // Makes an anonymous session's events the user's own, after those the user already has, with its
+  // impressions, and forgets the session. False where there is no such session.
+  Result<bool> merge_session(std::string_view session, std::string_view user);
+
+  // Forgets a user or, with an empty user, a session: state, events, impressions, slates and
+  // queries, also those that came with the model. False where there was none. What stays: counts
+  // and sums over all users, hashes of event ids, and what RecommenderOptions::log was given.
+  bool forget(std::string_view user, std::string_view session = {});
 
   // Of the kernels in use: "avx512+vnni", "avx2+fma", "sse2", "neon", "scalar" and so on.
   const char* instruction_set() const noexcept { return state_->table.name; }
 
-  // Users and sessions remembered now.
-  std::size_t user_count() const {
-    std::size_t count = 0;
-    for (Shard& shard : state_->shards) {
-      const std::lock_guard lock{shard.mutex};
-      count += shard.users.size();
-    }
-    return count;
-  }
+  std::size_t user_count() const;  // users and sessions remembered now
+  std::size_t item_count() const;  // in the catalogue, with those removed
+  MemoryUse memory() const;        // O(slates + threads)
+  // Users whose state was not finite and began anew: a sign of a broken model.
+  std::uint64_t restarted_states() const noexcept { return state_->restarted.load(); }
 
-  // The model with the items that updates have added.
-  std::shared_ptr<const Model> model() const { return state_->current()->model; }
+  // The model with the items that updates have added, which can be saved: the model itself where
+  // there are none, else a copy, O(items x d), kept until the next update. With Updates::by_thread
+  // waits until what was put is in. Null where memory runs out.
+  std::shared_ptr<const Model> model() const;
 
  private:
+  using Catalogue = detail::Catalogue;
+  using Scratch = detail::Scratch;
+  using State = detail::State;
+  using Time = detail::Time;
+  using User = detail::User;
+  using UserKey = detail::UserKey;
+  struct Prepared;
+
   static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
-  static constexpr float leaning_gain = 0.6f, leaning_forgotten = 0.05f;
-  static constexpr double explored_enough = 3;   // expected positive events
-  static constexpr std::size_t max_pool = 4096;  // the newest
+  static constexpr float offset_gain = 0.6f;
   static constexpr std::uint32_t normalising_items = 32;
-  static constexpr std::size_t asked_together = 32;        // requests in one pass
-  static constexpr std::uint64_t well_known = 10;          // interactions
-  static constexpr std::size_t calibration_slates = 2048;  // the newest
+  static constexpr std::size_t together = 32;  // requests in one pass
+  static constexpr std::size_t most_impressions = 10'000;
 
-  struct RememberedEvent {
-    std::uint32_t item;
-    std::uint32_t event_type;
-    std::int64_t timestamp;
-  };
+  explicit Recommender(std::unique_ptr<State> state) noexcept : state_(std::move(state)) {}
 
-  struct User {
-    std::vector<float> state;              // of the encoder
-    std::vector<RememberedEvent> history;  // a ring once it is full
-    std::size_t oldest = 0;
-    std::int64_t last_timestamp = no_timestamp;
-    RecentImpressions impressions;
-    std::vector<float> leaning;  // g; empty before the first impression
-    std::uint64_t requests = 0;
-    std::list<std::string_view>::iterator place;  // in Shard::order
+  static Result<const kernels::Table*> find_kernels(const std::string& name);
+  static Result<void> check_statistics(const Model& model, const State& state);
+  static Result<void> check_ids(std::string_view user, std::string_view session);
+  static Result<void> check_request(const Request& request);
+  static Result<void> check_mask(const Catalogue& catalogue, const Request& request);
 
-    bool is_blank() const noexcept {
-      return history.empty() && impressions.size() == 0 && requests == 0;
-    }
-  };
-
-  // Users and sessions live in one map; the first byte keeps "u1" the user from "u1" the session.
-  class Key {
-   public:
-    // Ids of at most max_id_bytes.
-    Key(std::string_view user, std::string_view session) noexcept {
-      const std::string_view id = user.empty() ? session : user;
-      size_ = 1 + id.size();
-      text_[0] = user.empty() ? 's' : 'u';
-      std::copy(id.begin(), id.end(), text_.begin() + 1);
-    }
-    std::string_view text() const noexcept { return {text_.data(), size_}; }
-
-   private:
-    std::array<char, 1 + max_id_bytes> text_;
-    std::size_t size_;
-  };
-
-  static std::uint64_t key_hash(const Key& key, std::uint64_t seed) noexcept {
-    return xxh64(std::as_bytes(std::span(key.text())), seed);
-  }
-
-  struct KeyHash {
-    using is_transparent = void;
-    std::size_t operator()(std::string_view key) const noexcept {
-      return static_cast<std::size_t>(xxh64(std::as_bytes(std::span(key))));
-    }
-  };
-
-  // The last 4096 hashes; all memory is taken with the first.
-  class RecentIds {
-   public:
-    bool insert(std::uint64_t hash) {
-      hash = std::max<std::uint64_t>(hash, 1);
-      if (ring_.empty()) {
-        std::vector<std::uint64_t> slots(slot_count), ring(capacity);
-        slots_.swap(slots);
-        ring_.swap(ring);
-      }
-      std::size_t slot = slot_of(hash);
-      if (slots_[slot] != 0) return false;
-      if (const std::uint64_t oldest = std::exchange(ring_[next_], hash); oldest != 0) {
-        erase(oldest);
-        slot = slot_of(hash);  // may have moved up
-      }
-      slots_[slot] = hash;
-      next_ = (next_ + 1) % capacity;
-      return true;
-    }
-
-    void erase(std::uint64_t hash) noexcept {
-      std::size_t hole = slot_of(std::max<std::uint64_t>(hash, 1));
-      if (slots_[hole] == 0) return;
-      // What was pushed behind the hole moves up (linear probing: Knuth, 6.4, algorithm R).
-      for (std::size_t slot = next_slot(hole); slots_[slot] != 0; slot = next_slot(slot)) {
-        const std::size_t home = slots_[slot] % slot_count;
-        if ((slot - home) % slot_count < (slot - hole) % slot_count) continue;
-        slots_[hole] = slots_[slot];
-        hole = slot;
-      }
-      slots_[hole] = 0;
-    }
-
-   private:
-    static constexpr std::size_t capacity = 4096, slot_count = 2 * capacity;
-    static_assert(std::has_single_bit(slot_count));
-
-    static std::size_t next_slot(std::size_t slot) noexcept { return (slot + 1) % slot_count; }
-    // Where the hash is, or the free slot where it would be.
-    std::size_t slot_of(std::uint64_t hash) const noexcept {
-      std::size_t slot = hash % slot_count;
-      while (slots_[slot] != 0 && slots_[slot] != hash) slot = next_slot(slot);
-      return slot;
-    }
-
-    std::vector<std::uint64_t> slots_;  // 0: free
-    std::vector<std::uint64_t> ring_;   // in the order of arrival; 0: not used yet
-    std::size_t next_ = 0;
-  };
-
-  struct Shard {
-    std::mutex mutex;
-    std::unordered_map<std::string, User, KeyHash, std::equal_to<>> users;
-    std::list<std::string_view> order;  // keys, most recently used first
-    RecentIds event_ids;
-    Encoder::Workspace workspace;
-  };
-
-  struct PoolItem {
-    std::uint32_t item;
-    float bonus;  // half the deviation of the log quality, in units of score
-    std::int64_t created;
-  };
-
-  // The items as one update left them; immutable once published. Quality, corrections and bonuses
-  // are in units of score. u = query . vectors + biases.
-  struct Catalogue {
-    std::shared_ptr<const Model> model;
-    std::shared_ptr<const Encoder> encoder;
-    std::shared_ptr<ItemCounters> counters;
-    Calibration calibration;
-    GammaPrior well_known_prior{10, 1}, cold_prior{2, 1};
-    Matrix vectors;                            // the model's, corrected; empty: the model's own
-    std::vector<float> biases;                 // the model's, with quality and corrections
-    std::vector<float> quality;                // [N], or empty without feedback
-    std::vector<std::uint32_t> correction_of;  // [N], row + 1 of corrections, 0: none; or empty
-    std::vector<float> corrections;            // [rows, d + 1]: delta, then a constant
-    std::optional<Scorer> scorer;
-    std::vector<float> popularity;       // [N], log share of interactions
-    std::vector<std::uint32_t> popular;  // items by popularity and quality, best first
-    std::vector<PoolItem> pool;          // ascending by item
-    std::vector<float> pool_vectors, pool_biases;
-    std::vector<double> second_moment;  // of the queries of reported slates
-    float mean_square = 0;              // of the lengths of the model's item vectors
-  };
-
-  struct PendingItem {
-    std::string item;
-    std::int64_t created;
-    std::vector<std::pair<std::string, std::string>> fields;
-  };
-
-  struct Scratch {
-    std::vector<float> query;         // [padded(d)], h with g
-    std::vector<float> leaning;       // [d], g
-    std::vector<float> pull, vector;  // [d], for moving g
-    Scorer::Workspace scoring;
-    std::vector<std::uint32_t> interacted;
-    std::vector<ScoredItem> ignored;  // item and its discount
-    std::uint64_t request_number = 0;
-    ItemMask eligible{0};
-    // All zero between requests: items of the user's history, items placed, discounts.
-    ItemMask excluded{0}, taken{0};
-    std::vector<float> discounts;
-    std::vector<ScoredItem> top, pool;
-    std::vector<float> pool_scores, pool_expected;
-    float normaliser = 0;
-    SlotPolicy policy;
-    std::vector<SlotChoice> choices;
-    std::vector<LoggedPick> seen;
-    LoggedSlate logged;
-
-    float discount(std::uint32_t item) const noexcept {
-      return ignored.empty() ? 0.0f : discounts[item];  // the array seldom is in a cache
-    }
-  };
-
-  struct State {
-    State(std::shared_ptr<const Model> model, RecommenderOptions chosen,
-          const kernels::Table& kernel_table)
-        : options(std::move(chosen)),
-          table(kernel_table),
-          contexts(model->dimension()),
-          slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(),
-                 *options.recommendation_key) {
-      auto first = std::make_shared<Catalogue>();
-      first->encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
-      first->counters = std::make_shared<ItemCounters>(options.feedback ? model->item_count() : 0);
-      for (const ItemStatistics& s : model->parts().statistics)
-        if (s.last_timestamp != no_timestamp) latest = std::max(latest.load(), s.last_timestamp);
-      if (options.feedback) first->mean_square = mean_square(model->parts().item_vectors);
-      first->model = std::move(model);
-      for (Shard& shard : shards) shard.workspace = first->encoder->make_workspace();
-      catalogue = std::move(first);
-    }
-
-    std::shared_ptr<const Catalogue> current() const {
-      const std::lock_guard lock{catalogue_mutex};
-      return catalogue;
-    }
-
-    RecommenderOptions options;
-    const kernels::Table& table;
-    std::array<Shard, 64> shards;
-    std::mutex scratch_mutex;
-    std::size_t scratches = 0;
-    std::vector<std::unique_ptr<Scratch>> idle_scratch;
-    Decay decay{14 * 86'400};
-    ContextSums contexts;
-    SlateLog slates;
-    std::atomic<bool> changed{false};                // impressions came since the last update
-    std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
-    std::atomic<std::int64_t> next_update{no_timestamp};
-    std::mutex pending_mutex;
-    std::vector<PendingItem> pending;
-    std::mutex update_mutex;             // one update at a time
-    mutable std::mutex catalogue_mutex;  // held to copy or replace the pointer only
-    std::shared_ptr<const Catalogue> catalogue;
-  };
-
-  // Request-sized memory, taken from the idle ones, cleaned and given back.
-  class ScratchLease {
-   public:
-    ScratchLease(State& state, const Catalogue& catalogue) : state_(state) {
-      {
-        const std::lock_guard lock{state.scratch_mutex};
-        if (!state.idle_scratch.empty()) {
-          scratch_ = std::move(state.idle_scratch.back());
-          state.idle_scratch.pop_back();
-        }
-      }
-      if (!scratch_) {
-        scratch_ = std::make_unique<Scratch>();
-        const std::lock_guard lock{state.scratch_mutex};
-        state.idle_scratch.reserve(state.scratches + 1);  // giving it back takes no memory
-        ++state.scratches;
-      }
-      const std::size_t items = catalogue.model->item_count();
-      scratch_->query.resize(kernels::padded(catalogue.model->dimension()));
-      for (std::vector<float>* each : {&scratch_->leaning, &scratch_->pull, &scratch_->vector})
-        each->resize(catalogue.model->dimension());
-      if (scratch_->scoring.query.empty()) scratch_->scoring = catalogue.scorer->make_workspace();
-      if (scratch_->discounts.size() >= items) return;
-      scratch_->excluded = scratch_->taken = ItemMask(items);
-      scratch_->discounts.assign(items, 0.0f);
-    }
-    ScratchLease(const ScratchLease&) = delete;
-    ScratchLease& operator=(const ScratchLease&) = delete;
-    ~ScratchLease() {
-      for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
-      for (const ScoredItem& ignored : scratch_->ignored) scratch_->discounts[ignored.item] = 0;
-      for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
-      scratch_->choices.clear();
-      scratch_->interacted.clear();
-      scratch_->ignored.clear();
-      const std::lock_guard lock{state_.scratch_mutex};
-      state_.idle_scratch.push_back(std::move(scratch_));
-    }
-    Scratch& operator*() noexcept { return *scratch_; }
-    Scratch* operator->() noexcept { return scratch_.get(); }
-
-   private:
-    State& state_;
-    std::unique_ptr<Scratch> scratch_;
-  };
-
-  // An event id, remembered for good once the event counts.
-  class EventId {
-   public:
-    EventId(Shard& shard, std::string_view id, const Key& key) : shard_(shard) {
-      if (id.empty()) return;
-      hash_ = xxh64(std::as_bytes(std::span(id)), key_hash(key, 0));
-      const std::lock_guard lock{shard.mutex};
-      inserted_ = shard.event_ids.insert(*hash_);
-    }
-    EventId(const EventId&) = delete;
-    EventId& operator=(const EventId&) = delete;
-    ~EventId() {
-      if (!inserted_) return;
-      const std::lock_guard lock{shard_.mutex};
-      shard_.event_ids.erase(*hash_);
-    }
-    bool is_known() const noexcept { return hash_ && !inserted_; }
-    void keep() noexcept { inserted_ = false; }
-
-   private:
-    Shard& shard_;
-    std::optional<std::uint64_t> hash_;
-    bool inserted_ = false;
-  };
-
-  // Makes sure of a user and of the memory for what will be recorded. A user who was added and had
-  // nothing recorded goes again.
-  class UserLease {
-   public:
-    UserLease(Recommender& recommender, const Catalogue& catalogue, Shard& shard, const Key& key)
-        : recommender_(recommender), catalogue_(catalogue), shard_(shard), key_(key) {}
-    UserLease(const UserLease&) = delete;
-    UserLease& operator=(const UserLease&) = delete;
-    ~UserLease() {
-      if (!added_) return;
-      const std::lock_guard lock{shard_.mutex};
-      const auto found = shard_.users.find(key_.text());
-      if (found != shard_.users.end() && found->second.is_blank()) erase(shard_, found);
-      while (shard_.users.size() >
-             recommender_.state_->options.max_users / recommender_.state_->shards.size())
-        erase(shard_, shard_.users.find(shard_.order.back()));
-    }
-
-    // For so many more events and impressions, and for a leaning of this size.
-    void prepare(std::size_t events, std::size_t impressions, std::size_t leaning) {
-      const std::lock_guard lock{shard_.mutex};
-      const std::size_t before = shard_.users.size();
-      User& user = user_in(catalogue_, shard_, key_);
-      added_ = added_ || shard_.users.size() > before;
-      const std::size_t length = recommender_.state_->options.history_length;
-      const std::size_t wanted = std::min(user.history.size() + events, length);
-      if (wanted > user.history.capacity())
-        user.history.reserve(std::min(std::max(wanted, 2 * user.history.capacity()), length));
-      user.impressions.reserve(impressions);
-      if (user.leaning.size() < leaning) user.leaning.resize(leaning);
-    }
-
-   private:
-    Recommender& recommender_;
-    const Catalogue& catalogue_;
-    Shard& shard_;
-    const Key& key_;
-    bool added_ = false;
-  };
-
-  // The numbers that a request for a slate drew; given back where no slate came of it.
-  class SlateNumbers {
-   public:
-    explicit SlateNumbers(Recommender& recommender) : recommender_(recommender) {}
-    SlateNumbers(const SlateNumbers&) = delete;
-    SlateNumbers& operator=(const SlateNumbers&) = delete;
-    ~SlateNumbers() {
-      for (const auto& [user, session] : drawn_) {
-        if (user.empty() && session.empty()) continue;
-        Shard& shard = recommender_.shard_of(user, session);
-        const std::lock_guard lock{shard.mutex};
-        const auto found = shard.users.find(Key{user, session}.text());
-        if (found != shard.users.end() && found->second.requests > 0) --found->second.requests;
-      }
-    }
-    // The caller holds the lock on the user's shard. At most a user's and a session's.
-    std::uint64_t draw(User& of, std::string_view user, std::string_view session) noexcept {
-      drawn_[user.empty() ? 1 : 0] = {user, session};
-      return of.requests++;
-    }
-    void keep() noexcept { drawn_ = {}; }
-
-   private:
-    Recommender& recommender_;
-    std::array<std::pair<std::string_view, std::string_view>, 2> drawn_{};
-  };
-
-  explicit Recommender(std::unique_ptr<State> state) : state_(std::move(state)) {}
-
-  static std::int64_t system_seconds() noexcept {
-    return std::chrono::duration_cast<std::chrono::seconds>(
-               std::chrono::system_clock::now().time_since_epoch())
-        .count();
-  }
-
-  static std::optional<detail::HashKey> random_key() {
-    detail::HashKey key{};
-#if PERSONALIZE_HAS_POSIX
-    const std::unique_ptr<std::FILE, detail::CloseFile> file(std::fopen("/dev/urandom", "rb"));
-    if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
-#else
-    std::random_device device;
-    for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
-#endif
-    return key;
-  }
-
-  static Result<void> check(const RecommenderOptions& options) {
-    const auto error = [](const char* text) {
-      return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
-    };
-    if (options.history_length < 1 || options.history_length > 65535)
-      return error("history_length is outside [1, 65535]");
-    if (options.max_users < 64 || options.max_users > std::uint64_t{1} << 40)
-      return error("max_users is outside [64, 2^40]");
-    if (!(options.exploration_weight >= 0 && options.exploration_weight <= 1))
-      return error("exploration_weight is outside [0, 1]");
-    if (options.exploration_item_age_cut_off.count() <= 0)
-      return error("exploration_item_age_cut_off is not above 0");
-    for (const float probability : options.examination)
-      if (!(probability > 0 && probability <= 1))
-        return error("examination has a probability outside (0, 1]");
-    if (options.update_interval.count() < 0 || options.update_interval.count() > std::int64_t{1}
-                                                                                     << 32)
-      return error("update_interval is outside [0, 2^32] seconds");
-    if (options.remembered_slates < 1 || options.remembered_slates > 1u << 28)
-      return error("remembered_slates is outside [1, 2^28]");
-    if (options.slate_expiry.count() <= 0) return error("slate_expiry is not above 0");
-    return {};
-  }
-
-  static Result<const kernels::Table*> find_kernels(const std::string& name) {
-    if (name.empty()) return &kernels::chosen();
-    std::size_t count = 0;
-    const kernels::Table* const* tables = kernels::available(count);
-    std::string names;
-    for (std::size_t t = 0; t < count; ++t) {
-      if (name == tables[t]->name) return tables[t];
-      names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
-    }
-    return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
-                                             "'; this program has for this processor: " + names};
-  }
-
-  static Result<void> check_ids(std::string_view user, std::string_view session) {
-    if (user.empty() && session.empty())
-      return Error{Errc::invalid_argument, "neither a user nor a session is given"};
-    if (user.size() > max_id_bytes || session.size() > max_id_bytes)
-      return Error{Errc::invalid_argument, "a user or session id has more than 256 bytes"};
-    return {};
-  }
-
-  static Result<void> check_impressions(std::span<const std::string_view> items) {
-    if (items.size() > 10'000)
-      return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
-    return {};
-  }
-
-  static Result<void> check_mask(const Catalogue& catalogue, const Request& request) {
-    if (request.eligible && request.eligible->size() > catalogue.model->item_count())
-      return Error{Errc::invalid_argument,
-                   "Request::eligible has " + std::to_string(request.eligible->size()) +
-                       " bits, the model " + std::to_string(catalogue.model->item_count()) +
-                       " items"};
-    return {};
-  }
-
-  static void raise(std::atomic<std::int64_t>& highest, std::int64_t value) noexcept {
-    std::int64_t old = highest.load(std::memory_order_relaxed);
-    while (old < value && !highest.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
-    }
-  }
-
-  static std::int64_t later(std::int64_t timestamp, std::int64_t seconds) noexcept {
-    return timestamp > std::numeric_limits<std::int64_t>::max() - seconds
-               ? std::numeric_limits<std::int64_t>::max()
-               : timestamp + seconds;
-  }
-
-  // Unsigned subtraction: hostile timestamps at both ends of the range must not overflow.
-  static std::int64_t age(std::int64_t created, std::int64_t latest) noexcept {
-    if (created >= latest) return 0;
-    const std::uint64_t seconds =
-        static_cast<std::uint64_t>(latest) - static_cast<std::uint64_t>(created);
-    return static_cast<std::int64_t>(
-        std::min<std::uint64_t>(seconds, std::numeric_limits<std::int64_t>::max()));
-  }
-
-  bool young(std::int64_t created, std::int64_t latest) const noexcept {
-    return created != no_timestamp && latest != no_timestamp &&
-           age(created, latest) <= state_->options.exploration_item_age_cut_off.count();
-  }
-
-  static std::int64_t creation(const ItemStatistics& s) noexcept {
-    return s.creation_timestamp != no_timestamp ? s.creation_timestamp : s.first_timestamp;
-  }
-
-  bool is_positive(std::string_view event_type) const noexcept {
-    const auto& types = state_->options.positive_event_types;
-    return types.empty() || std::find(types.begin(), types.end(), event_type) != types.end();
-  }
-
-  float examination(std::size_t place) const noexcept {
-    const auto& chosen = state_->options.examination;
-    if (chosen.empty()) return 1.0f / std::log2(static_cast<float>(place) + 2.0f);
-    return chosen[std::min(place, chosen.size() - 1)];
-  }
-
-  ItemFeedback feedback_of(const Catalogue& catalogue, std::uint32_t item,
-                           std::int64_t timestamp) const noexcept {
-    if (item >= catalogue.counters->size()) return {};
-    const DecayMoment moment = state_->decay.at(timestamp);
-    return {catalogue.counters->value(ItemCounters::Kind::positive, item, moment),
-            catalogue.counters->value(ItemCounters::Kind::expected, item, moment)};
-  }
-
-  const GammaPrior& prior_of(const Catalogue& catalogue, std::uint32_t item) const noexcept {
-    return catalogue.model->parts().statistics[item].interactions < well_known
-               ? catalogue.cold_prior
-               : catalogue.well_known_prior;
-  }
-
-  static const float* correction(const Catalogue& catalogue, std::uint32_t item) noexcept {
-    if (catalogue.correction_of.empty() || catalogue.correction_of[item] == 0) return nullptr;
-    return catalogue.corrections.data() +
-           (catalogue.correction_of[item] - std::size_t{1}) * (catalogue.model->dimension() + 1);
-  }
-
-  static const Matrix& vectors_of(const Catalogue& catalogue) noexcept {
-    return catalogue.vectors.empty() ? catalogue.model->parts().item_vectors : catalogue.vectors;
-  }
-
-  // What the user's leaning adds to the item's score; the query holds it as well.
-  static float leaning_of(const Catalogue& catalogue, std::uint32_t item, Scratch& scratch) {
-    catalogue.model->parts().item_vectors.row(item, scratch.vector);
-    return std::inner_product(scratch.vector.begin(), scratch.vector.end(), scratch.leaning.begin(),
-                              0.0f);
-  }
-
-  static float mean_square(const Matrix& vectors) {
-    std::vector<float> row(vectors.columns());
-    double sum = 0;
-    for (std::size_t i = 0; i < vectors.rows(); ++i) {
-      vectors.row(i, row);
-      sum += static_cast<double>(std::inner_product(row.begin(), row.end(), row.begin(), 0.0f));
-    }
-    return vectors.rows() == 0 ? 0.0f
-                               : static_cast<float>(sum / static_cast<double>(vectors.rows()));
-  }
-
-  // What this user's likes add to the item's score.
-  static float taste(const Catalogue& catalogue, std::uint32_t item,
-                     std::span<const float> query) noexcept {
-    const float* row = correction(catalogue, item);
-    if (!row) return 0;
-    const std::size_t d = catalogue.model->dimension();
-    return std::inner_product(row, row + d, query.begin(), row[d]);
-  }
-
-  // u before the discount.
-  static float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
-                            const Scratch& scratch) noexcept {
-    if (known) return catalogue.scorer->score(scratch.query, item);
-    return catalogue.popularity[item] +
-           (catalogue.quality.empty() ? 0.0f : catalogue.quality[item]);
-  }
-
-  static float score(const Catalogue& catalogue, bool known, std::uint32_t item,
-                     const Scratch& scratch) noexcept {
-    return undiscounted(catalogue, known, item, scratch) - scratch.discount(item);
-  }
-
-  // A pick's u. In the pool, its score has the bonus as well.
-  static float exploitation_score(const Scratch& scratch, const SlotChoice& choice) noexcept {
-    if (!choice.explored) return choice.pick.score;
-    const auto found = std::lower_bound(
-        scratch.pool.begin(), scratch.pool.end(), choice.pick.item,
-        [](const ScoredItem& scored, std::uint32_t item) { return scored.item < item; });
-    return scratch.pool_scores[static_cast<std::size_t>(found - scratch.pool.begin())];
-  }
-
-  // As users see it: without events, the share of interactions and not its logarithm.
-  static float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
-
-  // Positive events expected of an examined impression with score u.
-  static float value_of(const Catalogue& catalogue, float u, const Scratch& scratch) noexcept {
-    return std::exp(std::min(
-        catalogue.calibration.slope * (u - scratch.normaliser) + catalogue.calibration.intercept,
-        3.0f));
-  }
-
-  // A request and what was found out about its user.
-  struct Asked {
-    Asked(Recommender& recommender, const Catalogue& catalogue, const Request& asked,
-          std::int64_t time)
-        : request(asked),
-          timestamp(time),
-          numbers(recommender),
-          scratch(*recommender.state_, catalogue),
-          known(recommender.read_user(catalogue, request, timestamp, &numbers, *scratch)),
-          eligibility(restrict_to(catalogue, request, *scratch)) {}
-    std::size_t best() const noexcept {
-      return std::max<std::size_t>(request.count, normalising_items);
-    }
-
-    const Request& request;
-    std::int64_t timestamp;
-    SlateNumbers numbers;
-    ScratchLease scratch;
-    bool known;
-    Eligibility eligibility;
-  };
-
-  static Result<void> check_request(const Request& request) {
-    if (request.count < 1 || request.count > 10'000)
-      return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
-    return check_ids(request.user, request.session);
-  }
-
-  void recommend_together(const Catalogue& catalogue, std::span<const Request> requests,
-                          std::span<Slate> slates, std::int64_t now) {
-    std::array<std::optional<Asked>, asked_together> all;
-    std::array<Scorer::Query, asked_together> queries;
-    std::size_t known = 0;
-    for (std::size_t i = 0; i < requests.size(); ++i) {
-      const std::int64_t timestamp = requests[i].timestamp.value_or(now);
-      Asked& asked = all[i].emplace(*this, catalogue, requests[i], timestamp);
-      Scratch& scratch = *asked.scratch;
-      if (asked.known)
-        queries[known++] = {scratch.query, asked.best() + scratch.ignored.size(), asked.eligibility,
-                            &scratch.top};
-      else
-        find_best(catalogue, false, asked.best(), asked.eligibility, scratch);
-    }
-    catalogue.scorer->top_k(std::span(queries).first(known), all[0]->scratch->scoring);
-    for (std::size_t i = 0; i < requests.size(); ++i) answer(catalogue, *all[i], slates[i]);
-  }
-
-  static void clear(Slate& slate) noexcept {
-    slate.items.clear();
-    slate.id.clear();
-    slate.propensity = 1;
-  }
-
-  // The slate, once scratch.top is found.
-  void answer(const Catalogue& catalogue, Asked& asked, Slate& slate) {
-    Scratch& scratch = *asked.scratch;
-    const Key key{asked.request.user, asked.request.session};
-    normalise(catalogue, asked.known, scratch);
-    collect_pool(catalogue, asked.known, asked.eligibility, scratch);
-    SlotPolicy& policy = scratch.policy;
-    policy.configure(state_->options.exploration_weight, exploration_temperature,
-                     catalogue.calibration.slope);
-    const CounterRandom random{key_hash(key, state_->options.seed), scratch.request_number};
-    policy.choose(scratch.top, scratch.pool, scratch.pool_expected, asked.request.count, random,
-                  scratch.taken, scratch.choices);
-
-    // All memory is taken before the slate is filled and the log gives up an older one.
-    LoggedSlate& logged = scratch.logged;
-    logged.query.clear();
-    logged.picks.clear();
-    if (state_->options.feedback) {
-      if (asked.known) logged.query.assign(scratch.query.begin(), scratch.query.end());
-      for (std::size_t place = 0; place < scratch.choices.size(); ++place)
-        logged.picks.push_back(
-            assess(catalogue, asked.known, place, scratch.choices[place], scratch));
-      slate.id.reserve(32);
-    }
-    slate.items.reserve(scratch.choices.size());
-
-    clear(slate);
-    slate.model = catalogue.model;
-    for (const SlotChoice& choice : scratch.choices) {
-      const Reason reason = choice.explored ? Reason::exploration
-                            : asked.known   ? Reason::relevance
-                                            : Reason::popular;
-      slate.items.push_back({catalogue.model->item_id(choice.pick.item),
-                             shown_score(asked.known, exploitation_score(scratch, choice)), reason,
-                             choice.propensity});
-      slate.propensity *= static_cast<double>(choice.propensity);
-    }
-    if (state_->options.feedback)
-      state_->slates.add(key.text(), asked.timestamp, slate.id, [&logged](LoggedSlate& kept) {
-        kept.query.swap(logged.query);
-        kept.picks.swap(logged.picks);
-      });
-    asked.numbers.keep();
-  }
-
-  // Fills scratch.top with the best `count` eligible items and those that may take the place of
-  // ignored ones.
-  static void find_best(const Catalogue& catalogue, bool known, std::size_t count,
-                        const Eligibility& eligibility, Scratch& scratch) {
-    const std::size_t wanted = count + scratch.ignored.size();
-    if (known) {
-      catalogue.scorer->top_k(scratch.query, wanted, eligibility, scratch.scoring, scratch.top);
-    } else {
-      scratch.top.clear();
-      for (const std::uint32_t item : catalogue.popular) {
-        if (scratch.top.size() == wanted) break;
-        if (eligibility.test(item))
-          scratch.top.push_back({item, undiscounted(catalogue, known, item, scratch)});
-      }
-    }
-  }
-
-  // Of scratch.top: the normaliser, and the discounts of what the user ignored.
-  static void normalise(const Catalogue& catalogue, bool known, Scratch& scratch) {
-    // logsumexp of the model's own scores of the best
-    const auto relevance = [&](const ScoredItem& scored) {
-      return scored.score - learned(catalogue, known, scored.item, scratch);
-    };
-    const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-    for (std::size_t i = 0; i < best; ++i) largest = std::max(largest, relevance(scratch.top[i]));
-    for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance(scratch.top[i]) - largest);
-    scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
-    if (scratch.ignored.empty()) return;
-    for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
-    std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
-  }
-
-  // Quality and taste: what impressions taught, in units of score.
-  static float learned(const Catalogue& catalogue, bool known, std::uint32_t item,
-                       const Scratch& scratch) noexcept {
-    if (catalogue.quality.empty()) return 0;
-    return catalogue.quality[item] + (known ? taste(catalogue, item, scratch.query) : 0.0f);
-  }
-
-  void collect_pool(const Catalogue& catalogue, bool known, const Eligibility& eligibility,
-                    Scratch& scratch) const {
-    scratch.pool.clear();
-    scratch.pool_scores.clear();
-    scratch.pool_expected.clear();
-    if (!(state_->options.exploration_weight > 0) || catalogue.pool.empty()) return;
-    const std::size_t items = catalogue.pool.size();
-    // After the scores of the whole pool come those that are kept; the front is written last.
-    scratch.pool_scores.resize(items);
-    if (known) {
-      state_->table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
-                                catalogue.model->dimension(), items, scratch.query.data(),
-                                scratch.pool_scores.data());
-    } else {
-      for (std::size_t j = 0; j < items; ++j)
-        scratch.pool_scores[j] = undiscounted(catalogue, known, catalogue.pool[j].item, scratch);
-    }
-    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
-    for (std::size_t j = 0; j < items; ++j) {
-      const PoolItem& candidate = catalogue.pool[j];
-      if (!eligibility.test(candidate.item) || !young(candidate.created, latest)) continue;
-      const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
-      scratch.pool_scores[scratch.pool.size()] = u;
-      scratch.pool.push_back({candidate.item, u + candidate.bonus});
-    }
-    if (!state_->options.log) return;
-    for (std::size_t j = 0; j < scratch.pool.size(); ++j)
-      scratch.pool_expected.push_back(value_of(catalogue, scratch.pool_scores[j], scratch));
-  }
-
-  // What the log keeps of a pick, to learn from it once it was seen.
-  LoggedPick assess(const Catalogue& catalogue, bool known, std::size_t place,
-                    const SlotChoice& choice, const Scratch& scratch) const noexcept {
-    const std::uint32_t item = choice.pick.item;
-    const float slope = catalogue.calibration.slope, discount = scratch.discount(item);
-    const float u = exploitation_score(scratch, choice);
-    const float relevance = u + discount - learned(catalogue, known, item, scratch);
-    LoggedPick pick;
-    pick.choice = choice;
-    pick.place = static_cast<std::uint32_t>(place);
-    pick.relevance = relevance - scratch.normaliser;
-    pick.adjustment = slope * (u - relevance);
-    pick.examination = examination(place);
-    pick.expected = pick.examination * value_of(catalogue, relevance - discount, scratch);
-    pick.value = pick.examination * value_of(catalogue, u, scratch);
-    pick.best_value = pick.examination * value_of(catalogue, choice.best.score, scratch);
-    pick.choice.pool_value *= pick.examination;
-    return pick;
-  }
-
-  // Counts what was shown: picks of a remembered slate (all of them where none are listed) or,
-  // where there is no slate, the listed items. chosen: the item of a positive event.
-  Recorded learn_from(const Catalogue& catalogue, const Impression& shown, std::int64_t timestamp,
-                      std::optional<std::uint32_t> chosen) {
-    if (shown.recommendation_id.empty() && shown.items.empty() &&
-        !(chosen && was_shown(shown, *chosen)))
-      return Recorded::learned;
-    ScratchLease scratch{*state_, catalogue};
-    scratch->seen.clear();
-    const Key key{shown.user, shown.session};
-    UserLease lease{*this, catalogue, shard_of(shown.user, shown.session), key};
-    // All memory is taken before anything is counted.
-    const auto prepare = [&](std::size_t picks, bool query) {
-      if (query && chosen) state_->contexts.prepare(*chosen);
-      if (picks > 0 || chosen) lease.prepare(0, picks, query ? catalogue.model->dimension() : 0);
-    };
-    std::optional<LoggedPick> positive;
-    const auto listed = [&](std::uint32_t item) {
-      return std::find(shown.items.begin(), shown.items.end(), catalogue.model->item_id(item)) !=
-             shown.items.end();
-    };
-    bool has_query = false;
-    const auto look_through = [&](LoggedSlate& slate) {
-      has_query = !slate.query.empty();
-      scratch->seen.reserve(slate.picks.size());
-      prepare(slate.picks.size(), has_query);
-      if (has_query)
-        for (const LoggedPick& pick : slate.picks) state_->contexts.prepare(pick.choice.pick.item);
-      std::copy(slate.query.begin(), slate.query.end(), scratch->query.begin());
-      for (LoggedPick& pick : slate.picks) {
-        const bool is_chosen = chosen == pick.choice.pick.item && !pick.positive;
-        const bool is_shown = shown.items.empty() ? !slate.reported : listed(pick.choice.pick.item);
-        if ((is_shown || is_chosen) && !pick.seen) {
-          pick.seen = true;
-          scratch->seen.push_back(pick);
-        }
-        if (is_chosen) {
-          pick.positive = true;
-          positive = pick;
-        }
-      }
-      slate.reported = true;
-    };
-
-    SlateStatus status = SlateStatus::unknown;
-    if (!shown.recommendation_id.empty()) {
-      status = state_->slates.use(shown.recommendation_id, key.text(), timestamp, look_through);
-      // A visitor's slate, answered after signing in.
-      if (status == SlateStatus::unknown && !shown.user.empty() && !shown.session.empty())
-        status = state_->slates.use(shown.recommendation_id, Key{{}, shown.session}.text(),
-                                    timestamp, look_through);
-    }
-    if (status != SlateStatus::found) {
-      has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, timestamp,
-                            nullptr, *scratch);
-      if (!shown.items.empty()) {
-        find_best(catalogue, has_query, normalising_items, {}, *scratch);
-        normalise(catalogue, has_query, *scratch);
-        for (std::size_t place = 0; place < shown.items.size(); ++place) {
-          const auto item = catalogue.model->find_item(shown.items[place]);
-          if (!item) continue;
-          SlotChoice choice;
-          choice.pick = choice.best = {*item, score(catalogue, has_query, *item, *scratch)};
-          scratch->seen.push_back(assess(catalogue, has_query, place, choice, *scratch));
-          if (chosen == item) positive = scratch->seen.back();
-        }
-      } else if (chosen && was_shown(shown, *chosen)) {
-        positive.emplace().choice.pick.item = *chosen;
-      }
-      prepare(scratch->seen.size(), has_query);
-      if (has_query)
-        for (const LoggedPick& pick : scratch->seen)
-          state_->contexts.prepare(pick.choice.pick.item);
-    }
-    count(catalogue, *scratch, has_query, positive, timestamp);
-    if (has_query) pull(catalogue, positive, *scratch);
-    remember(catalogue, shown, *scratch, has_query, chosen, timestamp);
-    if (state_->options.log && status == SlateStatus::found) {
-      for (const LoggedPick& pick : scratch->seen)
-        write_log(catalogue, shown, pick, timestamp, false);
-      if (positive) write_log(catalogue, shown, *positive, timestamp, true);
-    }
-    return shown.recommendation_id.empty() || status == SlateStatus::found ? Recorded::learned
-           : status == SlateStatus::expired                                ? Recorded::expired_slate
-                                            : Recorded::unknown_slate;
-  }
-
-  bool was_shown(const Impression& shown, std::uint32_t item) {
-    Shard& shard = shard_of(shown.user, shown.session);
-    const std::lock_guard lock{shard.mutex};
-    const auto found = shard.users.find(Key{shown.user, shown.session}.text());
-    return found != shard.users.end() && found->second.impressions.contains(item);
-  }
-
-  void count(const Catalogue& catalogue, const Scratch& scratch, bool has_query,
-             const std::optional<LoggedPick>& positive, std::int64_t timestamp) {
-    const DecayMoment moment = state_->decay.at(timestamp);
-    for (const LoggedPick& pick : scratch.seen) catalogue.counters->prefetch(pick.choice.pick.item);
-    for (const LoggedPick& pick : scratch.seen) {
-      const std::uint32_t item = pick.choice.pick.item;
-      catalogue.counters->add(ItemCounters::Kind::expected, item,
-                              static_cast<double>(pick.expected), moment);
-      if (has_query)
-        state_->contexts.add_expected(item, scratch.query, static_cast<double>(pick.expected),
-                                      moment);
-    }
-    if (positive) {
-      const std::uint32_t item = positive->choice.pick.item;
-      catalogue.counters->add(ItemCounters::Kind::positive, item, 1.0, moment);
-      if (has_query) state_->contexts.add_positive(item, scratch.query, moment);
-    }
-    if (positive || !scratch.seen.empty()) state_->changed.store(true, std::memory_order_relaxed);
-  }
-
-  // Into scratch.pull, how these impressions move the user's leaning.
-  static void pull(const Catalogue& catalogue, const std::optional<LoggedPick>& positive,
-                   Scratch& scratch) noexcept {
-    std::fill(scratch.pull.begin(), scratch.pull.end(), 0.0f);
-    if (!(catalogue.mean_square > 0)) return;
-    const float gain = leaning_gain * catalogue.calibration.slope / catalogue.mean_square;
-    const auto add = [&](const LoggedPick& pick, float surprise) {
-      vectors_of(catalogue).row(pick.choice.pick.item, scratch.vector);
-      for (std::size_t c = 0; c < scratch.pull.size(); ++c)
-        scratch.pull[c] += gain * surprise * scratch.vector[c];
-    };
-    // A choice may be reported after its impression: y and p come apart.
-    for (const LoggedPick& pick : scratch.seen) add(pick, -std::min(pick.value, 1.0f));
-    if (positive) add(*positive, 1.0f);
-  }
-
-  // What was shown and not chosen is held against the item for this user.
-  void remember(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
-                bool has_query, std::optional<std::uint32_t> chosen, std::int64_t timestamp) {
-    if (scratch.seen.empty() && !chosen) return;
-    Shard& shard = shard_of(shown.user, shown.session);
-    const std::lock_guard lock{shard.mutex};
-    User& user = user_in(catalogue, shard, Key{shown.user, shown.session});
-    for (const LoggedPick& pick : scratch.seen)
-      if (chosen != pick.choice.pick.item) user.impressions.add(pick.choice.pick.item, timestamp);
-    if (chosen) user.impressions.remove(*chosen);
-    // Empty for a user who was forgotten meanwhile.
-    if (has_query)
-      for (std::size_t c = 0; c < user.leaning.size(); ++c) user.leaning[c] += scratch.pull[c];
-  }
-
-  void write_log(const Catalogue& catalogue, const Impression& shown, const LoggedPick& pick,
-                 std::int64_t timestamp, bool positive) const {
-    state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
-                         shown.recommendation_id, catalogue.model->item_id(pick.choice.pick.item),
-                         pick.place + 1, positive, pick.choice, pick.value, pick.best_value});
-  }
-
-  // Runs an update where one is due by this timestamp and there is something new. Another thread
-  // that is at it is not waited for.
-  // Errors: out_of_memory only; the update is then due again.
-  Result<void> update_if_due(std::int64_t timestamp) {
-    const std::int64_t interval = state_->options.update_interval.count();
-    if (interval == 0) return {};
-    std::int64_t due = state_->next_update.load(std::memory_order_relaxed);
-    if (due == no_timestamp) {
-      state_->next_update.compare_exchange_strong(due, later(timestamp, interval),
-                                                  std::memory_order_relaxed);
-      return {};
-    }
-    if (timestamp < due) return {};
-    const std::unique_lock lock{state_->update_mutex, std::try_to_lock};
-    if (!lock || state_->next_update.load(std::memory_order_relaxed) != due) return {};
-    state_->next_update.store(later(timestamp, interval), std::memory_order_relaxed);
-    bool has_pending = false;
-    {
-      const std::lock_guard pending_lock{state_->pending_mutex};
-      has_pending = !state_->pending.empty();
-    }
-    if (!has_pending && !state_->changed.load(std::memory_order_relaxed)) return {};
-    auto rebuilt = detail::catching_bad_alloc([&] { return rebuild(timestamp); });
-    // What is wrong with a new item is for a caller of update() to hear, not of record().
-    if (rebuilt || rebuilt.error().code != Errc::out_of_memory) return {};
-    state_->next_update.store(due, std::memory_order_relaxed);
-    return rebuilt;
-  }
-
-  // The caller holds update_mutex. Where it fails for want of memory, everything stays as it was.
-  Result<void> rebuild(std::int64_t now) {
-    std::vector<PendingItem> pending;
-    {
-      const std::lock_guard lock{state_->pending_mutex};
-      pending = state_->pending;
-    }
-    const auto previous = state_->current();
-    auto next = std::make_shared<Catalogue>();
-    next->model = previous->model;
-    next->encoder = previous->encoder;
-    next->counters = previous->counters;
-    next->calibration = previous->calibration;
-    next->second_moment = previous->second_moment;
-    next->mean_square = previous->mean_square;
-    const auto take_pending = [&] {
-      const std::lock_guard lock{state_->pending_mutex};
-      state_->pending.erase(state_->pending.begin(),
-                            state_->pending.begin() + static_cast<std::ptrdiff_t>(pending.size()));
-    };
-    if (!pending.empty()) {
-      auto model = with_items(*previous->model, pending);
-      if (!model) {
-        if (model.error().code != Errc::out_of_memory) take_pending();
-        return model.error();
-      }
-      next->model = *model;
-      next->encoder =
-          std::make_shared<const Encoder>(**model, state_->table, state_->options.gate_lookup);
-      if (state_->options.feedback)
-        next->counters =
-            std::make_shared<ItemCounters>(previous->counters->grown((*model)->item_count()));
-    }
-    const ModelParts& parts = next->model->parts();
-    next->biases = parts.biases;
-    const bool changed = state_->changed.exchange(false, std::memory_order_relaxed);
-    auto built = detail::catching_bad_alloc([&]() -> Result<void> {
-      if (next->model != previous->model) next->mean_square = mean_square(parts.item_vectors);
-      if (state_->options.feedback) learn(*next, now);
-      next->scorer.emplace(vectors_of(*next), next->biases,
-                           Scorer::usual_query_length(*next->model), state_->table);
-      order_by_popularity(*next);
-      choose_pool(*next, now);
-      return {};
-    });
-    if (!built) {
-      if (changed) state_->changed.store(true, std::memory_order_relaxed);
-      return built;
-    }
-    take_pending();
-    const std::lock_guard lock{state_->catalogue_mutex};
-    state_->catalogue = std::move(next);
-    return {};
-  }
-
-  // The model with the pending items added; of items that were not trained, what is new replaces
-  // what was.
-  static Result<std::shared_ptr<const Model>> with_items(const Model& model,
-                                                         const std::vector<PendingItem>& pending) {
-    ModelParts parts = model.parts();
-    std::vector<float> vector(model.dimension());
-    for (const PendingItem& item : pending) {
-      auto index = parts.item_ids.find(item.item);
-      if (!index) {
-        const auto added = parts.item_ids.add(item.item);
-        if (!added) return added.error();
-        index = *added;
-        parts.item_vectors.resize_rows(*index + std::size_t{1});
-        if (!parts.input_vectors.empty()) parts.input_vectors.resize_rows(*index + std::size_t{1});
-        parts.biases.push_back(0);
-        parts.statistics.emplace_back();
-      }
-      parts.statistics[*index].creation_timestamp = item.created;
-      if (parts.statistics[*index].interactions > 0) continue;
-      const std::vector<std::pair<std::string_view, std::string_view>> fields(item.fields.begin(),
-                                                                              item.fields.end());
-      model.metadata_vector(fields, vector);
-      parts.biases[*index] = add_mean_residual(model.parts(), vector);
-      parts.item_vectors.set_row(*index, vector);
-    }
-    return Model::from_parts(std::move(parts));
-  }
-
-  // Adds to `vector` the mean difference of the 16 trained items nearest to it (by cosine) from it,
-  // and returns their mean bias. Looks at no more than 20,000 items, evenly chosen.
-  static float add_mean_residual(const ModelParts& parts, std::span<float> vector) {
-    constexpr std::size_t neighbours = 16, looked_at = 20'000;
-    const std::size_t items = parts.item_ids.size(), stride = items / looked_at + 1;
-    std::vector<ScoredItem> nearest;
-    std::vector<float> row(vector.size());
-    for (std::size_t i = 0; i < items; i += stride) {
-      if (i >= parts.biases.size() || parts.statistics[i].interactions == 0) continue;
-      parts.item_vectors.row(i, row);
-      const float dot = std::inner_product(row.begin(), row.end(), vector.begin(), 0.0f);
-      const float square = std::inner_product(row.begin(), row.end(), row.begin(), 0.0f);
-      nearest.push_back({static_cast<std::uint32_t>(i), square > 0 ? dot / std::sqrt(square) : 0});
-    }
-    if (nearest.empty()) return 0;
-    const std::size_t count = std::min(neighbours, nearest.size());
-    std::partial_sort(nearest.begin(), nearest.begin() + static_cast<std::ptrdiff_t>(count),
-                      nearest.end(), ranks_before);
-    std::fill(vector.begin(), vector.end(), 0.0f);
-    float bias = 0;
-    for (std::size_t n = 0; n < count; ++n) {
-      bias += parts.biases[nearest[n].item] / static_cast<float>(count);
-      parts.item_vectors.row(nearest[n].item, row);
-      for (std::size_t c = 0; c < vector.size(); ++c)
-        vector[c] += row[c] / static_cast<float>(count);
-    }
-    return bias;
-  }
-
-  // Folds the counters into calibration, quality and corrections.
-  void learn(Catalogue& next, std::int64_t now) const {
-    const ModelParts& parts = next.model->parts();
-    const std::size_t items = next.model->item_count(), d = next.model->dimension();
-    std::vector<CalibrationSample> samples;
-    std::vector<double> second_moment(d * d);
-    double queries = 0;
-    state_->slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
-      for (const LoggedPick& pick : slate.picks)
-        if (pick.seen && !pick.choice.explored)
-          samples.push_back({pick.relevance, pick.adjustment, pick.examination, pick.positive});
-      if (slate.query.empty()) return;
-      for (std::size_t i = 0; i < d; ++i)
-        for (std::size_t j = 0; j < d; ++j)
-          second_moment[i * d + j] +=
-              static_cast<double>(slate.query[i]) * static_cast<double>(slate.query[j]);
-      ++queries;
-    });
-    if (!samples.empty()) next.calibration = fit_calibration(samples, next.calibration);
-    if (queries > 0) {
-      for (double& value : second_moment) value /= queries;
-      next.second_moment = std::move(second_moment);
-    }
-
-    std::vector<ItemFeedback> counted(items), well_known_items, cold_items;
-    for (std::uint32_t i = 0; i < items; ++i) {
-      counted[i] = feedback_of(next, i, now);
-      if (counted[i].expected > 0)
-        (parts.statistics[i].interactions < well_known ? cold_items : well_known_items)
-            .push_back(counted[i]);
-    }
-    next.well_known_prior = fit_prior(well_known_items, next.well_known_prior);
-    next.cold_prior = fit_prior(cold_items, next.cold_prior);
-
-    // Quality counts from the mean of well-known items, whose level the calibration has in it.
-    const float slope = next.calibration.slope;
-    const auto level = static_cast<float>(std::log(next.well_known_prior.mean));
-    next.quality.resize(items);
-    for (std::uint32_t i = 0; i < items; ++i) {
-      next.quality[i] = (posterior(prior_of(next, i), counted[i]).mean - level) / slope;
-      next.biases[i] += next.quality[i];
-    }
-    if (!next.second_moment.empty()) correct_vectors(next, counted, now);
-  }
-
-  // Who likes an item: at fixed quality, its residuals are the queries where it was chosen less
-  // those where its impressions let expect so. The correction is centred on the contexts in which
-  // the item was shown, so that it moves the item between users and not for all of them.
-  void correct_vectors(Catalogue& next, std::span<const ItemFeedback> counted,
-                       std::int64_t now) const {
-    const std::size_t d = next.model->dimension();
-    const float slope = next.calibration.slope;
-    const VectorCorrection layer(next.second_moment, d);
-    next.correction_of.resize(counted.size());
-    std::vector<float> residual(d), row(d);
-    next.vectors = next.model->parts().item_vectors;
-    state_->contexts.for_each(
-        state_->decay.at(now),
-        [&](std::uint32_t item, std::span<const float> positive, std::span<const float> expected) {
-          if (item >= counted.size() || counted[item].expected < 0.1) return;
-          const ItemFeedback& feedback = counted[item];
-          const auto quality =
-              std::exp(static_cast<double>(posterior(prior_of(next, item), feedback).mean));
-          for (std::size_t c = 0; c < d; ++c)
-            residual[c] = positive[c] - static_cast<float>(quality) * expected[c];
-          const std::size_t begin = next.corrections.size();
-          next.corrections.resize(begin + d + 1);
-          const std::span<float> delta(next.corrections.data() + begin, d);
-          layer.solve(residual, quality * feedback.expected, delta);
-          float centre = 0;
-          for (std::size_t c = 0; c < d; ++c) {
-            delta[c] /= slope;
-            centre -= delta[c] * expected[c] / static_cast<float>(feedback.expected);
-          }
-          next.corrections.back() = centre;
-          next.correction_of[item] = static_cast<std::uint32_t>(next.corrections.size() / (d + 1));
-          next.vectors.row(item, row);
-          for (std::size_t c = 0; c < d; ++c) row[c] += delta[c];
-          next.vectors.set_row(item, row);
-          next.biases[item] += centre;
-        });
-  }
-
-  static void order_by_popularity(Catalogue& next) {
-    const auto& statistics = next.model->parts().statistics;
-    double total = 0;
-    for (const ItemStatistics& s : statistics) total += static_cast<double>(s.interactions);
-    total = std::max(total, 1.0);
-    next.popularity.resize(statistics.size());
-    std::vector<float> u(statistics.size());
-    for (std::size_t i = 0; i < statistics.size(); ++i) {
-      // An item without interactions counts as half of one.
-      const double share = std::max(static_cast<double>(statistics[i].interactions), 0.5) / total;
-      next.popularity[i] = static_cast<float>(std::log(share));
-      u[i] = next.popularity[i] + (next.quality.empty() ? 0.0f : next.quality[i]);
-    }
-    next.popular.resize(statistics.size());
-    std::iota(next.popular.begin(), next.popular.end(), 0u);
-    std::sort(next.popular.begin(), next.popular.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return ranks_before({a, u[a]}, {b, u[b]});
-    });
-  }
-
-  void choose_pool(Catalogue& next, std::int64_t now) const {
-    if (!(state_->options.exploration_weight > 0)) return;
-    const auto& statistics = next.model->parts().statistics;
-    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
-    for (std::uint32_t i = 0; i < statistics.size(); ++i) {
-      const std::int64_t created = creation(statistics[i]);
-      const ItemFeedback counted = feedback_of(next, i, now);
-      if (!young(created, latest) || counted.expected >= explored_enough) continue;
-      const float spread = posterior(prior_of(next, i), counted).deviation;
-      next.pool.push_back({i, spread / (2 * next.calibration.slope), created});
-    }
-    if (next.pool.size() > max_pool) {
-      std::nth_element(next.pool.begin(), next.pool.begin() + max_pool, next.pool.end(),
-                       [](const PoolItem& a, const PoolItem& b) {
-                         return a.created > b.created ||
-                                (a.created == b.created && a.item < b.item);
-                       });
-      next.pool.resize(max_pool);
-      std::sort(next.pool.begin(), next.pool.end(),
-                [](const PoolItem& a, const PoolItem& b) { return a.item < b.item; });
-    }
-    const Matrix& vectors = vectors_of(next);
-    const std::size_t d = vectors.columns();
-    next.pool_vectors.resize(next.pool.size() * d + kernels::lanes);
-    for (std::size_t j = 0; j < next.pool.size(); ++j) {
-      vectors.row(next.pool[j].item, std::span(next.pool_vectors).subspan(j * d, d));
-      next.pool_biases.push_back(next.biases[next.pool[j].item]);
-    }
-  }
-
-  Shard& shard_of(std::string_view user, std::string_view session) const noexcept {
-    const std::string_view id = user.empty() ? session : user;
-    return state_
-        ->shards[xxh64(std::as_bytes(std::span(id)), user.empty() ? 1 : 0) % state_->shards.size()];
-  }
-
-  // Finds or adds; the caller holds the shard's lock.
-  static User& user_in(const Catalogue& catalogue, Shard& shard, const Key& key) {
-    const std::string_view text = key.text();
-    if (const auto found = shard.users.find(text); found != shard.users.end()) {
-      shard.order.splice(shard.order.begin(), shard.order, found->second.place);
-      return found->second;
-    }
-    std::list<std::string_view> place(1);
-    User user;
-    user.state.resize(catalogue.encoder->state_size());
-    user.place = place.begin();
-    if (text[0] == 'u')
-      if (const auto row = catalogue.model->parts().user_ids.find(text.substr(1)))
-        catalogue.encoder->load(*row, user.state);
-    const auto added = shard.users.emplace(text, std::move(user)).first;
-    place.front() = added->first;
-    shard.order.splice(shard.order.begin(), place);
-    return added->second;
-  }
-
-  using UserEntry = std::unordered_map<std::string, User, KeyHash, std::equal_to<>>::iterator;
-  static void erase(Shard& shard, UserEntry user) noexcept {
-    shard.order.erase(user->second.place);
-    shard.users.erase(user);
-  }
-
-  void advance(const Catalogue& catalogue, Shard& shard, User& user, const RememberedEvent& event) {
-    const auto buckets =
-        static_cast<std::uint32_t>(catalogue.model->parts().time_gap_embedding.rows());
-    const std::optional<std::int64_t> previous =
-        user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
-    const std::uint32_t gap =
-        buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
-    catalogue.encoder->step({event.item, event.event_type, gap}, user.state, shard.workspace);
-    user.last_timestamp = event.timestamp;
-    for (float& component : user.leaning) component *= 1.0f - leaning_forgotten;
-    if (user.history.size() < state_->options.history_length) {
-      user.history.push_back(event);
-    } else {
-      user.history[user.oldest] = event;
-      user.oldest = (user.oldest + 1) % user.history.size();
-    }
-  }
-
-  bool merge(std::string_view session, std::string_view user) {
-    const Key visitor_key{{}, session}, key{user, {}};
-    Shard& visitors = shard_of({}, session);
-    std::size_t events;
-    {
-      const std::lock_guard lock{visitors.mutex};
-      const auto found = visitors.users.find(visitor_key.text());
-      if (found == visitors.users.end()) return false;
-      events = found->second.history.size();
-    }
-    const auto catalogue = state_->current();
-    Shard& shard = shard_of(user, {});
-    UserLease lease{*this, *catalogue, shard, key};
-    lease.prepare(events, 0, 0);
-    User visitor;
-    {
-      const std::lock_guard lock{visitors.mutex};
-      const auto found = visitors.users.find(visitor_key.text());
-      if (found == visitors.users.end()) return false;
-      visitor = std::move(found->second);
-      erase(visitors, found);
-    }
-    std::rotate(visitor.history.begin(),
-                visitor.history.begin() + static_cast<std::ptrdiff_t>(visitor.oldest),
-                visitor.history.end());
-    const std::lock_guard lock{shard.mutex};
-    User& known = user_in(*catalogue, shard, key);
-    for (const RememberedEvent& event : visitor.history) advance(*catalogue, shard, known, event);
-    if (known.impressions.size() == 0) known.impressions = std::move(visitor.impressions);
-    if (known.leaning.empty()) known.leaning = std::move(visitor.leaning);
-    return true;
-  }
-
-  // Copies what a request needs of the user; false where no event is known of them. A request with
-  // a user and a session is answered from the user where there are events, else from the session.
-  // numbers: of a new slate, so that the next one draws other random numbers; or null.
   bool read_user(const Catalogue& catalogue, const Request& request, std::int64_t timestamp,
-                 SlateNumbers* numbers, Scratch& scratch) {
-    scratch.request_number = static_cast<std::uint64_t>(timestamp);
-    std::fill(scratch.leaning.begin(), scratch.leaning.end(), 0.0f);
-    const auto read = [&](std::string_view user, std::string_view session) {
-      Shard& shard = shard_of(user, session);
-      const std::lock_guard lock{shard.mutex};
-      const auto found = shard.users.find(Key{user, session}.text());
-      if (found == shard.users.end()) return read_stored_query(catalogue, user, scratch.query);
-      shard.order.splice(shard.order.begin(), shard.order, found->second.place);
-      User& known = found->second;
-      scratch.request_number = numbers ? numbers->draw(known, user, session) : known.requests;
-      const std::size_t items = catalogue.model->item_count();
-      if (scratch.ignored.empty())
-        known.impressions.for_each(timestamp, [&](std::uint32_t item, float count) {
-          if (item >= items) return;  // of an update that came after this request's catalogue
-          scratch.ignored.push_back({item, ignored_discount * count / catalogue.calibration.slope});
-          scratch.discounts[item] = scratch.ignored.back().score;
-        });
-      if (known.last_timestamp != no_timestamp) {
-        const auto query = catalogue.encoder->query(known.state);
-        std::copy(query.begin(), query.end(), scratch.query.begin());
-      } else if (!read_stored_query(catalogue, user, scratch.query)) {
-        return false;
-      }
-      for (std::size_t c = 0; c < known.leaning.size(); ++c) {
-        scratch.leaning[c] = known.leaning[c];
-        scratch.query[c] += known.leaning[c];
-      }
-      if (request.exclude_interacted)
-        for (const RememberedEvent& event : known.history)
-          if (event.item < items) scratch.interacted.push_back(event.item);
-      return true;
-    };
-    return (!request.user.empty() && read(request.user, {})) ||
-           (!request.session.empty() && read({}, request.session));
-  }
+                 Scratch& scratch) const;
+  static void find_best(const Catalogue& catalogue, bool known, std::size_t count,
+                        const Eligibility& eligibility, Scratch& scratch);
+  static void normalise(const Catalogue& catalogue, bool known, Scratch& scratch);
+  void collect_pool(const Catalogue& catalogue, bool known, const Eligibility& eligibility,
+                    Scratch& scratch) const;
+  static float exploitation_score(const Scratch& scratch, const SlotChoice& choice) noexcept;
+  void assess(const Catalogue& catalogue, bool known, std::size_t place, const SlotChoice& choice,
+              Scratch& scratch) const;
+  void answer(Prepared& prepared, Slate& slate) const;
+  void commit(const Prepared& prepared, Slate& slate) noexcept;
+  void recommend_together(std::span<const Request> requests, std::span<Slate> slates);
+  static void clear(Slate& slate) noexcept;
 
-  // The query of a user who comes with the model and has had no event since; false for others.
-  static bool read_stored_query(const Catalogue& catalogue, std::string_view user,
-                                std::span<float> query) noexcept {
-    const ModelParts& parts = catalogue.model->parts();
-    const auto row = parts.user_ids.find(user);
-    if (!row) return false;
-    const std::size_t d = catalogue.model->dimension(), begin = parts.user_states.columns() - d;
-    for (std::size_t c = 0; c < d; ++c) query[c] = parts.user_states.at(*row, begin + c);
-    return true;
-  }
-
-  // Excludes what the user has interacted with, and what the caller's mask leaves out.
-  static Eligibility restrict_to(const Catalogue& catalogue, const Request& request,
-                                 Scratch& scratch) {
-    for (const std::uint32_t item : scratch.interacted) scratch.excluded.set(item);
-    const ItemMask* excluded = scratch.interacted.empty() ? nullptr : &scratch.excluded;
-    const ItemMask* eligible = request.eligible;
-    if (eligible && eligible->size() < catalogue.model->item_count()) {
-      scratch.eligible = *eligible;
-      scratch.eligible.resize(catalogue.model->item_count());
-      eligible = &scratch.eligible;
-    }
-    return {eligible, excluded, scratch.interacted.size()};
-  }
+  Recorded learn_from(Scratch& scratch, const Catalogue& catalogue, const UserKey& key,
+                      const Impression& shown, const Time& time,
+                      std::optional<std::uint32_t> chosen);
+  static void list(const Catalogue& catalogue, std::span<const std::string_view> items,
+                   Scratch& scratch);
+  static void see_slate(Scratch& scratch, bool reported, bool listed,
+                        std::optional<std::uint32_t> chosen);
+  void see_list(const Catalogue& catalogue, bool known, bool attributed,
+                std::optional<std::uint32_t> chosen, Scratch& scratch) const;
+  void apply_seen(Scratch& scratch, const Catalogue& catalogue, const UserKey& key,
+                  const Impression& shown, const Time& time, bool has_query,
+                  std::optional<std::uint32_t> chosen, const UserKey* owner);
+  static void pull(const Catalogue& catalogue, Scratch& scratch) noexcept;
+  void write_log(const Catalogue& catalogue, const Impression& shown, const Scratch::Seen& seen,
+                 std::int64_t timestamp, bool positive) const;
 
   std::unique_ptr<State> state_;
 };
+
+// A request and what was found out about its user.
+struct Recommender::Prepared {
+  Prepared(const Recommender& recommender, const Request& asked, const Time& at)
+      : request(asked),
+        time(at),
+        key(asked.user, asked.session, recommender.state_->key),
+        session_key({}, asked.session, recommender.state_->key),
+        scratch(*recommender.state_) {}
+  void read(const Recommender& recommender) {
+    const Catalogue& catalogue = scratch.catalogue();
+    known = recommender.read_user(catalogue, request, time.timestamp, *scratch);
+    eligibility = {.eligible = request.eligible, .excluded_items = scratch->interacted};
+  }
+  std::size_t best() const noexcept {
+    return std::max<std::size_t>(request.count, normalising_items);
+  }
+
+  const Request& request;
+  Time time;
+  UserKey key, session_key;
+  detail::ScratchLease scratch;
+  bool known = false;
+  Eligibility eligibility;
+};
+
+namespace detail {
+
+inline std::optional<HashKey> random_key() {
+  HashKey key{};
+#if PERSONALIZE_HAS_POSIX
+  const File file(std::fopen("/dev/urandom", "rb"));
+  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
+#else
+  std::random_device device;
+  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
+#endif
+  return key;
+}
+
+// u before the discount.
+inline float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
+                          std::span<const float> query) noexcept {
+  return known ? catalogue.scorer->score(query, item) : catalogue.popular_score(item);
+}
+
+// As users see it: without events, the share of interactions and not its logarithm.
+inline float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
+
+// Quality and taste: what impressions taught, in units of score.
+inline float learnt_score(const Catalogue& catalogue, bool known, std::uint32_t item,
+                          std::span<const float> query) noexcept {
+  return catalogue.quality_of(item) + (known ? catalogue.taste(item, query) : 0.0f);
+}
+
+// Positive events expected of an examined impression with score u.
+inline float value_of(const Calibration& calibration, float u, float normaliser) noexcept {
+  return std::exp(std::min(calibration.slope * (u - normaliser) + calibration.intercept, 3.0f));
+}
+
+}  // namespace detail
+
+inline Result<const kernels::Table*> Recommender::find_kernels(const std::string& name) {
+  if (name.empty()) return &kernels::chosen();
+  std::size_t count = 0;
+  const kernels::Table* const* tables = kernels::available(count);
+  std::string names;
+  for (std::size_t t = 0; t < count; ++t) {
+    if (name == tables[t]->name) return tables[t];
+    names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
+  }
+  return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
+                                           "'; this program has for this processor: " + names};
+}
+
+// A model file's times come through the same gate.
+inline Result<void> Recommender::check_statistics(const Model& model, const State& state) {
+  const std::int64_t now = state.clock();
+  const std::int64_t skew = state.options.clock_skew.count();
+  const ModelParts& parts = model.parts();
+  for (std::uint32_t i = 0; i < parts.statistics.size(); ++i) {
+    const ItemStatistics& s = parts.statistics[i];
+    for (const std::int64_t t : {s.first_timestamp, s.last_timestamp, s.creation_timestamp}) {
+      if (t == no_timestamp || detail::elapsed(now, t) <= skew) continue;
+      const std::string what =
+          "section STAT: a time of item '" + std::string(model.item_id(i)) + "'";
+      return state.time_of(t, what.c_str()).error();
+    }
+  }
+  return {};
+}
+
+inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> model,
+                                               const RecommenderOptions& options) {
+  return detail::catching_bad_alloc([&]() -> Result<Recommender> {
+    if (!model) return Error{Errc::invalid_argument, "the model is null"};
+    if (auto checked = detail::check_options(options); !checked) return checked.error();
+    RecommenderOptions chosen = options;
+    if (!chosen.feedback) chosen.exploration_weight = 0;
+    if (!chosen.recommendation_key) {
+      chosen.recommendation_key = detail::random_key();
+      if (!chosen.recommendation_key)
+        return Error{
+            Errc::io,
+            "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
+    }
+    const auto table = find_kernels(options.instruction_set);
+    if (!table) return table.error();
+    Recommender recommender(std::make_unique<State>(model, std::move(chosen), **table));
+    State& state = *recommender.state_;
+    if (auto checked = check_statistics(*model, state); !checked) return checked.error();
+    for (const ItemStatistics& s : model->parts().statistics)
+      if (s.last_timestamp != no_timestamp) state.raise_latest(s.last_timestamp);
+    const std::int64_t now = state.clock();
+    state.publish(detail::CatalogueBuilder::first(model, state.settings, state.key, now,
+                                                  state.latest.load()));
+    state.next_update = now + state.options.update_interval.count();
+    if (state.options.updates == Updates::by_thread && state.options.update_interval.count() > 0) {
+#if PERSONALIZE_HAS_EXCEPTIONS
+      try {
+        state.start_updater();
+      } catch (const std::system_error&) {
+        return Error{Errc::unsupported,
+                     "no thread can be started; set RecommenderOptions::updates to by_caller"};
+      }
+#else
+      state.start_updater();
+#endif
+    }
+    return recommender;
+  });
+}
+
+inline Result<void> Recommender::check_ids(std::string_view user, std::string_view session) {
+  if (user.empty() && session.empty())
+    return Error{Errc::invalid_argument, "neither a user nor a session is given"};
+  for (const std::string_view id : {user, session}) {
+    if (id.size() > max_id_bytes)
+      return Error{Errc::invalid_argument, "a user or session id has more than 256 bytes"};
+    if (!detail::valid_id(id))
+      return Error{Errc::invalid_argument,
+                   "a user or session id is not UTF-8, or has control characters"};
+  }
+  return {};
+}
+
+inline Result<void> Recommender::check_request(const Request& request) {
+  if (request.count < 1 || request.count > 10'000)
+    return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
+  return check_ids(request.user, request.session);
+}
+
+inline Result<void> Recommender::check_mask(const Catalogue& catalogue, const Request& request) {
+  if (request.eligible && request.eligible->size() > catalogue.size())
+    return Error{Errc::invalid_argument,
+                 "Request::eligible has " + std::to_string(request.eligible->size()) +
+                     " bits, the catalogue " + std::to_string(catalogue.size()) + " items"};
+  return {};
+}
+
+// --------------------------------------------------------------------------------------------
+// Requests
+
+inline Result<void> Recommender::recommend(const Request& request, Slate& slate) {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    if (auto checked = check_request(request); !checked) return checked;
+    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    if (!time) return time.error();
+    if (auto updated = state_->update_if_due(); !updated) return updated;
+    Prepared prepared{*this, request, *time};
+    const Catalogue& catalogue = prepared.scratch.catalogue();
+    if (auto checked = check_mask(catalogue, request); !checked) return checked;
+    prepared.read(*this);
+    find_best(catalogue, prepared.known, prepared.best(), prepared.eligibility, *prepared.scratch);
+    answer(prepared, slate);
+    commit(prepared, slate);
+    return {};
+  });
+}
+
+inline Result<Slate> Recommender::recommend(const Request& request) {
+  Slate slate;
+  if (auto done = recommend(request, slate); !done) return done.error();
+  return slate;
+}
+
+inline Result<void> Recommender::recommend(std::span<const Request> requests,
+                                           std::span<Slate> slates) {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    if (slates.size() < requests.size())
+      return Error{Errc::invalid_argument, "there are more requests than slates"};
+    const auto catalogue = state_->current();
+    for (const Request& request : requests) {
+      if (auto checked = check_request(request); !checked) return checked;
+      if (auto time = state_->time_of(request.timestamp, "Request::timestamp"); !time)
+        return time.error();
+      if (auto checked = check_mask(*catalogue, request); !checked) return checked;
+    }
+    if (auto updated = state_->update_if_due(); !updated) return updated;
+    for (std::size_t i = 0; i < requests.size(); ++i) clear(slates[i]);
+    for (std::size_t begin = 0; begin < requests.size(); begin += together)
+      recommend_together(requests.subspan(begin, std::min(together, requests.size() - begin)),
+                         slates.subspan(begin));
+    return {};
+  });
+}
+
+// All of them or, where memory runs out, none.
+inline void Recommender::recommend_together(std::span<const Request> requests,
+                                            std::span<Slate> slates) {
+  std::array<std::optional<Prepared>, together> all;
+  std::array<Scorer::Query, together> queries;
+  std::size_t known = 0;
+  const std::int64_t now = state_->clock();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    Prepared& prepared =
+        all[i].emplace(*this, requests[i], Time{requests[i].timestamp.value_or(now), now});
+    // One generation for all: scores of several are not compared, but rows are shared.
+    if (i > 0) prepared.scratch.use(all[0]->scratch.shared());
+    prepared.read(*this);
+    Scratch& scratch = *prepared.scratch;
+    // A user who asks twice draws twice.
+    for (std::size_t before = 0; before < i; ++before) {
+      const bool same_user = all[before]->key.text() == prepared.key.text();
+      scratch.request_number += same_user && (scratch.drawn_user || scratch.drawn_session);
+    }
+    if (prepared.known)
+      queries[known++] = {scratch.query, prepared.best() + scratch.ignored.size(),
+                          prepared.eligibility, &scratch.top};
+    else
+      find_best(prepared.scratch.catalogue(), false, prepared.best(), prepared.eligibility,
+                scratch);
+  }
+  const Catalogue& catalogue = all[0]->scratch.catalogue();
+  catalogue.scorer->top_k(std::span(queries).first(known), all[0]->scratch->scoring);
+  for (std::size_t i = 0; i < requests.size(); ++i) answer(*all[i], slates[i]);
+  for (std::size_t i = 0; i < requests.size(); ++i) commit(*all[i], slates[i]);
+}
+
+inline void Recommender::clear(Slate& slate) noexcept {
+  slate.items.clear();
+  slate.id.clear();
+  slate.propensity = 1;
+}
+
+// Makes up the slate, once scratch.top is found, and takes all memory for it.
+inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
+  Scratch& scratch = *prepared.scratch;
+  const Catalogue& catalogue = prepared.scratch.catalogue();
+  normalise(catalogue, prepared.known, scratch);
+  collect_pool(catalogue, prepared.known, prepared.eligibility, scratch);
+  SlotPolicy& policy = scratch.policy;
+  policy.configure(state_->options.exploration_weight, exploration_temperature,
+                   catalogue.calibration.slope);
+  const CounterRandom random{
+      xxh64(std::as_bytes(std::span(prepared.key.text())), state_->options.seed),
+      scratch.request_number};
+  policy.choose(scratch.top, scratch.pool, scratch.pool_expected, prepared.request.count, random,
+                scratch.taken, scratch.choices);
+  LoggedSlate& logged = scratch.logged;
+  logged.query.clear();
+  logged.picks.clear();
+  logged.choices.clear();
+  if (state_->options.feedback) {
+    const std::size_t picks = std::min(scratch.choices.size(), state_->slates.most_picks());
+    if (prepared.known)
+      logged.query.assign(
+          scratch.query.begin(),
+          scratch.query.begin() + static_cast<std::ptrdiff_t>(catalogue.dimension()));
+    for (std::size_t place = 0; place < picks; ++place)
+      assess(catalogue, prepared.known, place, scratch.choices[place], scratch);
+    slate.id.reserve(32);
+  }
+  slate.items.reserve(scratch.choices.size());
+}
+
+// Fills the slate, remembers it and draws its number; takes no memory.
+inline void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept {
+  Scratch& scratch = *prepared.scratch;
+  const Catalogue& catalogue = prepared.scratch.catalogue();
+  clear(slate);
+  slate.ids = catalogue.ids;
+  for (const SlotChoice& choice : scratch.choices) {
+    const Reason reason = choice.explored  ? Reason::exploration
+                          : prepared.known ? Reason::relevance
+                                           : Reason::popular;
+    slate.items.push_back({(*catalogue.ids)[choice.pick.item],
+                           detail::shown_score(prepared.known, exploitation_score(scratch, choice)),
+                           reason, choice.propensity});
+    slate.propensity *= static_cast<double>(choice.propensity);
+  }
+  if (state_->options.feedback) {
+    scratch.logged.timestamp = prepared.time.timestamp;
+    state_->slates.add(prepared.key.text(), scratch.logged, prepared.time.now, slate.id);
+  }
+  const auto draw = [](User* user) {
+    if (user) ++user->requests;
+  };
+  if (scratch.drawn_user) state_->users.with(prepared.key, draw, false);
+  if (scratch.drawn_session) state_->users.with(prepared.session_key, draw, false);
+}
+
+// A pick's u. In the pool, its score has the bonus as well.
+inline float Recommender::exploitation_score(const Scratch& scratch,
+                                             const SlotChoice& choice) noexcept {
+  if (!choice.explored) return choice.pick.score;
+  const auto found = std::lower_bound(
+      scratch.pool.begin(), scratch.pool.end(), choice.pick.item,
+      [](const ScoredItem& scored, std::uint32_t item) { return scored.item < item; });
+  return scratch.pool_scores[static_cast<std::size_t>(found - scratch.pool.begin())];
+}
+
+// Fills scratch.top with the best `count` eligible items and those that may take the place of
+// ignored ones.
+inline void Recommender::find_best(const Catalogue& catalogue, bool known, std::size_t count,
+                                   const Eligibility& eligibility, Scratch& scratch) {
+  const std::size_t wanted = count + scratch.ignored.size();
+  if (known) {
+    catalogue.scorer->top_k(scratch.query, wanted, eligibility, scratch.scoring, scratch.top);
+    return;
+  }
+  scratch.top.clear();
+  catalogue.for_popular([&](std::uint32_t item) {
+    if (eligibility.test(item)) scratch.top.push_back({item, catalogue.popular_score(item)});
+    return scratch.top.size() < wanted;
+  });
+}
+
+// Of scratch.top: the normaliser, and the discounts of what the user ignored.
+inline void Recommender::normalise(const Catalogue& catalogue, bool known, Scratch& scratch) {
+  // logsumexp of the model's own scores of the best
+  const auto relevance = [&](const ScoredItem& scored) {
+    return scored.score - detail::learnt_score(catalogue, known, scored.item, scratch.query);
+  };
+  const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
+  float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+  for (std::size_t i = 0; i < best; ++i) largest = std::max(largest, relevance(scratch.top[i]));
+  for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance(scratch.top[i]) - largest);
+  scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
+  if (scratch.ignored.empty()) return;
+  for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
+  std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
+}
+
+inline void Recommender::collect_pool(const Catalogue& catalogue, bool known,
+                                      const Eligibility& eligibility, Scratch& scratch) const {
+  scratch.pool.clear();
+  scratch.pool_scores.clear();
+  scratch.pool_expected.clear();
+  if (!(state_->options.exploration_weight > 0) || catalogue.pool.empty()) return;
+  const std::size_t items = catalogue.pool.size();
+  // After the scores of the whole pool come those that are kept; the front is written last.
+  scratch.pool_scores.resize(items);
+  if (known) {
+    state_->table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
+                              catalogue.dimension(), items, scratch.query.data(),
+                              scratch.pool_scores.data());
+  } else {
+    for (std::size_t j = 0; j < items; ++j)
+      scratch.pool_scores[j] = catalogue.popular_score(catalogue.pool[j].item);
+  }
+  for (std::size_t j = 0; j < items; ++j) {
+    const detail::PoolItem& candidate = catalogue.pool[j];
+    const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
+    if (!eligibility.test(candidate.item) || !state_->young(candidate.created) || !std::isfinite(u))
+      continue;
+    scratch.pool_scores[scratch.pool.size()] = u;
+    scratch.pool.push_back({candidate.item, u + candidate.bonus});
+  }
+  if (!state_->options.log) return;
+  for (std::size_t j = 0; j < scratch.pool.size(); ++j)
+    scratch.pool_expected.push_back(
+        detail::value_of(catalogue.calibration, scratch.pool_scores[j], scratch.normaliser));
+}
+
+// Appends to scratch.logged what is remembered of a pick, to learn from it once it was seen.
+inline void Recommender::assess(const Catalogue& catalogue, bool known, std::size_t place,
+                                const SlotChoice& choice, Scratch& scratch) const {
+  const std::uint32_t item = choice.pick.item;
+  const Calibration& calibration = catalogue.calibration;
+  const float discount = scratch.discount(item), u = exploitation_score(scratch, choice);
+  const float relevance =
+      u + discount - detail::learnt_score(catalogue, known, item, scratch.query);
+  const float examination = state_->examination(place), normaliser = scratch.normaliser;
+  LoggedPick pick;
+  pick.item = item;
+  pick.relevance = relevance - normaliser;
+  pick.adjustment = calibration.slope * (u - relevance);
+  pick.examination = examination;
+  pick.expected = examination * detail::value_of(calibration, relevance - discount, normaliser);
+  pick.value = examination * detail::value_of(calibration, u, normaliser);
+  pick.explored = choice.explored;
+  scratch.logged.picks.push_back(pick);
+  if (!state_->options.log) return;
+  LoggedChoice logged{choice,
+                      examination * detail::value_of(calibration, choice.best.score, normaliser)};
+  logged.choice.pool_value *= examination;
+  scratch.logged.choices.push_back(logged);
+}
+
+// Copies what a request needs of the user; false where no event is known of them. A request with a
+// user and a session is answered from the user where there are events, else from the session.
+inline bool Recommender::read_user(const Catalogue& catalogue, const Request& request,
+                                   std::int64_t timestamp, Scratch& scratch) const {
+  scratch.request_number = static_cast<std::uint64_t>(timestamp);
+  scratch.drawn_user = scratch.drawn_session = false;
+  std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
+  scratch.ignored.reserve(RecentImpressions::capacity);
+  if (request.exclude_interacted) scratch.interacted.reserve(state_->options.history_length);
+  const std::size_t d = catalogue.dimension();
+  const auto stored_query = [&](std::string_view user) {
+    const auto row = state_->stored_user(*catalogue.base, user);
+    if (!row) return false;
+    const Matrix& states = catalogue.base->parts().user_states;
+    for (std::size_t c = 0; c < d; ++c)
+      scratch.query[c] = states.at(*row, states.columns() - d + c);
+    return true;
+  };
+  const auto copy = [&](const User* user) {
+    if (!user) return false;
+    scratch.request_number = user->requests;
+    if (scratch.ignored.empty())
+      for (const RecentImpressions::Entry& entry : user->impressions())
+        if (entry.item < catalogue.size())  // else of an update that came after this catalogue
+          scratch.ignored.push_back(
+              {entry.item, ignored_discount * RecentImpressions::faded(entry, timestamp) /
+                               catalogue.calibration.slope});
+    user->add_offset_to(scratch.offset);
+    if (request.exclude_interacted)
+      user->for_each_event([&](const detail::RememberedEvent& event) {
+        if (event.item < catalogue.size()) scratch.interacted.push_back(event.item);
+      });
+    if (user->last_timestamp == no_timestamp) return false;
+    const auto query = catalogue.encoder->query(user->state());
+    std::copy(query.begin(), query.end(), scratch.query.begin());
+    return true;
+  };
+  const auto read = [&](std::string_view user, std::string_view session, bool& drawn) {
+    const UserKey key{user, session, state_->key};
+    bool there = false;
+    bool known = state_->users.with(
+        key,
+        [&](const User* found) {
+          there = found != nullptr;
+          return copy(found);
+        },
+        true);
+    drawn = there;
+    known = known || stored_query(user);
+    if (!known) {
+      std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
+      scratch.interacted.clear();
+    }
+    return known;
+  };
+  const bool known = (!request.user.empty() && read(request.user, {}, scratch.drawn_user)) ||
+                     (!request.session.empty() && read({}, request.session, scratch.drawn_session));
+  std::sort(scratch.ignored.begin(), scratch.ignored.end(),
+            [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
+  std::sort(scratch.interacted.begin(), scratch.interacted.end());
+  if (known)
+    for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
+  return known && detail::all_finite(std::span<const float>(scratch.query).first(d));
+}
+
+inline Result<void> Recommender::rank(const Request& request,
+                                      std::span<const std::string_view> items, Slate& slate) const {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
+    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    if (!time) return time.error();
+    Prepared prepared{*this, request, *time};
+    const Catalogue& catalogue = prepared.scratch.catalogue();
+    if (auto checked = check_mask(catalogue, request); !checked) return checked;
+    prepared.read(*this);
+    Scratch& scratch = *prepared.scratch;
+    clear(slate);
+    slate.ids = nullptr;
+    slate.items.reserve(items.size());
+    scratch.top.clear();
+    for (std::uint32_t position = 0; position < items.size(); ++position) {
+      const auto item = catalogue.find(items[position]);
+      if (!item || !prepared.eligibility.test(*item)) continue;
+      const float u = detail::undiscounted(catalogue, prepared.known, *item, scratch.query) -
+                      scratch.discount(*item);
+      if (std::isfinite(u)) scratch.top.push_back({position, u});
+    }
+    std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
+    for (const ScoredItem& scored : scratch.top)
+      slate.items.push_back({items[scored.item], detail::shown_score(prepared.known, scored.score),
+                             prepared.known ? Reason::relevance : Reason::popular});
+    for (const std::string_view id : items) {
+      const auto item = catalogue.find(id);
+      if (!item) slate.items.push_back({id, 0.0f, Reason::unknown});
+      if (item && !prepared.eligibility.test(*item))
+        slate.items.push_back({id, 0.0f, Reason::excluded});
+    }
+    return {};
+  });
+}
+
+inline Result<Explanation> Recommender::explain(const Request& request, std::string_view id) const {
+  return detail::catching_bad_alloc([&]() -> Result<Explanation> {
+    if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
+    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    if (!time) return time.error();
+    Prepared prepared{*this, request, *time};
+    const Catalogue& catalogue = prepared.scratch.catalogue();
+    const auto item = catalogue.find(id);
+    if (!item)
+      return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
+    prepared.read(*this);
+    Scratch& scratch = *prepared.scratch;
+    const DecayMoment moment = state_->decay.at(time->timestamp);
+    const ItemFeedback counted = catalogue.feedback_of(*item, moment);
+    Explanation parts{};
+    parts.discount = scratch.discount(*item);
+    parts.score =
+        detail::undiscounted(catalogue, prepared.known, *item, scratch.query) - parts.discount;
+    parts.quality = catalogue.quality_of(*item);
+    if (prepared.known) {
+      catalogue.rows.row(*item, scratch.vector);
+      parts.taste = catalogue.taste(*item, scratch.query) +
+                    std::inner_product(scratch.vector.begin(), scratch.vector.end(),
+                                       scratch.offset.begin(), 0.0f);
+    }
+    parts.relevance = parts.score + parts.discount - parts.quality - parts.taste;
+    parts.uncertainty = posterior(catalogue.prior_of(*item, moment), counted).deviation;
+    parts.positive = counted.positive;
+    parts.expected = counted.expected;
+    const std::int64_t created = Catalogue::creation(catalogue.statistics[*item]);
+    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+    if (created != no_timestamp && latest != no_timestamp)
+      parts.age = detail::elapsed(created, latest);
+    parts.explorable = std::any_of(
+        catalogue.pool.begin(), catalogue.pool.end(),
+        [&](const detail::PoolItem& p) { return p.item == *item && state_->young(p.created); });
+    return parts;
+  });
+}
+
+// --------------------------------------------------------------------------------------------
+// Events
+
+inline Result<Recorded> Recommender::record(const Interaction& event) {
+  return detail::catching_bad_alloc([&]() -> Result<Recorded> {
+    State& state = *state_;
+    if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
+    if (!detail::valid_id(event.event_id) || !detail::valid_id(event.event_type))
+      return Error{Errc::invalid_argument,
+                   "an event id or type is not UTF-8, or has control characters"};
+    if (event.impressions.size() > most_impressions)
+      return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
+    const auto time = state.time_of(event.timestamp, "Interaction::timestamp");
+    if (!time) return time.error();
+    if (auto updated = state.update_if_due(); !updated) return updated.error();
+    const UserKey key{event.user, event.session, state.key};
+    detail::EventIds::Claim claim{state.event_ids, event.event_id, key, state.key};
+    if (claim.is_known()) return Recorded::duplicate;
+    if (!event.user.empty() && !event.session.empty()) state.merge(event.session, event.user);
+
+    detail::ScratchLease scratch{state};
+    auto item = scratch.catalogue().find(event.item);
+    bool pending = false;
+    if (!item && state.has_pending.load(std::memory_order_relaxed)) {
+      pending =
+          state.remember_pending(event.item, {std::string(event.user), std::string(event.session),
+                                              std::string(event.event_type), time->timestamp});
+      if (!pending) {  // it may just have come in
+        scratch.use(state.current());
+        item = scratch.catalogue().find(event.item);
+      }
+    }
+    const Catalogue& catalogue = scratch.catalogue();
+    detail::Settle settle{state.users, key};
+    Recorded recorded = Recorded::learned;
+    bool reported = false;
+    if (state.options.feedback) {
+      recorded =
+          learn_from(*scratch, catalogue, key,
+                     {event.user, event.session, event.recommendation_id, event.impressions, {}},
+                     *time, state.is_positive(event.event_type) ? item : std::nullopt);
+      reported = !scratch->seen.empty();
+    }
+    if (item) {
+      const auto type = catalogue.base->parts().event_types.find(event.event_type);
+      const detail::RememberedEvent remembered{*item, type.value_or(no_event_type),
+                                               time->timestamp};
+      state.apply_event(key, event.user, remembered, *time, *scratch, catalogue);
+    }
+    if (item || pending || reported) claim.keep();
+    return pending ? Recorded::pending_item : !item ? Recorded::unknown_item : recorded;
+  });
+}
+
+inline Result<Recorded> Recommender::record_impression(const Impression& impression) {
+  return detail::catching_bad_alloc([&]() -> Result<Recorded> {
+    State& state = *state_;
+    if (auto checked = check_ids(impression.user, impression.session); !checked)
+      return checked.error();
+    if (impression.items.size() > most_impressions)
+      return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
+    if (impression.recommendation_id.empty() && impression.items.empty())
+      return Error{Errc::invalid_argument,
+                   "record_impression needs a recommendation id or the items shown"};
+    const auto time = state.time_of(impression.timestamp, "Impression::timestamp");
+    if (!time) return time.error();
+    if (auto updated = state.update_if_due(); !updated) return updated.error();
+    if (!state.options.feedback) return Recorded::learned;
+    const UserKey key{impression.user, impression.session, state.key};
+    detail::ScratchLease scratch{state};
+    detail::Settle settle{state.users, key};
+    return learn_from(*scratch, scratch.catalogue(), key, impression, *time, std::nullopt);
+  });
+}
+
+// Counts what was shown: picks of a remembered slate (all of them where none are listed) or, where
+// there is no slate, the listed items. chosen: the item of a positive event. Ids are resolved and
+// memory is taken first; then nothing can fail. Leaves what was counted in scratch.seen.
+inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catalogue,
+                                        const UserKey& key, const Impression& shown,
+                                        const Time& time, std::optional<std::uint32_t> chosen) {
+  State& state = *state_;
+  scratch.seen.clear();
+  bool attributed =
+      chosen && state.users.with(
+                    key,
+                    [&](const User* user) {
+                      return user &&
+                             std::any_of(user->impressions().begin(), user->impressions().end(),
+                                         [&](const auto& entry) { return entry.item == *chosen; });
+                    },
+                    false);
+  if (shown.recommendation_id.empty() && shown.items.empty() && !attributed)
+    return Recorded::learned;
+  list(catalogue, shown.items, scratch);
+  const UserKey session_key{{}, shown.session, state.key};
+  const UserKey* owner = &key;
+  SlateStatus status = SlateStatus::unknown;
+  bool reported = false;
+  if (!shown.recommendation_id.empty()) {
+    const auto read = [&](const UserKey& of) {
+      owner = &of;
+      status = state.slates.read(shown.recommendation_id, of.text(), time.timestamp, time.now,
+                                 scratch.logged, reported);
+    };
+    read(key);
+    // A visitor's slate, answered after signing in.
+    if (status == SlateStatus::unknown && !shown.user.empty() && !shown.session.empty())
+      read(session_key);
+  }
+  bool has_query = false;
+  if (status == SlateStatus::found) {
+    has_query = !scratch.logged.query.empty();
+    std::copy(scratch.logged.query.begin(), scratch.logged.query.end(), scratch.query.begin());
+    see_slate(scratch, shown.items.empty() && reported, !shown.items.empty(), chosen);
+  } else {
+    has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, time.timestamp,
+                          scratch);
+    see_list(catalogue, has_query, attributed, chosen, scratch);
+  }
+  // Of the listed mask nothing is needed any more.
+  for (const ScoredItem& one : scratch.listed) scratch.taken.reset(one.item);
+  const Recorded recorded = shown.recommendation_id.empty() || status == SlateStatus::found
+                                ? Recorded::learned
+                            : status == SlateStatus::expired ? Recorded::expired_slate
+                                                             : Recorded::unknown_slate;
+  if (scratch.seen.empty()) return recorded;
+
+  if (has_query)
+    for (const Scratch::Seen& seen : scratch.seen) state.contexts.prepare(seen.pick.item);
+  apply_seen(scratch, catalogue, key, shown, time, has_query, chosen,
+             status == SlateStatus::found ? owner : nullptr);
+  return recorded;
+}
+
+// The items of a list that are in the catalogue, each once, with its place; marked in
+// scratch.taken.
+inline void Recommender::list(const Catalogue& catalogue, std::span<const std::string_view> items,
+                              Scratch& scratch) {
+  scratch.listed.clear();
+  scratch.listed.reserve(items.size());
+  for (std::size_t place = 0; place < items.size(); ++place) {
+    const auto item = catalogue.find(items[place]);
+    if (!item || scratch.taken.test(*item)) continue;
+    scratch.taken.set(*item);
+    scratch.listed.push_back({*item, static_cast<float>(place)});
+  }
+}
+
+// Into scratch.seen, the picks of scratch.logged that the event says were seen: those listed, or
+// all where nothing is listed and the slate was not reported before; and the one that was chosen.
+inline void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
+                                   std::optional<std::uint32_t> chosen) {
+  scratch.seen.reserve(scratch.logged.picks.size());
+  for (std::uint32_t place = 0; place < scratch.logged.picks.size(); ++place) {
+    LoggedPick pick = scratch.logged.picks[place];
+    const bool is_chosen = chosen == pick.item && !pick.positive;
+    const bool is_shown = listed ? scratch.taken.test(pick.item) : !reported;
+    const bool is_new = (is_shown || is_chosen) && !pick.seen;
+    if (!is_new && !is_chosen) continue;
+    pick.seen = !is_new;  // what was seen before is not counted again
+    pick.positive = is_chosen;
+    scratch.seen.push_back(
+        {place, pick,
+         scratch.logged.choices.empty() ? LoggedChoice{} : scratch.logged.choices[place], true});
+  }
+}
+
+// The same without a slate: the listed items, by the user's present state; or the chosen one, where
+// an impression of it is remembered.
+inline void Recommender::see_list(const Catalogue& catalogue, bool known, bool attributed,
+                                  std::optional<std::uint32_t> chosen, Scratch& scratch) const {
+  if (!scratch.listed.empty()) {
+    find_best(catalogue, known, normalising_items, {}, scratch);
+    normalise(catalogue, known, scratch);
+    scratch.logged.picks.clear();
+    scratch.logged.choices.clear();
+    scratch.seen.reserve(scratch.listed.size());
+    for (const ScoredItem& one : scratch.listed) {
+      const float u = detail::undiscounted(catalogue, known, one.item, scratch.query) -
+                      scratch.discount(one.item);
+      if (!std::isfinite(u)) continue;
+      SlotChoice choice;
+      choice.pick = choice.best = {one.item, u};
+      const auto place = static_cast<std::uint32_t>(one.score);
+      assess(catalogue, known, place, choice, scratch);
+      LoggedPick pick = scratch.logged.picks.back();
+      pick.positive = chosen == one.item;
+      scratch.seen.push_back({place, pick, {}, true});
+    }
+  } else if (attributed) {
+    LoggedPick pick;
+    pick.item = *chosen;
+    pick.seen = pick.positive = true;
+    scratch.seen.push_back({0, pick, {}, true});
+  }
+}
+
+// Marks the picks of the slate, which gives those that another thread has not reported meanwhile;
+// then the user; then what all share. owner: of the slate, or null.
+inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue,
+                                    const UserKey& key, const Impression& shown, const Time& time,
+                                    bool has_query, std::optional<std::uint32_t> chosen,
+                                    const UserKey* owner) {
+  State& state = *state_;
+  const std::size_t new_impressions = scratch.seen.size();
+  const auto fresh = [&](std::span<float> begin) { state.begin(catalogue, shown.user, begin); };
+  state.users.prepare(key, 0, new_impressions, has_query, fresh);
+  if (owner) {
+    std::size_t next = 0;
+    state.slates.mark(shown.recommendation_id, owner->text(),
+                      [&](std::uint32_t place, LoggedPick& pick) {
+                        if (next == scratch.seen.size() || scratch.seen[next].place != place)
+                          return;
+                        LoggedPick& seen = scratch.seen[next++].pick;
+                        seen.seen = seen.seen || pick.seen;
+                        seen.positive = seen.positive && !pick.positive;
+                        pick.seen = true;
+                        pick.positive = pick.positive || seen.positive;
+                      });
+  }
+  if (has_query) pull(catalogue, scratch);
+  const std::size_t allowed = owner ? State::slate_repetitions : 1;
+  for (bool done = false; !done;) {
+    done = state.users.with(key, [&](User* user) {
+      if (!user || user->tail_for(0, new_impressions, has_query ? catalogue.dimension() : 0) != 0)
+        return false;
+      for (Scratch::Seen& seen : scratch.seen) {
+        LoggedPick& pick = seen.pick;
+        seen.shared =
+            detail::repetitions(*user, pick.item, time.timestamp) < allowed &&
+            (pick.seen || user->spend(user->spent_impressions, 1, State::most_shown, time.now));
+        // What was shown and not chosen is held against the item for this user.
+        if (!pick.seen && chosen != pick.item) user->add_impression(pick.item, time.timestamp);
+      }
+      if (chosen) user->remove_impression(*chosen);
+      if (has_query) user->move_offset(scratch.gradient);
+      return true;
+    });
+    if (!done) state.users.prepare(key, 0, new_impressions, has_query, fresh);
+  }
+  const DecayMoment moment = state.decay.at(time.counted());
+  for (const Scratch::Seen& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
+  const std::span<const float> query(scratch.query);
+  for (const Scratch::Seen& seen : scratch.seen) {
+    if (!seen.shared) continue;
+    const LoggedPick& pick = seen.pick;
+    if (!pick.seen) {
+      const auto expected = static_cast<double>(pick.expected);
+      catalogue.counters->add(ItemCounters::Kind::expected, pick.item, expected, moment);
+      if (has_query) state.contexts.add_expected(pick.item, query, expected, moment);
+    }
+    if (pick.positive) {
+      catalogue.counters->add(ItemCounters::Kind::positive, pick.item, 1, moment);
+      if (has_query) state.contexts.add_positive(pick.item, query, moment);
+    }
+  }
+  state.changed.store(true, std::memory_order_relaxed);
+  if (!state.options.log || !owner) return;
+  for (const bool positive : {false, true})
+    for (const Scratch::Seen& seen : scratch.seen)
+      if (positive ? seen.pick.positive : !seen.pick.seen)
+        write_log(catalogue, shown, seen, time.timestamp, positive);
+}
+
+inline void Recommender::write_log(const Catalogue& catalogue, const Impression& shown,
+                                   const Scratch::Seen& seen, std::int64_t timestamp,
+                                   bool positive) const {
+  state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
+                       shown.recommendation_id, (*catalogue.ids)[seen.pick.item], seen.place + 1,
+                       positive, seen.logged.choice, seen.pick.value, seen.logged.best_value});
+}
+
+// Into scratch.gradient, how these impressions move the user's offset. Of vectors so short that
+// steps would be out of all proportion, nothing.
+inline void Recommender::pull(const Catalogue& catalogue, Scratch& scratch) noexcept {
+  std::fill(scratch.gradient.begin(), scratch.gradient.end(), 0.0f);
+  constexpr float least = 1e-8f;
+  if (!(catalogue.mean_square > least)) return;
+  const float gain = offset_gain * catalogue.calibration.slope / catalogue.mean_square;
+  for (const Scratch::Seen& seen : scratch.seen) {
+    // A choice may be reported after its impression: y and p come apart.
+    const float surprise = (seen.pick.positive ? 1.0f : 0.0f) -
+                           (seen.pick.seen ? 0.0f : std::min(seen.pick.value, 1.0f));
+    catalogue.vectors.row(seen.pick.item, scratch.vector);
+    for (std::size_t c = 0; c < scratch.gradient.size(); ++c)
+      scratch.gradient[c] += gain * surprise * scratch.vector[c];
+  }
+}
+
+inline Result<bool> Recommender::merge_session(std::string_view session, std::string_view user) {
+  if (session.empty() || user.empty())
+    return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
+  if (auto checked = check_ids(user, session); !checked) return checked.error();
+  return detail::catching_bad_alloc([&]() -> Result<bool> { return state_->merge(session, user); });
+}
+
+inline bool Recommender::forget(std::string_view user, std::string_view session) {
+  if (!check_ids(user, session)) return false;
+  const UserKey key{user, session, state_->key};
+  bool forgot = state_->users.take(key) != nullptr;
+  if (user.empty()) {
+    state_->slates.forget(key.text());
+    return forgot;
+  }
+  const auto catalogue = state_->current();
+  if (const auto row = state_->stored_user(*catalogue->base, user)) {
+    state_->forgotten[*row / 64].fetch_or(std::uint64_t{1} << (*row % 64));
+    forgot = true;
+  }
+  state_->slates.forget(key.text());
+  return forgot;
+}
+
+// --------------------------------------------------------------------------------------------
+// Items and updates
+
+inline Result<void> Recommender::put_item(const NewItem& item) {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    State& state = *state_;
+    if (item.item.empty() || item.item.size() > max_id_bytes || !detail::valid_id(item.item))
+      return Error{Errc::invalid_argument,
+                   "an item id has 1 to 256 bytes of UTF-8 without control characters"};
+    const auto time = state.time_of(item.creation_timestamp, "NewItem::creation_timestamp");
+    if (!time) return time.error();
+    if (auto checked = state.check_fields(item); !checked) return checked;
+    if (auto put = state.put(item, *time); !put) return put;
+    state.wake_updater();
+    return {};
+  });
+}
+
+inline Result<bool> Recommender::remove_item(std::string_view id) {
+  return detail::catching_bad_alloc([&]() -> Result<bool> {
+    const bool removed = state_->remove(id);
+    if (removed) state_->wake_updater();
+    return removed;
+  });
+}
+
+inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
+  const auto time = state_->time_of(now, "update: now");
+  if (!time) return time.error();
+  const std::lock_guard lock{state_->update_mutex};
+  state_->next_update.store(time->now + state_->options.update_interval.count());
+  return state_->run_update(time->timestamp, true);
+}
+
+inline bool Recommender::update_due() const { return state_->due(); }
+
+inline UpdateReport Recommender::update_report() const {
+  const std::lock_guard lock{state_->report_mutex};
+  return state_->report;
+}
+
+// --------------------------------------------------------------------------------------------
+// What is there
+
+inline std::size_t Recommender::user_count() const { return state_->users.count(); }
+inline std::size_t Recommender::item_count() const { return state_->current()->size(); }
+
+inline MemoryUse Recommender::memory() const {
+  const State& state = *state_;
+  MemoryUse use;
+  use.users = state.users.bytes();
+  use.event_ids = state.event_ids.bytes();
+  use.slates = state.slates.bytes();
+  use.contexts = state.contexts.bytes();
+  {
+    const std::lock_guard lock{state.pending_mutex};
+    use.pending = state.pending_bytes + state.kept_bytes;
+  }
+  use.catalogue = state.current()->bytes();
+  for (const State::Lane& lane : state.lanes) {
+    const std::lock_guard lock{lane.mutex};
+    for (const auto& scratch : lane.idle) use.scratch += scratch->bytes();
+  }
+  return use;
+}
+
+inline std::shared_ptr<const Model> Recommender::model() const {
+  State& state = *state_;
+  if (state.updater.joinable()) {
+    std::uint64_t wanted = 0;
+    {
+      const std::lock_guard lock{state.pending_mutex};
+      wanted = state.put_version;
+    }
+    std::unique_lock lock{state.wake_mutex};
+    state.taken_in.wait_for(lock, std::chrono::seconds{10},
+                            [&] { return state.taken_version >= wanted; });
+  }
+  const std::lock_guard lock{state.update_mutex};
+  if (!state.catalogue->changed_base) return state.catalogue->base;
+  if (!state.whole_model) {
+    auto whole = detail::catching_bad_alloc(
+        [&]() -> Result<std::shared_ptr<const Model>> { return state.catalogue->whole_model(); });
+    if (!whole) return nullptr;
+    state.whole_model = *whole;
+  }
+  return state.whole_model;
+}
 
 }  // namespace v1
 }  // namespace personalize

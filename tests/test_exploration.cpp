@@ -506,7 +506,7 @@ TEST_CASE("a new item takes part after the update, near the items it is like") {
     REQUIRE(recorded);
     return *recorded;
   };
-  CHECK(record() == pz::Recorded::unknown_item);
+  CHECK(record() == pz::Recorded::pending_item);
   REQUIRE(shop.update(start));
   CHECK(shop.model()->item_count() == 51);
   CHECK(record() == pz::Recorded::learned);
@@ -519,15 +519,26 @@ TEST_CASE("a new item takes part after the update, near the items it is like") {
   CHECK_FALSE(shop.put_item({.item = ""}));
 }
 
-TEST_CASE("an automatic update comes when its interval has passed and there is something new") {
-  auto shop = pz::Recommender::create(small_model::model(), {.exploration_weight = 0});
+TEST_CASE("in requests, an automatic update comes when its interval has passed by the clock") {
+  std::int64_t clock = start;
+  auto shop = pz::Recommender::create(small_model::model(), {.exploration_weight = 0,
+                                                             .updates = pz::Updates::in_requests,
+                                                             .clock = [&] { return clock; }});
   REQUIRE(shop);
   REQUIRE(shop->record({.user = "u", .item = "i3", .timestamp = start}));
   REQUIRE(shop->put_item({.item = "new", .creation_timestamp = start}));
-  REQUIRE(shop->record({.user = "u", .item = "i3", .timestamp = start + 7199}));
-  CHECK(shop->model()->item_count() == 50);
+  // An event's own time moves nothing.
   REQUIRE(shop->record({.user = "u", .item = "i3", .timestamp = start + 7200}));
-  CHECK(shop->model()->item_count() == 51);
+  clock = start + 7199;
+  REQUIRE(shop->record({.user = "u", .item = "i3", .timestamp = start}));
+  CHECK(shop->item_count() == 50);
+  CHECK_FALSE(shop->update_due());
+  clock = start + 7200;
+  CHECK(shop->update_due());
+  REQUIRE(shop->record({.user = "u", .item = "i3", .timestamp = start}));
+  CHECK(shop->item_count() == 51);
+  CHECK_FALSE(shop->update_due());
+  CHECK(shop->update_report().items_added == 1);
 }
 
 TEST_CASE("an item that is shown and ignored falls for similar users, one that is clicked rises") {
