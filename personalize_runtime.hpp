@@ -1064,7 +1064,10 @@ class FileSink final : public ByteSink {
   }
 
   Result<void> write_through() {
-    const int descriptor = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+    // A pipe that nobody reads is an error, and not a wait.
+    const int descriptor =
+        ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (descriptor >= 0) (void)::fcntl(descriptor, F_SETFL, O_APPEND);
     const File file{descriptor < 0 ? nullptr : ::fdopen(descriptor, "ab")};
     if (!file) {
       const Error error = io_error(path_, "cannot open");
