@@ -997,7 +997,9 @@ class FileSink final : public ByteSink {
     number ^= static_cast<std::uint64_t>(::getpid()) << 40;
 #endif
     // With what is added, no longer than file systems allow.
-    const std::string start = folder() + path_.substr(folder().size()).substr(0, 200);
+    folder_ = folder();
+    const std::string start = folder_ + path_.substr(folder_.size()).substr(0, 200);
+    if (folder_.empty()) folder_ = ".";
     for (int tries = 0; tries < 100; ++tries) {
       number = xxh64(std::as_bytes(std::span(&number, 1)));
       std::array<char, 17> digits{};
@@ -1031,9 +1033,7 @@ class FileSink final : public ByteSink {
     if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
 #if PERSONALIZE_HAS_POSIX
     // So that the new name outlives a power cut. The file is whole with or without.
-    const std::string of = folder();
-    const int descriptor =
-        ::open(of.empty() ? "." : of.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int descriptor = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor >= 0) {
       (void)::fsync(descriptor);
       ::close(descriptor);
@@ -1082,7 +1082,7 @@ class FileSink final : public ByteSink {
   }
 #endif
 
-  std::string path_, part_;
+  std::string path_, part_, folder_;
   File file_;
   bool direct_ = false;
   MemorySink kept_;  // what goes to a device at commit()
