@@ -998,7 +998,9 @@ class FileSink final : public ByteSink {
     number ^= static_cast<std::uint64_t>(::getpid()) << 40;
 #endif
     // With what is added, no longer than file systems allow.
-    const std::string start = folder() + path_.substr(folder().size()).substr(0, 200);
+    folder_ = folder();
+    const std::string start = folder_ + path_.substr(folder_.size()).substr(0, 200);
+    if (folder_.empty()) folder_ = ".";
     for (int tries = 0; tries < 100; ++tries) {
       number = xxh64(std::as_bytes(std::span(&number, 1)));
       std::array<char, 17> digits{};
@@ -1032,9 +1034,7 @@ class FileSink final : public ByteSink {
     if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
 #if PERSONALIZE_HAS_POSIX
     // So that the new name outlives a power cut. The file is whole with or without.
-    const std::string of = folder();
-    const int descriptor =
-        ::open(of.empty() ? "." : of.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int descriptor = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor >= 0) {
       (void)::fsync(descriptor);
       ::close(descriptor);
@@ -1065,7 +1065,10 @@ class FileSink final : public ByteSink {
   }
 
   Result<void> write_through() {
-    const int descriptor = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+    // A pipe that nobody reads is an error, and not a wait.
+    const int descriptor =
+        ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (descriptor >= 0) (void)::fcntl(descriptor, F_SETFL, O_APPEND);
     const File file{descriptor < 0 ? nullptr : ::fdopen(descriptor, "ab")};
     if (!file) {
       const Error error = io_error(path_, "cannot open");
@@ -1080,7 +1083,7 @@ class FileSink final : public ByteSink {
   }
 #endif
 
-  std::string path_, part_;
+  std::string path_, part_, folder_;
   File file_;
   bool direct_ = false;
   MemorySink kept_;  // what goes to a device at commit()

@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
+#include <iterator>
 #include <new>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -109,6 +111,11 @@ void same_slate(const pz::Slate& a, const pz::Slate& b) {
     REQUIRE(a.items[i].score == b.items[i].score);
     REQUIRE(a.items[i].propensity == b.items[i].propensity);
   }
+}
+
+std::size_t files_in(const std::filesystem::path& folder) {
+  return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(folder),
+                                                std::filesystem::directory_iterator()));
 }
 
 // Lets the first, the second, ... allocation of `call` fail until it gets through without; returns
@@ -230,6 +237,49 @@ TEST_CASE("loading survives the failure of any allocation") {
                               [&] { REQUIRE(allocations.bytes == before); }) > 50);
   CHECK(fail_every_allocation([&] { return pz::Model::load(path, {.threads = 3}); },
                               [&] { REQUIRE(allocations.bytes == before); }) > 50);
+}
+
+TEST_CASE("writing survives the failure of any allocation, and leaves nothing behind") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("w.pzm");
+  const auto parts = small_model::parts({.items = 40});
+  for (const auto type : {pz::ElementType::i4, pz::ElementType::i8, pz::ElementType::f32})
+    for (const int level : {0, 3}) {
+#ifdef PERSONALIZE_NO_ZSTD
+      if (level != 0) continue;
+#endif
+      const pz::WriteOptions options{.element_type = type, .zstd_level = level, .chunk_bytes = 512};
+      const auto whole = pz::write_model(parts, options);
+      REQUIRE(whole);
+      const std::int64_t before = allocations.bytes;
+      const auto unchanged = [&] { REQUIRE(allocations.bytes == before); };
+      CHECK(fail_every_allocation([&] { return pz::write_model(parts, options); }, unchanged) > 50);
+      REQUIRE(pz::write_file(path, std::as_bytes(std::span("as it was", 9))));
+      CHECK(fail_every_allocation([&] { return pz::save_model(parts, path, options); },
+                                  [&] {
+                                    unchanged();
+                                    REQUIRE(std::filesystem::file_size(path) == 9);
+                                    REQUIRE(files_in(folder.path) == 1);
+                                  }) > 50);
+      CHECK(fail_every_allocation([&] { return pz::read_file(path, 1 << 20); }, unchanged) > 0);
+      CHECK(*pz::read_file(path, 1 << 20) == *whole);
+      CHECK(fail_every_allocation([&] { return pz::write_file(path, *whole); }, unchanged) > 0);
+      CHECK(fail_every_allocation([&] { return pz::list_sections(*whole); }, unchanged) > 0);
+    }
+}
+
+TEST_CASE("a table of strings survives the failure of any allocation") {
+  pz::StringTable table;
+  for (int i = 0; i < 1000; ++i) {
+    const std::string id = "an id that is longer than a short string: " + std::to_string(i);
+    fail_every_allocation([&] { return table.add(id); },
+                          [&] {
+                            REQUIRE(table.size() == static_cast<std::size_t>(i));
+                            REQUIRE_FALSE(table.find(id));
+                          });
+    REQUIRE(table[static_cast<std::size_t>(i)] == id);
+    REQUIRE(table.find(id) == i);
+  }
 }
 
 TEST_CASE("a recommender survives the failure of any allocation, and goes on as if none had been") {

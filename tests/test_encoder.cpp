@@ -1,6 +1,7 @@
 // The encoder's step against a direct computation in double precision.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -327,4 +328,65 @@ TEST_CASE("every activation, two recurrent layers") {
     REQUIRE(model);
     CHECK(worst_error(**model, a) < 2e-5);
   }
+}
+
+TEST_CASE("an item's input vector counts as the item does whose row it is") {
+  for (const bool int8 : {false, true}) {
+    const auto model = small_model::model({.items = 30, .dimension = 20, .hidden = 24}, int8);
+    std::vector<float> row(20);
+    for (const bool lookup : {false, true}) {
+      const pz::Encoder encoder{*model, pz::kernels::chosen(), lookup};
+      REQUIRE(encoder.looks_up_gates() == lookup);
+      auto workspace = encoder.make_workspace();
+      std::vector<float> by_row(encoder.state_size()), by_span(encoder.state_size());
+      small_model::Random random{7};
+      for (int event = 0; event < 30; ++event) {
+        const pz::EncoderInput input{random.below(30), random.below(2), random.below(12)};
+        REQUIRE(encoder.step(input, by_row, workspace));
+        model->parts().item_vectors.row(input.item, row);
+        // The item is then not looked at.
+        const pz::EncoderInput given{4'000'000'000u, input.event_type, input.time_gap, row};
+        REQUIRE(encoder.step(given, by_span, workspace));
+        if (!lookup) {
+          REQUIRE(by_span == by_row);
+        } else {
+          const float bound =
+              int8 ? 4.0f / static_cast<float>(pz::kernels::chosen().query_limit) : 1e-5f;
+          for (std::size_t c = 0; c < by_row.size(); ++c)
+            REQUIRE(std::abs(by_span[c] - by_row[c]) <= bound);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a step tells whether the state is finite, and stays so") {
+  using Kind = pz::EncoderOp::Kind;
+  // Finite weights, the largest that are allowed, of which three products are no float.
+  pz::ModelParts parts = small_model::parts({.items = 3, .dimension = 4});
+  parts.operations = {{Kind::embed_sum}, {Kind::linear}, {Kind::linear}, {Kind::decay}};
+  parts.weights = {pz::Matrix::zeros(4, 4), pz::Matrix::zeros(1, 4), pz::Matrix::zeros(4, 4),
+                   pz::Matrix::zeros(1, 4), pz::Matrix::zeros(1, 4), pz::Matrix::zeros(1, 4)};
+  for (const std::size_t w : {0u, 2u})
+    for (std::size_t i = 0; i < 4; ++i) parts.weights[w].f32()[5 * i] = 1e18f;
+  for (std::size_t i = 0; i < 4; ++i) {
+    parts.weights[4].f32()[i] = 0.5f;
+    parts.weights[5].f32()[i] = 1;
+    parts.item_vectors.f32()[i] = 1e-30f;
+    parts.item_vectors.f32()[4 + i] = 1e18f;
+  }
+  parts.event_types = {};
+  parts.event_type_embedding = {};
+  parts.time_gap_embedding = {};
+  const auto model = pz::Model::from_parts(parts);
+  REQUIRE(model);
+  const pz::Encoder encoder{**model};
+  auto workspace = encoder.make_workspace();
+  std::vector<float> state(encoder.state_size());
+  CHECK(encoder.step({0}, state, workspace));
+  CHECK(encoder.step({0}, state, workspace));
+  CHECK_FALSE(encoder.step({1}, state, workspace));
+  CHECK_FALSE(encoder.step({0}, state, workspace));
+  std::fill(state.begin(), state.end(), 0.0f);
+  CHECK(encoder.step({0}, state, workspace));
 }

@@ -374,6 +374,17 @@ TEST_CASE("files: replaced at once, errors name the path") {
   std::filesystem::remove_all(folder);
 }
 
+TEST_CASE("chunks have 64 bytes to 16 MiB") {
+  const auto parts = small_model::parts({.items = 9});
+  for (const std::uint32_t chunk : {1u << 6, 1u << 24})
+    CHECK(pz::read_model(*pz::write_model(parts, {.zstd_level = 0, .chunk_bytes = chunk})));
+  for (const std::uint32_t chunk : {0u, 1u, 32u, 100u, 1u << 25, 1u << 30}) {
+    const auto refused = pz::write_model(parts, {.chunk_bytes = chunk});
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code == pz::Errc::invalid_argument);
+  }
+}
+
 TEST_CASE("threads and the way a file comes in change nothing about what is read") {
   const auto folder = std::filesystem::temp_directory_path() / "personalize_test_model_threads";
   std::filesystem::create_directories(folder);

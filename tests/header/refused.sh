@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Compilers and flags that the header cannot be built with: an #error in a sentence, and no other.
+# usage: refused.sh COMPILER
+set -euo pipefail
+header=$(cd "$(dirname "$0")/../.." && pwd)/personalize_runtime.hpp
+
+refused() {  # refused SENTENCE FLAG...: the compiler's first error
+  local sentence=$1 errors
+  shift
+  if errors=$("$compiler" -std=c++20 -fsyntax-only -x c++ "$@" "$header" 2>&1); then
+    echo "compiles with $*" >&2
+    exit 1
+  fi
+  grep 'error' <<<"$errors" | head -n 1 | grep -q "$sentence" ||
+    { echo "$* is refused otherwise: $errors" | head -n 5 >&2; exit 1; }
+}
+
+compiler=$1
+refused "needs GCC or Clang" -D_MSC_VER=1940 -U__clang__
+refused "needs a little-endian target" -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__
+refused "needs a 64-bit target" -U__SIZEOF_POINTER__ -D__SIZEOF_POINTER__=4
+refused "cannot be built with -ffast-math" -ffast-math
+refused "cannot be built with -ffast-math" -ffinite-math-only
