@@ -8069,8 +8069,12 @@ class SlotPolicy {
            static_cast<double>(temperature);
   }
 
-  // Probability that the pool wins an exploring slot; `logit` as in SlotChoice::pool_logit.
-  double win(double logit) const noexcept { return 1.0 / (1.0 + std::exp(-(logit + handicap_))); }
+  // Probability that the pool wins an exploring slot; `logit` as in SlotChoice::pool_logit. An
+  // empty pool, logit -inf, wins nothing, not even at weight 1, where the handicap is infinite.
+  double win(double logit) const noexcept {
+    if (logit == -std::numeric_limits<double>::infinity()) return 0;
+    return 1.0 / (1.0 + std::exp(-(logit + handicap_)));
+  }
 
   // ranking: best first by u, distinct, all items that may stand on a slate of `count` without
   // exploration; pool: l of each item, ascending by item, distinct; values: [pool] for

@@ -9,12 +9,14 @@
 
 #include "../personalize_runtime.hpp"
 #include "command/command.hpp"
+#include "command/output.hpp"
 #include "convert/archive.hpp"
 #include "convert/build.hpp"
 #include "convert/check.hpp"
 #include "convert/mapping.hpp"
 #include "convert/tensors.hpp"
 #include "data/dataset.hpp"
+#include "refusal.hpp"
 #include "small_model.hpp"
 #include "temporary_folder.hpp"
 
@@ -22,15 +24,6 @@ namespace pz = personalize;
 using namespace personalize::tools;
 
 namespace {
-
-std::string refusal(auto&& act) {
-  try {
-    act();
-  } catch (const Failure& failure) {
-    return failure.what();
-  }
-  return "nothing was refused";
-}
 
 bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
@@ -259,7 +252,11 @@ TEST_CASE("a model goes out as safetensors and comes back byte by byte") {
   const pz::WriteOptions f32{.element_type = pz::ElementType::f32};
   const auto before = pz::write_model(parts, f32);
   REQUIRE(before);
-  write_archive(parts, folder.file("model.safetensors"));
+  {
+    OutputFile file(folder.file("model.safetensors"));
+    write_archive(parts, file);
+    file.commit();
+  }
   TensorFile file = open_tensors({folder.file("model.safetensors")});
   CHECK(is_archive(file));
   const auto after = pz::write_model(read_archive(file, pz::ElementType::f32), f32);
@@ -275,7 +272,8 @@ TEST_CASE("a check agrees with the model it is made from and notices another") {
     csv += "u" + std::to_string(e % 5) + "," +
            std::string(parts.item_ids[static_cast<std::size_t>(e * 7 % 50)]) + "," +
            std::to_string(1000 + e * e) + "\n";
-  const auto histories = read_histories(folder.write("histories.csv", csv), parts);
+  BadRows bad;
+  const auto histories = read_histories(folder.write("histories.csv", csv), parts, bad);
   CHECK(histories.size() == 5);
   const auto model = pz::Model::from_parts(parts);
   REQUIRE(model);

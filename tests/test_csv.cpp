@@ -21,7 +21,6 @@ namespace {
 
 using namespace personalize::tools;
 using Rows = std::vector<std::vector<std::string>>;
-using small_model::Random;
 
 std::string zstd(std::string_view text, bool checksum = true) {
   std::string out(ZSTD_compressBound(text.size()), '\0');
@@ -224,7 +223,7 @@ TEST_CASE("zstd is recognised by content: one frame, many, and pzstd's skippable
 
 TEST_CASE("a zstd stream that is cut or damaged anywhere is a failure, never another table") {
   std::string text = "A,B\n";
-  Random random{5};
+  small_model::Random random{5};
   for (int i = 0; i < 40; ++i) text += std::to_string(random.bits()) + ",x\n";
   const std::string first = zstd(text), both = first + zstd("last,1\n");
   const Content whole = read_text(both);
@@ -265,7 +264,7 @@ TEST_CASE("random rows come back as they were written, from memory, from a file 
                                         "\xF0\x9D\x84\x9E"};
   const TemporaryFolder folder;
   for (std::uint64_t seed = 1; seed <= 8; ++seed) {
-    Random random{seed};
+    small_model::Random random{seed};
     // The first one spans several of the reader's pieces of 256 KiB.
     const std::size_t rows = seed == 1 ? 40'000 : 1 + random.below(300);
     const std::size_t columns = 2 + random.below(5);

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <functional>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -62,6 +64,14 @@ const ItemInfo& item(const Dataset& data, std::string_view id) {
   return data.items[*found];
 }
 
+std::int64_t now() { return static_cast<std::int64_t>(std::time(nullptr)); }
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+const std::string milliseconds = "; it looks like milliseconds";
+
 constexpr std::string_view header = "USER_ID,ITEM_ID,TIMESTAMP\n";
 constexpr std::string_view two_users =
     "USER_ID,ITEM_ID,TIMESTAMP\nu1,a,10\nu1,b,20\nu2,b,30\nu2,c,40\n";
@@ -82,7 +92,7 @@ TEST_CASE("histories are in order of time, and of the file where timestamps are 
   CHECK(data.first_timestamp == 10);
   CHECK(data.last_timestamp == 50);
   CHECK(data.event_types.size() == 0);
-  CHECK(data.bad_rows == 0);
+  CHECK(data.bad_rows.count == 0);
   CHECK(item(data, "x").interactions == 2);
   CHECK(item(data, "x").first == 50);
   CHECK(item(data, "a").last == 30);
@@ -122,21 +132,67 @@ TEST_CASE("a bad row is a failure with file, line, column, reason and the way ou
   check("u1,b,1.5", "column TIMESTAMP: '1.5' is not a whole number of Unix seconds");
   check("u1,b,99999999999999999999",
         "column TIMESTAMP: '99999999999999999999' is not a whole number of Unix seconds");
-  check("u1,b,-1", "column TIMESTAMP: '-1' is outside [0, 4102444800]");
-  check("u1,b,4102444801", "column TIMESTAMP: '4102444801' is outside [0, 4102444800]");
-  check("u1,b,1700000000000",
-        "column TIMESTAMP: '1700000000000' is outside [0, 4102444800]; it looks like milliseconds");
+  check("u1,b,-1", "column TIMESTAMP: '-1' lies before the earliest Unix second that is taken, 0");
   check(",b,2", "column USER_ID: is empty");
   check("u1,,2", "column ITEM_ID: is empty");
+  check("u1,b\tc,2", "column ITEM_ID: holds a control character");
+  check("\"u\n1\",b,2", "column USER_ID: holds a control character");
+  check("u1,b\xc2\x85,2", "column ITEM_ID: holds a control character");
   check("u1," + std::string(257, 'b') + ",2", "column ITEM_ID: has more than 256 bytes");
   check(std::string(257, 'u') + ",b,2", "column USER_ID: has more than 256 bytes");
   check("u1,b", "2 fields, the header has 3");
   CHECK(Files("USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE\nu1,a,1,\n").failure() ==
         "events.csv:2: column EVENT_TYPE: is empty; correct the row or pass --skip-bad-rows");
   const std::string longest(256, 'i');
-  CHECK(Files(std::string(two_users) + "u1," + longest + ",4102444800\n")
+  CHECK(Files(std::string(two_users) + "u1," + longest + "," + std::to_string(now()) + "\n")
             .read()
             .item_ids.find(longest));
+}
+
+TEST_CASE("a time over a day ahead of the clock is a bad row, and its unit is told") {
+  const auto told = [](std::int64_t time, const std::string& column) {
+    const Files files =
+        column == "TIMESTAMP"
+            ? Files(std::string(two_users) + "u1,b," + std::to_string(time) + "\n")
+            : Files(two_users, "ITEM_ID,CREATION_TIMESTAMP\nb," + std::to_string(time) + "\n");
+    return files.failure();
+  };
+  for (const char* column : {"TIMESTAMP", "CREATION_TIMESTAMP"}) {
+    CAPTURE(column);
+    CHECK(told(now() + 86'300, column) == "");
+    const std::string late = told(now() + 86'500, column);
+    CHECK(contains(late, std::string("column ") + column + ": '"));
+    CHECK(contains(late, " lies over a day in the future (this machine's clock: "));
+    CHECK_FALSE(contains(late, "looks like"));
+    // 1997 and 2023.
+    for (const std::int64_t seconds : {880'000'000, 1'700'000'000}) {
+      CHECK(contains(told(seconds * 1000, column), ")" + milliseconds));
+      CHECK(contains(told(seconds * 1'000'000, column), "; it looks like microseconds"));
+      CHECK(contains(told(seconds * 1'000'000'000, column), "; it looks like nanoseconds"));
+    }
+    CHECK_FALSE(contains(told(4'102'444'801, column), "looks like"));
+    CHECK(contains(told(std::numeric_limits<std::int64_t>::max(), column), "in the future"));
+  }
+  CHECK(contains(told(-1'514'764'800'000, "CREATION_TIMESTAMP"), milliseconds));
+}
+
+TEST_CASE("where every row is bad, skipping them says so with the first reason") {
+  Files files(std::string(header) + "u1,a,1700000000000\nu2,b,1700000000001\n");
+  files.options.skip_bad_rows = true;
+  const std::string told = files.failure();
+  CHECK(contains(told,
+                 "events.csv: holds no interactions; 2 bad rows were skipped, the first: "
+                 "events.csv:2: column TIMESTAMP: '1700000000000' lies over a day"));
+  CHECK(contains(told, milliseconds));
+}
+
+TEST_CASE("metadata values with control characters are no values") {
+  const Dataset data =
+      Files(two_users, "ITEM_ID,KIND\na,\"old\nand worn\"\nb,\"new|a\tb\"\n").read();
+  REQUIRE(data.metadata.size() == 1);
+  CHECK(strings(data.metadata[0].vocabulary) == Strings{"new"});
+  CHECK(Files(two_users, "ITEM_ID,\"A\nB\"\na,x\n").failure() ==
+        "items.csv:1: the name of column 2 holds a control character");
 }
 
 TEST_CASE("bad rows can be skipped: all are counted, the first ten are reported") {
@@ -147,12 +203,12 @@ TEST_CASE("bad rows can be skipped: all are counted, the first ten are reported"
   Files files(events, items);
   files.options.skip_bad_rows = true;
   const Dataset data = files.read();
-  CHECK(data.bad_rows == 12);
-  REQUIRE(data.bad_row_reports.size() == 10);
-  CHECK(files.relative(data.bad_row_reports[0]) ==
+  CHECK(data.bad_rows.count == 12);
+  REQUIRE(data.bad_rows.reports.size() == 10);
+  CHECK(files.relative(data.bad_rows.reports[0]) ==
         "events.csv:6: column TIMESTAMP: 'bad' is not a whole number of Unix seconds");
-  CHECK(files.relative(data.bad_row_reports[8]).starts_with("events.csv:14: "));
-  CHECK(files.relative(data.bad_row_reports[9]) ==
+  CHECK(files.relative(data.bad_rows.reports[8]).starts_with("events.csv:14: "));
+  CHECK(files.relative(data.bad_rows.reports[9]) ==
         "items.csv:3: column CREATION_TIMESTAMP: 'soon' is not a whole number of Unix seconds");
   CHECK(data.interactions == 5);
   CHECK(strings(data.item_ids) == Strings{"a", "b", "c", "z"});
@@ -197,8 +253,8 @@ TEST_CASE("creation timestamps may be missing, and may lie before 1970") {
   CHECK(item(data, "d").creation_timestamp == 1'700'000'000);
   CHECK(data.metadata.empty());
   CHECK(Files(two_users, "ITEM_ID,CREATION_TIMESTAMP\na,-62135596801\n").failure() ==
-        "items.csv:2: column CREATION_TIMESTAMP: '-62135596801' is outside [-62135596800, "
-        "4102444800]; correct the row or pass --skip-bad-rows");
+        "items.csv:2: column CREATION_TIMESTAMP: '-62135596801' lies before the earliest Unix "
+        "second that is taken, -62135596800; correct the row or pass --skip-bad-rows");
 }
 
 TEST_CASE("an item that stands twice in the items file is a bad row") {

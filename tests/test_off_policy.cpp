@@ -2,11 +2,13 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <random>
 #include <string>
@@ -15,6 +17,7 @@
 
 #include "../tools/command/command.hpp"
 #include "../tools/data/csv.hpp"
+#include "../tools/data/fields.hpp"
 #include "../tools/evaluate/off_policy.hpp"
 #include "../tools/simulate/world.hpp"
 #include "temporary_folder.hpp"
@@ -43,8 +46,8 @@ std::vector<BanditRow> bandit_rows(const std::string& path) {
   };
   std::vector<BanditRow> rows;
   while (reader.next())
-    rows.push_back({text("item_id"), text("position"), std::stod(text("click")),
-                    std::stod(text("propensity_score"))});
+    rows.push_back({text("item_id"), text("position"), *read_number(text("click")),
+                    *read_number(text("propensity_score"))});
   return rows;
 }
 
@@ -104,7 +107,7 @@ const std::string open_bandit = "../../shared/datasets/open-bandit-men/";
 
 TEST_CASE("estimates on Open Bandit Data equal a direct recomputation") {
   if (!std::filesystem::exists(open_bandit)) {
-    MESSAGE("skipped: no " << open_bandit);
+    MESSAGE("SKIPPED: no " << open_bandit);
     return;
   }
   const std::string uniform = open_bandit + "random.csv.zst",
@@ -121,14 +124,15 @@ TEST_CASE("estimates on Open Bandit Data equal a direct recomputation") {
     all[row.position] += 1;
   }
 
-  const auto to_thompson = evaluate_off_policy(read_open_bandit_log(uniform, thompson));
+  BadRows bad;
+  const auto to_thompson = evaluate_off_policy(read_open_bandit_log(uniform, thompson, bad));
   check_open_bandit(
       uniform_rows, items,
       [&](const std::string& item, const std::string& position) {
         return shown[{item, position}] / all[position];
       },
       to_thompson);
-  const auto to_uniform = evaluate_off_policy(read_open_bandit_log(thompson, ""));
+  const auto to_uniform = evaluate_off_policy(read_open_bandit_log(thompson, "", bad));
   check_open_bandit(
       thompson_rows, items, [&](const std::string&, const std::string&) { return 1.0 / 34; },
       to_uniform);
@@ -198,33 +202,102 @@ TEST_CASE("an interaction log becomes the decisions of its policy at another wei
                      // Its first place was not seen.
                      "1,u,d,x,2,0,1,1,0,-inf,0.3,0.3,0\n");
   std::uint64_t skipped = 0;
-  const auto same = read_interaction_log(path, 0.4, skipped);
+  BadRows bad;
+  const auto same = read_interaction_log(path, 0.4, skipped, bad);
   CHECK(skipped == 1);
   REQUIRE(same.size() == 3);
   for (const LoggedDecision& decision : same)
     for (const LoggedStep& step : decision) CHECK(step.ratio == doctest::Approx(1));
   CHECK(same[0][0].reward == 0);
   CHECK(same[0][1].reward == 1);
-  const auto other = read_interaction_log(path, 0.2, skipped);
+  const auto other = read_interaction_log(path, 0.2, skipped, bad);
   CHECK(other[0][0].ratio == doctest::Approx((0.1 * 0.25 + 0.9) / 0.85));
   CHECK(other[0][1].ratio == doctest::Approx(0.5));
   CHECK(other[0][1].value == doctest::Approx(0.2));
   CHECK(other[0][1].target_value == doctest::Approx(0.1 * 0.6 + 0.9 * 0.4));
   CHECK(other[1][0].ratio == doctest::Approx(1));
   CHECK(other[2][0].ratio == doctest::Approx(1));
-  const auto greedy = read_interaction_log(path, 0, skipped);
+  const auto greedy = read_interaction_log(path, 0, skipped, bad);
   CHECK(greedy[0][0].ratio == doctest::Approx(1 / 0.85));
   CHECK(greedy[0][1].ratio == 0);
   CHECK(greedy[0][1].target_value == doctest::Approx(0.4));
 
   const auto refused = [&](const std::string& row, const char* reason) {
-    const std::string bad = folder.write("bad.csv", std::string(pz::log_csv_header) + row);
-    CHECK_THROWS_WITH_AS(read_interaction_log(bad, 0.1, skipped),
-                         (bad + ":2: column " + reason).c_str(), Failure);
+    const std::string file = folder.write("bad.csv", std::string(pz::log_csv_header) + row);
+    BadRows none;
+    CHECK_THROWS_WITH_AS(
+        read_interaction_log(file, 0.1, skipped, none),
+        (file + ":2: column " + reason + "; correct the row or pass --skip-bad-rows").c_str(),
+        Failure);
   };
   refused("1,u,a,x,1,0,0,1,0,0,0,0,0\n", "PROPENSITY: a propensity lies in (0, 1]");
   refused("1,u,a,x,0,0,1,1,0,0,0,0,0\n", "POSITION: a position is a whole number from 1 to 10000");
+  refused("1,u,a,x,1,0,1e-320,1,0,0,0,0,0\n",
+          "PROPENSITY: a propensity below 1e-30 is no measurement");
+  refused("1,u,a,x,1,0,1,1,0,0,inf,0,0\n", "EXPECTED: is not finite");
+  refused("1,u,a,x,1,0,1,1,0, 0,0,0,0\n", "POOL_LOGIT: ' 0' is not a number");
+  refused("1x,u,a,x,1,0,1,1,0,0,0,0,0\n", "TIMESTAMP: '1x' is not a whole number of Unix seconds");
   refused("1,u,a,x,1,0,1,1,0,zero,0,0,0\n", "POOL_LOGIT: 'zero' is not a number");
+}
+
+TEST_CASE("at weight 1 the pool takes every slot, but for an empty pool") {
+  const TemporaryFolder folder;
+  const std::string path =
+      folder.write("log.csv", std::string(pz::log_csv_header) +
+                                  // The ranking's best, in the pool as well; then from the pool.
+                                  "1,u,a,x,1,0,0.85,1,0.25,0,0.3,0.3,0.1\n"
+                                  "1,u,a,y,2,0,0.1,0,0.5,-20,0.2,0.4,0.6\n"
+                                  // The pool was empty.
+                                  "1,u,b,x,1,0,1,1,0,-inf,0.3,0.3,0\n"
+                                  // The ranking had ended.
+                                  "1,u,c,x,1,0,0.5,1,0.5,inf,0.3,0.3,0.2\n");
+  std::uint64_t incomplete = 0;
+  BadRows bad;
+  const auto all = read_interaction_log(path, 1, incomplete, bad);
+  REQUIRE(all.size() == 3);
+  CHECK(all[0][0].ratio == doctest::Approx(0.25 / 0.85));
+  CHECK(all[0][0].target_value == doctest::Approx(0.1));
+  CHECK(all[0][1].ratio == doctest::Approx(0.5 / 0.1));
+  CHECK(all[1][0].ratio == 1);
+  CHECK(all[1][0].target_value == doctest::Approx(0.3));
+  CHECK(all[2][0].ratio == 1);
+  const pz::SlotPolicy everything(1, pz::exploration_temperature);
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  CHECK(everything.win(-infinity) == 0);
+  CHECK(everything.win(-1e300) == 1);
+  CHECK(everything.win(infinity) == 1);
+  CHECK(pz::SlotPolicy(0.3f, pz::exploration_temperature).win(-infinity) == 0);
+}
+
+TEST_CASE("rows that cannot be read are skipped and counted, and their slates left out") {
+  using namespace std::string_literals;
+  const TemporaryFolder folder;
+  const std::string whole = "1,u,a,x,1,0,0.5,1,0,-inf,0.3,0.3,0\n";
+  const std::string path = folder.write(
+      "log.csv",
+      std::string(pz::log_csv_header) + whole + "1,u\0v,b,x,1,0,0.5,1,0,-inf,0.3,0.3,0\n"s +
+          "1,u\xff,c,x,1,0,0.5,1,0,-inf,0.3,0.3,0\n" + "1,u,d,x,1,0,nought,1,0,-inf,0.3,0.3,0\n" +
+          "1700000000000,u,e,x,1,0,0.5,1,0,-inf,0.3,0.3,0\n");
+  std::uint64_t incomplete = 0;
+  BadRows bad{.skip = true};
+  const auto decisions = read_interaction_log(path, 0, incomplete, bad);
+  CHECK(decisions.size() == 1);
+  CHECK(incomplete == 1);  // d
+  CHECK(bad.count == 4);
+  CHECK(bad.reports[0] == path + ":3: a NUL byte; is this a text file?");
+  CHECK(bad.reports[1].starts_with(path + ":4: column USER_ID: not valid UTF-8"));
+  BadRows strict;
+  CHECK_THROWS_WITH_AS(
+      read_interaction_log(path, 0, incomplete, strict),
+      (path + ":3: a NUL byte; is this a text file?; correct the row or pass --skip-bad-rows")
+          .c_str(),
+      Failure);
+  const std::string bandit = folder.write("bandit.csv",
+                                          "item_id,position,click,propensity_score\n"
+                                          "1,1,1,0.5\n2,1,0,0\n2,1,\xff,0.5\n2,1,0,0.5\n");
+  BadRows rows{.skip = true};
+  CHECK(read_open_bandit_log(bandit, "", rows).size() == 2);
+  CHECK(rows.count == 2);
 }
 
 namespace {
@@ -255,19 +328,18 @@ double worth(const World& world, const World::Visit& visit, const std::vector<pz
   return sum;
 }
 
-// In one world, the runtime at weight 0.3 writes its log. Is the value of the policy at
+// In one world, the runtime at logged_weight writes its log. Is the value of the policy at
 // target_weight on the same visits within the doubly robust interval?
 // At weight 0 that value is known from the ranking, while the runtime goes on learning. At others
 // it is averaged over slates of a second runtime, which hears of the same events and, as both
 // do without updates, knows the same.
-bool covered(std::uint64_t seed, float target_weight) {
+bool covered(std::uint64_t seed, float logged_weight, float target_weight) {
   World world({.users = 100, .items = 300, .days = 1, .slates = 240, .seed = seed});
   const TemporaryFolder folder;
   std::string csv(pz::log_csv_header);
-  auto shop =
-      make(world, {.exploration_weight = 0.3f, .seed = seed, .log = [&](const pz::LogEntry& entry) {
-                     pz::append_csv(entry, csv);
-                   }});
+  auto shop = make(world, {.exploration_weight = logged_weight,
+                           .seed = seed,
+                           .log = [&](const pz::LogEntry& entry) { pz::append_csv(entry, csv); }});
   auto twin = make(world, {.exploration_weight = target_weight, .seed = seed + 1});
   std::vector<std::string> ids;
   double truth = 0, visits = 0;
@@ -330,20 +402,63 @@ bool covered(std::uint64_t seed, float target_weight) {
     }
   }
   std::uint64_t skipped = 0;
+  BadRows bad;
   const OffPolicyEvaluation found = evaluate_off_policy(read_interaction_log(
-      folder.write("log.csv", csv), static_cast<double>(target_weight), skipped));
+      folder.write("log.csv", csv), static_cast<double>(target_weight), skipped, bad));
   CHECK(skipped == 0);
   CHECK(found.decisions == 240);
+  // Evaluated at the weight that it was written at, a log tells what was observed.
+  if (logged_weight == target_weight) {
+    CHECK(found.effective_sample_size == doctest::Approx(240).epsilon(1e-3));
+    CHECK(found.ips.mean == doctest::Approx(found.logged.mean).epsilon(1e-3));
+  }
   return found.doubly_robust.low < truth / visits && truth / visits < found.doubly_robust.high;
 }
 
 }  // namespace
 
+TEST_CASE("a log of weight 1 whose pools run empty is evaluated at weight 1 as it was observed") {
+  World world({.users = 20, .items = 300, .days = 1, .slates = 60});
+  const TemporaryFolder folder;
+  std::string csv(pz::log_csv_header);
+  auto shop = make(world, {.exploration_weight = 1,
+                           .exploration_item_age_cut_off = std::chrono::days(3),
+                           .seed = 7,
+                           .log = [&](const pz::LogEntry& entry) { pz::append_csv(entry, csv); }});
+  world.advance();
+  for (std::uint32_t user = 0; user < 20; ++user) {
+    const auto slate =
+        shop.recommend({.user = user_id(user), .count = length, .timestamp = world.now() + user});
+    REQUIRE(slate);
+    REQUIRE(shop.record_impression(
+        {.user = user_id(user), .recommendation_id = slate->id, .timestamp = world.now() + user}));
+    REQUIRE(shop.record({.user = user_id(user),
+                         .item = slate->items[user % length].item,
+                         .timestamp = world.now() + user,
+                         .recommendation_id = slate->id}));
+  }
+  REQUIRE(csv.find(",-inf,") != std::string::npos);
+  REQUIRE(csv.find(",1,1,0,-inf,") != std::string::npos);
+  std::uint64_t incomplete = 0;
+  BadRows bad;
+  const auto decisions = read_interaction_log(folder.write("log.csv", csv), 1, incomplete, bad);
+  REQUIRE(decisions.size() == 20);
+  for (const LoggedDecision& decision : decisions)
+    for (const LoggedStep& step : decision) CHECK(step.ratio == doctest::Approx(1).epsilon(1e-5));
+  const OffPolicyEvaluation found = evaluate_off_policy(decisions);
+  CHECK(found.logged.mean == 1);
+  CHECK(found.ips.mean == doctest::Approx(1).epsilon(1e-4));
+  CHECK(found.snips.mean == doctest::Approx(1).epsilon(1e-4));
+  CHECK(std::isfinite(found.doubly_robust.low));
+  CHECK(std::isfinite(found.doubly_robust.high));
+}
+
 TEST_CASE("the doubly robust interval covers the truth in 90 of 100 simulated worlds") {
-  for (const float target_weight : {0.0f, 0.4f}) {
+  for (const auto& [logged_weight, target_weight] :
+       {std::pair{0.3f, 0.0f}, {0.3f, 0.4f}, {1.0f, 1.0f}}) {
     int within = 0;
     for (std::uint64_t seed = 1; seed <= 100; ++seed)
-      within += covered(seed, target_weight) ? 1 : 0;
+      within += covered(seed, logged_weight, target_weight) ? 1 : 0;
     CAPTURE(target_weight);
     MESSAGE("covered: " << within << " of 100");
     CHECK(within >= 90);

@@ -63,7 +63,7 @@ TEST_CASE("generated files are a data set of the size asked for, within the days
     // Activity goes on to the end.
     CHECK(data.last_timestamp > start + options.days * day / 2);
     CHECK(strings(data.event_types) == std::vector<std::string>{"play"});
-    CHECK(data.bad_rows == 0);
+    CHECK(data.bad_rows.count == 0);
     for (const auto& history : data.histories) {
       CHECK(history.size() >= 2);
       std::set<std::uint32_t> seen;

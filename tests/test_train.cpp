@@ -4,13 +4,16 @@
 #include <ATen/ATen.h>
 #undef CHECK
 #include <doctest/doctest.h>
+#include <sys/resource.h>
 // clang-format on
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <span>
@@ -20,6 +23,7 @@
 #include <vector>
 
 #include "../tools/command/command.hpp"
+#include "../tools/data/random.hpp"
 #include "../tools/train/checkpoint.hpp"
 #include "../tools/train/gru.hpp"
 #include "../tools/train/kernels.hpp"
@@ -383,6 +387,79 @@ TEST_CASE(
   CHECK(failure_of(data, options).find("does not fit the network") != std::string::npos);
   std::ofstream(folder.file("model.pzm.checkpoint"), std::ios::binary) << "not a checkpoint";
   CHECK_THROWS_AS(train(data, options), Failure);
+}
+
+TEST_CASE("a checkpoint reads back as it was, and a bit that is flipped anywhere is noticed") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("checkpoint");
+  Checkpoint written;
+  written.recipe = R"({"seed": 1})";
+  written.parameters = {at::arange(6, at::kFloat).view({2, 3}), at::ones({1})};
+  written.first_moments = written.second_moments = written.parameters;
+  written.state = {at::zeros({2, 1, 3})};
+  written.epoch = 3;
+  written.best_ndcg10 = 0.25;
+  save_checkpoint(written, path);
+  const Checkpoint read = load_checkpoint(path);
+  CHECK(read.recipe == written.recipe);
+  CHECK(read.epoch == 3);
+  CHECK(read.best_ndcg10 == 0.25);
+  REQUIRE(read.parameters.size() == 2);
+  CHECK(read.parameters[0].equal(written.parameters[0]));
+  CHECK(read.parameters[1].equal(written.parameters[1]));
+  CHECK(read.state[0].sizes() == written.state[0].sizes());
+  CHECK(read.best_parameters.empty());
+
+  const std::string whole = bytes_of(path);
+  const auto refused = [&](const std::string& bytes) {
+    std::ofstream(path, std::ios::binary) << bytes;
+    try {
+      load_checkpoint(path);
+    } catch (const Failure& failure) {
+      const std::string text = failure.what();
+      return text.starts_with(path + ": ") && text.find("damaged") != std::string::npos &&
+             text.find("start without --resume") != std::string::npos;
+    }
+    return false;
+  };
+  std::size_t missed = 0;
+  for (std::size_t bit = 0; bit < 8 * whole.size(); ++bit) {
+    std::string flipped = whole;
+    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << (bit % 8)));
+    if (!refused(flipped)) ++missed;
+  }
+  CHECK(missed == 0);
+  for (std::size_t size = 0; size < whole.size(); ++size)
+    if (!refused(whole.substr(0, size))) ++missed;
+  CHECK(missed == 0);
+  CHECK(refused(whole + '\0'));
+  CHECK(refused("PK\x03\x04 an archive that could run code"));
+}
+
+TEST_CASE(
+    "a checkpoint that cannot be written leaves the old one as it was, and nothing beside it") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("checkpoint");
+  Checkpoint small, large;
+  small.epoch = 1;
+  save_checkpoint(small, path);
+  large.parameters = {at::ones({100'000})};
+  struct rlimit before {};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  const struct rlimit full { 10'000, before.rlim_max };
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &full) == 0);
+  std::string told;
+  try {
+    save_checkpoint(large, path);
+  } catch (const Failure& failure) {
+    told = failure.what();
+  }
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+  std::signal(SIGXFSZ, handler);
+  CHECK(told.starts_with(path + ": cannot write: "));
+  CHECK(load_checkpoint(path).epoch == 1);
+  CHECK(std::distance(fs::directory_iterator(folder.path), fs::directory_iterator()) == 1);
 }
 
 TEST_CASE("a run that had run out of patience when it was cut off only exports on resuming") {

@@ -4,24 +4,20 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <filesystem>
 #include <new>
-#include <sstream>
 
+#include "command/output.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
-
-std::string number(double value) {
-  std::ostringstream out;
-  out << value;
-  return out.str();
-}
+namespace command {
 
 int fail(const CLI::App& app, int status, const std::string& text) {
   const auto chosen = app.get_subcommands();
@@ -33,9 +29,10 @@ int fail(const CLI::App& app, int status, const std::string& text) {
   return status;
 }
 
-}  // namespace
+}  // namespace command
 
 int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands) {
+  watch_signals();
   CLI::App app{"Train, measure and inspect recommendation models for personalize_runtime.hpp",
                "personalize"};
   app.set_version_flag("--version", "personalize " + std::to_string(PERSONALIZE_VERSION_MAJOR) +
@@ -44,19 +41,32 @@ int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcom
   app.require_subcommand(1);
   try {
     for (const auto add : subcommands) add(app);
-    app.parse(argc, argv);
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::Success& help) {  // --help, --version
+      app.exit(help);
+    }
+    require_printed();
     return 0;
-  } catch (const CLI::Success& help) {  // --help, --version
-    return app.exit(help);
+  } catch (const Interrupted& interrupted) {
+    return command::fail(app, 128 + interrupted.signal, interrupted.what());
   } catch (const CLI::ParseError& error) {
-    return fail(app, 2, error.what());
+    return command::fail(app, 2, error.what());
   } catch (const Usage& error) {
-    return fail(app, 2, error.what());
+    return command::fail(app, 2, error.what());
   } catch (const std::bad_alloc&) {
-    return fail(app, 1, "out of memory");
+    return command::fail(app, 1, "out of memory");
   } catch (const std::exception& error) {
-    return fail(app, 1, error.what());
+    return command::fail(app, 1, error.what());
   }
+}
+
+std::string number_text(double value) {
+  std::array<char, 32> text;
+  const auto end =
+      std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::general, 6)
+          .ptr;
+  return {text.data(), end};
 }
 
 void describe(CLI::App& app, const char* name, const char* description) {
@@ -74,8 +84,8 @@ int become(const char* program, char** argv) {
 
 void require_range(std::string_view option, double value, double low, double high) {
   if (!(value >= low && value <= high))
-    throw Usage("option " + std::string(option) + ": " + number(value) + " is outside [" +
-                number(low) + ", " + number(high) + "]");
+    throw Usage("option " + std::string(option) + ": " + number_text(value) + " is outside [" +
+                number_text(low) + ", " + number_text(high) + "]");
 }
 
 Progress::Progress(std::string title, bool log)

@@ -23,11 +23,21 @@ struct Usage : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A signal ended the job early, after what it leaves was written. Exit status 128 + signal.
+struct Interrupted : std::runtime_error {
+  Interrupted(int number, const std::string& text) : std::runtime_error(text), signal(number) {}
+  int signal;
+};
+
+// The number to six digits, with a decimal point in every locale.
+std::string number_text(double value);
+
 // Throws Usage "option --dropout: 1.5 is outside [0, 0.9]" unless low <= value <= high.
 void require_range(std::string_view option, double value, double low, double high);
 
 // A program of these subcommands: each entry adds one. Parses, runs, and returns the exit status,
-// with one line on standard error where it is not 0.
+// with one line on standard error where it is not 0: 1 also where standard output did not take what
+// was printed. Signals end it with 128 + signal, nothing left half-written.
 int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands);
 
 // For --help: a subcommand that another program runs.

@@ -47,7 +47,7 @@ class Writer {
                         }});
   }
 
-  void save(const std::string& path, const std::string& metadata) const {
+  void save(OutputFile& file, const std::string& metadata) const {
     nlohmann::ordered_json header;
     header["__metadata__"] = {{"format", "personalize"}, {"version", "1"}, {"metadata", metadata}};
     std::uint64_t at = 0;
@@ -59,13 +59,11 @@ class Writer {
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');  // the format aligns data to 8 bytes
-    detail::FileSink file(path);
     const auto sink = [&](std::span<const std::byte> bytes) { file.append(bytes); };
     const std::uint64_t length = text.size();
     sink(std::as_bytes(std::span(&length, 1)));
     sink(std::as_bytes(std::span(text)));
     for (const Outgoing& tensor : tensors_) tensor.write(sink);
-    if (const auto written = file.commit(); !written) throw Failure(written.error().message);
   }
 
  private:
@@ -141,7 +139,7 @@ class Reader {
 
 }  // namespace
 
-void write_archive(const ModelParts& parts, const std::string& path) {
+void write_archive(const ModelParts& parts, OutputFile& file) {
   Writer writer;
   const std::uint64_t items = parts.item_ids.size();
   writer.matrix("item_vectors", parts.item_vectors);
@@ -190,7 +188,7 @@ void write_archive(const ModelParts& parts, const std::string& path) {
     writer.matrix("user_states", parts.user_states);
     writer.strings("user_ids", parts.user_ids);
   }
-  writer.save(path, parts.metadata);
+  writer.save(file, parts.metadata);
 }
 
 bool is_archive(const TensorFile& file) {

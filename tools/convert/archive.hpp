@@ -3,13 +3,14 @@
 
 #include <string>
 
+#include "command/output.hpp"
 #include "convert/tensors.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 
-// Writes every part, matrices as f32. Throws Failure.
-void write_archive(const ModelParts& parts, const std::string& path);
+// Appends every part, matrices as f32; to be committed. Throws Failure.
+void write_archive(const ModelParts& parts, OutputFile& file);
 
 // Whether write_archive made the file.
 bool is_archive(const TensorFile& file);

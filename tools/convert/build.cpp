@@ -410,11 +410,17 @@ class Builder {
     if (logs.rows != 3) throw Failure(where_ + ": params_log is not [3, hidden]");
     std::vector<float> lambda(2 * pairs), gamma(pairs);
     for (std::size_t j = 0; j < pairs; ++j) {
-      const double size = std::exp(-std::exp(static_cast<double>(logs.values[j])));
+      double size = std::exp(-std::exp(static_cast<double>(logs.values[j])));
       const double angle = std::exp(static_cast<double>(logs.values[pairs + j]));
-      lambda[j] = static_cast<float>(size * std::cos(angle));
-      lambda[pairs + j] = static_cast<float>(size * std::sin(angle));
       gamma[j] = std::exp(logs.values[2 * pairs + j]);
+      if (!std::isfinite(angle) || !std::isfinite(gamma[j]))
+        throw Failure(where_ + ": params_log " + std::to_string(j) + " is too large to be a log");
+      float &real = lambda[j], &imaginary = lambda[pairs + j];
+      do {  // rounding must not take lambda out of the unit circle, where states grow without end
+        real = static_cast<float>(size * std::cos(angle));
+        imaginary = static_cast<float>(size * std::sin(angle));
+        size *= 1 - 0x1p-24;
+      } while (double{real} * double{real} + double{imaginary} * double{imaginary} > 1);
     }
     const auto input = complex("in_proj", pairs, width_);
     Loaded in{2 * pairs, width_, std::vector<float>(2 * pairs * width_)};

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -233,7 +232,8 @@ double deviation(std::span<const float> state, const Vector& expected) {
 
 }  // namespace
 
-std::vector<History> read_histories(const std::string& path, const ModelParts& parts) {
+std::vector<History> read_histories(const std::string& path, const ModelParts& parts,
+                                    BadRows& bad) {
   struct Row {
     std::size_t user;
     std::int64_t timestamp;
@@ -245,31 +245,19 @@ std::vector<History> read_histories(const std::string& path, const ModelParts& p
   std::unordered_map<std::string, std::size_t> users;
   std::vector<History> histories;
   std::vector<Row> events;
-  try {
-    while (reader.next()) {
-      const auto index = parts.item_ids.find(reader.field(item));
-      if (!index) reader.refuse(item, "'" + std::string(reader.field(item)) + "' is not an item");
-      Row event{0, 0, {.item = *index}};
-      if (type)
-        event.input.event_type =
-            parts.event_types.find(reader.field(*type)).value_or(no_event_type);
-      if (time) {
-        const std::string_view text = reader.field(*time);
-        const auto [end, error] =
-            std::from_chars(text.data(), text.data() + text.size(), event.timestamp);
-        if (error != std::errc{} || end != text.data() + text.size())
-          reader.refuse(*time, "is not a whole number of Unix seconds");
-      }
-      const auto [found, added] =
-          users.try_emplace(std::string(reader.field(user)), histories.size());
-      if (added) histories.push_back({found->first, {}});
-      event.user = found->second;
-      events.push_back(event);
-    }
-  } catch (const BadRow& bad) {
-    throw Failure(path + ":" + std::to_string(bad.line) + ": " + bad.what());
-  }
-  if (events.empty()) throw Failure(path + ": holds no interactions");
+  for_each_row(reader, bad, [&] {
+    const auto index = parts.item_ids.find(reader.field(item));
+    if (!index) reader.refuse(item, "'" + std::string(reader.field(item)) + "' is not an item");
+    Row event{0, time ? timestamp_field(reader, *time) : 0, {.item = *index}};
+    if (type)
+      event.input.event_type = parts.event_types.find(reader.field(*type)).value_or(no_event_type);
+    const auto [found, added] =
+        users.try_emplace(std::string(reader.field(user)), histories.size());
+    if (added) histories.push_back({found->first, {}});
+    event.user = found->second;
+    events.push_back(event);
+  });
+  if (events.empty()) throw Failure(path + ": holds no interactions" + bad.reason());
   std::stable_sort(events.begin(), events.end(),
                    [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
   const auto buckets = static_cast<std::uint32_t>(parts.time_gap_embedding.rows());

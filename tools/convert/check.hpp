@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "convert/tensors.hpp"
+#include "data/fields.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
@@ -16,9 +17,9 @@ struct History {
 };
 
 // Interactions with USER_ID, ITEM_ID and, where the model knows their like, EVENT_TYPE; TIMESTAMP
-// orders them and gives the time gaps. Users in order of first appearance. Throws Failure: an
-// unknown item, or no history at all.
-std::vector<History> read_histories(const std::string& path, const ModelParts& parts);
+// orders them and gives the time gaps. Users in order of first appearance. Throws Failure: a bad
+// row or an unknown item (unless skipped and counted in `bad`), or no history at all.
+std::vector<History> read_histories(const std::string& path, const ModelParts& parts, BadRows& bad);
 
 struct Agreement {
   std::string with;  // what the model was compared with

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
-#include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -12,6 +11,8 @@
 #include <vector>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
+#include "command/output.hpp"
 #include "convert/archive.hpp"
 #include "convert/build.hpp"
 #include "convert/check.hpp"
@@ -74,7 +75,7 @@ Source open_source(const Options& options) {
                                            .items = options.items,
                                            .interactions = options.interactions,
                                            .skip_bad_rows = options.skip_bad_rows});
-  report_skipped_rows(source.catalogue.items, "convert");
+  source.catalogue.items.bad_rows.report("convert");
   const std::string users = options.users.empty() ? mapping.user_ids : options.users;
   if (!users.empty()) source.catalogue.user_ids = read_ids(users, "USER_ID");
   return source;
@@ -83,10 +84,8 @@ Source open_source(const Options& options) {
 Built read_source(Source& source, const Options& options, ElementType type) {
   if (source.mapping) return build_model(*source.tensors, *source.mapping, source.catalogue, type);
   if (source.tensors) return {read_archive(*source.tensors, type), 0};
-  const auto bytes = read_file(options.from, LoadLimits{}.file_bytes);
-  if (!bytes) throw Failure(bytes.error().message);
-  auto parts = read_model(*bytes);
-  if (!parts) throw Failure(options.from + ": " + parts.error().message);
+  auto parts = read_model(options.from);
+  if (!parts) throw Failure(parts.error().message);
   return {std::move(*parts), 0};
 }
 
@@ -97,20 +96,23 @@ nlohmann::json report(const Agreement& comparison) {
   return json;
 }
 
-void print(const Agreement& comparison) {
-  std::printf("checked %zu histories against %s:", comparison.histories, comparison.with.c_str());
+void print(const Agreement& comparison, std::FILE* to) {
+  std::fprintf(to, "checked %zu histories against %s:", comparison.histories,
+               comparison.with.c_str());
   if (comparison.hidden_deviation)
-    std::printf(" hidden states within %.2g of theirs", *comparison.hidden_deviation);
+    std::fprintf(to, " hidden states within %.2g of theirs", *comparison.hidden_deviation);
   if (comparison.same_top20)
-    std::printf("%s the same top 20 in %.1f %%", comparison.hidden_deviation ? "," : "",
-                *comparison.same_top20 * 100);
-  std::printf("\n");
+    std::fprintf(to, "%s the same top 20 in %.1f %%", comparison.hidden_deviation ? "," : "",
+                 *comparison.same_top20 * 100);
+  std::fprintf(to, "\n");
 }
 
 std::vector<Agreement> check(Source& source, const Options& options, std::uint64_t first_row) {
   const auto model = Model::load(options.output);
   if (!model) throw Failure(model.error().message);
-  const auto histories = read_histories(options.check, (*model)->parts());
+  BadRows bad{.skip = options.skip_bad_rows};
+  const auto histories = read_histories(options.check, (*model)->parts(), bad);
+  bad.report("convert");
   std::vector<Agreement> comparisons;
   comparisons.push_back(compare_with_source(
       **model, read_source(source, options, ElementType::f32).parts, histories));
@@ -138,6 +140,11 @@ void run(const Options& options) {
     throw Usage("--check is for model files, not for --to safetensors");
   if (options.check.empty() && !options.reference.empty())
     throw Usage("--reference needs --check histories.csv");
+  OutputFile output(options.output);
+  if (output.direct() && !options.check.empty())
+    throw Usage("--check reads the new file again; -o " + options.output + " is no regular file");
+  if (output.standard_output() && options.json)
+    throw Usage("--json and the file cannot both go to standard output");
   Source source = open_source(options);
   std::uint64_t first_row = 0;
   nlohmann::json summary;
@@ -146,34 +153,32 @@ void run(const Options& options) {
         source, options, options.to_safetensors ? ElementType::f32 : options.element_type);
     first_row = built.first_row;
     const ModelParts& parts = built.parts;
-    if (options.to_safetensors) {
-      write_archive(parts, options.output);
-    } else if (const auto saved =
-                   save_model(parts, options.output,
-                              {.element_type = options.element_type, .zstd_level = zstd_level});
-               !saved) {
-      throw Failure(saved.error().message);
-    }
+    if (options.to_safetensors)
+      write_archive(parts, output);
+    else
+      output.append_model(parts, {.element_type = options.element_type, .zstd_level = zstd_level});
+    output.commit();
     summary = {{"output", options.output},
                {"format", source.format},
                {"architecture", source.architecture},
                {"items", parts.item_ids.size()},
                {"dimension", parts.item_vectors.columns()},
                {"users", parts.user_ids.size()},
-               {"bytes", Input{options.output}.open()->size()}};
+               {"bytes", output.size()}};
   }
   std::vector<Agreement> comparisons;
   if (!options.check.empty()) comparisons = check(source, options, first_row);
   if (options.json) {
     summary["checks"] = nlohmann::json::array();
     for (const Agreement& comparison : comparisons) summary["checks"].push_back(report(comparison));
-    std::cout << summary.dump(2) << '\n';
+    print_json(summary);
   } else {
-    std::printf("%s: %s (%s), %zu items, %zu dimensions, %llu bytes\n", options.output.c_str(),
-                source.architecture.c_str(), source.format.c_str(),
-                summary["items"].get<std::size_t>(), summary["dimension"].get<std::size_t>(),
-                summary["bytes"].get<unsigned long long>());
-    for (const Agreement& comparison : comparisons) print(comparison);
+    std::FILE* const to = output.standard_output() ? stderr : stdout;
+    std::fprintf(to, "%s: %s (%s), %zu items, %zu dimensions, %llu bytes\n", options.output.c_str(),
+                 source.architecture.c_str(), source.format.c_str(),
+                 summary["items"].get<std::size_t>(), summary["dimension"].get<std::size_t>(),
+                 static_cast<unsigned long long>(output.size()));
+    for (const Agreement& comparison : comparisons) print(comparison, to);
   }
   require_agreement(comparisons, options);
 }

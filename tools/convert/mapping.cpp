@@ -1,11 +1,14 @@
 #include "convert/mapping.hpp"
 
 #include <algorithm>
-#include <fstream>
+#include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
+#include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -157,6 +160,10 @@ Layer parse_layer(const Json& json, const std::string& where) {
   if (layer.type == Type::decay) {
     layer.keep = object.number("keep", 1);
     layer.take = object.number("take", 0);
+    if (!(std::abs(layer.keep) <= 1))
+      throw Failure(where + ": keep is outside [-1, 1]: the state would grow without end");
+    if (!(std::abs(layer.take) <= std::numeric_limits<float>::max()))
+      throw Failure(where + ": take is no number that a float can hold");
   }
   object.refuse_others();
   return layer;
@@ -165,10 +172,10 @@ Layer parse_layer(const Json& json, const std::string& where) {
 }  // namespace
 
 Mapping read_mapping(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Failure(path + ": cannot open");
-  const Json json = Json::parse(file, nullptr, false);
-  if (json.is_discarded()) throw Failure(path + ": is not JSON");
+  const auto bytes = read_file(path, max_json_bytes);
+  if (!bytes) throw Failure(bytes.error().message);
+  const Json json =
+      parse_json({reinterpret_cast<const char*>(bytes->data()), bytes->size()}, path + ":");
   Object object(json, path);
   Mapping mapping;
   mapping.architecture = object.text("architecture", "mapping");

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
 #include "convert/tensors.hpp"
 
 namespace personalize::tools {
@@ -43,12 +44,13 @@ TensorFile open_safetensors(const Input& input) {
   std::vector<std::byte> bytes(static_cast<std::size_t>(length));
   source.read(8, bytes);
   const auto* text = reinterpret_cast<const char*>(bytes.data());
-  const auto header = nlohmann::json::parse(text, text + bytes.size(), nullptr, false);
-  if (!header.is_object()) throw Failure(input.name + ": its safetensors header is not JSON");
+  const std::string where = input.name + ": its safetensors header";
+  const auto header = parse_json({text, bytes.size()}, where);
+  if (!header.is_object()) throw Failure(where + " is not a JSON object");
 
   const std::uint64_t begin = 8 + length, size = source.size() - begin;
   for (const auto& [name, entry] : header.items()) {
-    const std::string where = input.name + ": tensor '" + name.substr(0, 100) + "'";
+    const std::string at = input.name + ": tensor '" + name.substr(0, 100) + "'";
     if (name == "__metadata__") {
       if (!entry.is_object()) throw Failure(input.name + ": __metadata__ is not an object");
       for (const auto& [key, value] : entry.items()) {
@@ -60,21 +62,21 @@ TensorFile open_safetensors(const Input& input) {
     if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
         !entry.contains("shape") || !entry["shape"].is_array() || !entry.contains("data_offsets") ||
         !entry["data_offsets"].is_array() || entry["data_offsets"].size() != 2)
-      throw Failure(where + ": needs dtype, shape and data_offsets");
+      throw Failure(at + ": needs dtype, shape and data_offsets");
     Tensor tensor;
     tensor.name = name;
     tensor.dtype = dtype_of(entry["dtype"].get<std::string>());
-    for (const auto& value : entry["shape"]) tensor.shape.push_back(natural(value, where));
+    for (const auto& value : entry["shape"]) tensor.shape.push_back(natural(value, at));
     if (entry["dtype"] == "C64") tensor.shape.push_back(2);
-    const std::uint64_t first = natural(entry["data_offsets"][0], where),
-                        last = natural(entry["data_offsets"][1], where);
-    if (first > last || last > size) throw Failure(where + ": lies outside the file");
+    const std::uint64_t first = natural(entry["data_offsets"][0], at),
+                        last = natural(entry["data_offsets"][1], at);
+    if (first > last || last > size) throw Failure(at + ": lies outside the file");
     tensor.offset = begin + first;
     file.add(std::move(tensor));
     const Tensor& added = file.tensors.back();
     if (added.dtype != DType::other &&
         added.elements() * element_bytes(added.dtype) != last - first)
-      throw Failure(where + ": its shape and its bytes differ in size");
+      throw Failure(at + ": its shape and its bytes differ in size");
   }
   return file;
 }

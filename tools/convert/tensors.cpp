@@ -133,6 +133,7 @@ void TensorFile::add(Tensor tensor) {
   const std::string where = name + ": tensor '" + tensor.name.substr(0, 100) + "'";
   if (tensors.size() == max_tensors)
     throw Failure(name + ": has more than " + std::to_string(max_tensors) + " tensors");
+  if (find(tensor.name)) throw Failure(where + " stands twice");
   if (tensor.shape.size() > 8) throw Failure(where + " has more than 8 dimensions");
   std::uint64_t count = 1;
   for (const std::uint64_t size : tensor.shape) {

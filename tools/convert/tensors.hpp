@@ -76,7 +76,7 @@ struct TensorFile {
   const Tensor& at(std::string_view tensor) const;
 
   // Checks a tensor's size against its source, then adds it. Throws Failure: the shape overflows,
-  // or the tensor reaches past its source.
+  // the tensor reaches past its source, or its name is there already.
   void add(Tensor tensor);
 };
 

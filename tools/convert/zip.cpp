@@ -75,8 +75,10 @@ std::shared_ptr<ZipArchive> ZipArchive::open(const Input& input) {
   if (source) zip->archive_ = ::zip_open_from_source(source, ZIP_RDONLY | ZIP_CHECKCONS, &error);
   if (!zip->archive_) {
     const std::string reason = ::zip_error_strerror(&error);
+    const bool twice = ::zip_error_code_zip(&error) == ZIP_ER_EXISTS;
     ::zip_error_fini(&error);
     if (source) ::zip_source_free(source);
+    if (twice) throw Failure(input.name + ": two entries of the zip archive have the same name");
     throw Failure(input.name + ": not a whole zip archive (" + reason + "); copy it again");
   }
   ::zip_error_fini(&error);

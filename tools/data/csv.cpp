@@ -41,6 +41,19 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
+void append_csv_field(std::string_view field, std::string& line) {
+  if (field.find_first_of(",\"\r\n") == std::string_view::npos) {
+    line += field;
+    return;
+  }
+  line += '"';
+  for (const char c : field) {
+    if (c == '"') line += '"';
+    line += c;
+  }
+  line += '"';
+}
+
 // Yields the decompressed bytes piece by piece.
 class CsvReader::Source {
  public:

@@ -1,9 +1,7 @@
 #include "data/dataset.hpp"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <numeric>
 #include <set>
@@ -11,12 +9,12 @@
 
 #include "command/command.hpp"
 #include "data/csv.hpp"
+#include "data/fields.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace {
 
-constexpr std::int64_t latest_timestamp = 4'102'444'800;     // 2100-01-01
 constexpr std::int64_t earliest_creation = -62'135'596'800;  // 0001-01-01
 constexpr std::size_t numeric_buckets = 16;
 
@@ -33,50 +31,11 @@ std::uint32_t number_of(StringTable& table, std::string_view text) {
   return *added;
 }
 
-std::string_view id_field(const CsvReader& reader, std::size_t column) {
-  const std::string_view id = reader.field(column);
-  if (id.empty()) reader.refuse(column, "is empty");
-  if (id.size() > max_id_bytes) reader.refuse(column, "has more than 256 bytes");
-  return id;
-}
-
-std::int64_t timestamp_field(const CsvReader& reader, std::size_t column, std::int64_t earliest) {
-  const std::string_view text = reader.field(column);
-  std::int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || text.empty())
-    reader.refuse(
-        column, "'" + std::string(text.substr(0, 40)) + "' is not a whole number of Unix seconds");
-  if (value < earliest || value > latest_timestamp)
-    reader.refuse(column, "'" + std::string(text) + "' is outside [" + std::to_string(earliest) +
-                              ", " + std::to_string(latest_timestamp) + "]" +
-                              (text.size() == 13 ? "; it looks like milliseconds" : ""));
-  return value;
-}
-
 std::optional<float> number_in(std::string_view text) {
-  double value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const auto value = read_number(text);
   // A NaN fails the comparison.
-  if (error != std::errc{} || end != text.data() + text.size() ||
-      !(std::abs(value) <= std::numeric_limits<float>::max()))
-    return std::nullopt;
-  return static_cast<float>(value);
-}
-
-// Runs `row` for every row; bad rows stop, or are counted and reported.
-template <class Function>
-void for_each_row(CsvReader& reader, bool skip_bad_rows, Dataset& data, Function row) {
-  for (;;) {
-    try {
-      if (!reader.next()) return;
-      row();
-    } catch (const BadRow& bad) {
-      const std::string report = reader.name() + ":" + std::to_string(bad.line) + ": " + bad.what();
-      if (!skip_bad_rows) throw Failure(report + "; correct the row or pass --skip-bad-rows");
-      if (++data.bad_rows <= 10) data.bad_row_reports.push_back(report);
-    }
-  }
+  if (!value || !(std::abs(*value) <= std::numeric_limits<float>::max())) return std::nullopt;
+  return static_cast<float>(*value);
 }
 
 std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data, StringTable& users,
@@ -89,9 +48,9 @@ std::vector<Row> read_interactions(const DatasetOptions& options, Dataset& data,
     throw Failure(options.interactions + ":" + std::to_string(reader.line()) +
                   ": no column EVENT_TYPE to choose '" + options.event_type_filter + "' from");
   std::vector<Row> rows;
-  for_each_row(reader, options.skip_bad_rows, data, [&] {
+  for_each_row(reader, data.bad_rows, [&] {
     const std::string_view user_id = id_field(reader, user), item_id = id_field(reader, item);
-    const std::int64_t timestamp = timestamp_field(reader, time, 0);
+    const std::int64_t timestamp = timestamp_field(reader, time);
     const std::string_view type_name = type ? id_field(reader, *type) : std::string_view{};
     if (!options.event_type_filter.empty() && type_name != options.event_type_filter) return;
     rows.push_back({number_of(users, user_id), number_of(items, item_id),
@@ -148,9 +107,9 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
   for (const auto& [item, value] : raw.values) {
     for (std::size_t begin = 0; begin <= value.size();) {
       const std::size_t end = std::min(value.find('|', begin), value.size());
-      if (end > begin && end - begin <= max_id_bytes)
-        column.values[item].push_back(
-            number_of(column.vocabulary, std::string_view(value).substr(begin, end - begin)));
+      const std::string_view part = std::string_view(value).substr(begin, end - begin);
+      if (!part.empty() && part.size() <= max_id_bytes && !has_control_character(part))
+        column.values[item].push_back(number_of(column.vocabulary, part));
       begin = end + 1;
     }
   }
@@ -160,7 +119,7 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
     data.metadata.push_back(std::move(column));
 }
 
-void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, StringTable& items) {
+void read_items(const std::string& path, Dataset& data, StringTable& items) {
   CsvReader reader(path);
   const std::size_t id = reader.require("ITEM_ID");
   const auto creation = reader.column("CREATION_TIMESTAMP");
@@ -171,9 +130,12 @@ void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Stri
       throw Failure(path + ":" + std::to_string(reader.line()) +
                     ": a column name has 1 to 256 bytes, that of column " + std::to_string(c + 1) +
                     " has " + std::to_string(columns[c].name.size()));
+    if (has_control_character(columns[c].name))
+      throw Failure(path + ":" + std::to_string(reader.line()) + ": the name of column " +
+                    std::to_string(c + 1) + " holds a control character");
   }
   std::vector<char> seen;
-  for_each_row(reader, skip_bad_rows, data, [&] {
+  for_each_row(reader, data.bad_rows, [&] {
     const std::string_view item_id = id_field(reader, id);
     std::optional<std::int64_t> created;
     if (creation && !reader.field(*creation).empty())
@@ -200,13 +162,15 @@ void read_items(const std::string& path, bool skip_bad_rows, Dataset& data, Stri
 
 Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   Dataset data;
+  data.bad_rows.skip = options.skip_bad_rows;
   StringTable users, items_as_read, types;
   std::vector<Row> rows = read_interactions(options, data, users, items_as_read, types, progress);
   if (rows.empty())
     throw Failure(options.interactions + ": holds no interactions" +
                   (options.event_type_filter.empty()
                        ? ""
-                       : " whose EVENT_TYPE is '" + options.event_type_filter + "'"));
+                       : " whose EVENT_TYPE is '" + options.event_type_filter + "'") +
+                  data.bad_rows.reason());
   std::stable_sort(rows.begin(), rows.end(),
                    [](const Row& a, const Row& b) { return a.timestamp < b.timestamp; });
   StringTable items, ordered_users;
@@ -235,19 +199,20 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
                    [](const auto& history) { return history.size() >= 2; }))
     throw Failure(options.interactions +
                   ": no user has two interactions; there is no sequence to learn from");
-  if (!options.items.empty()) read_items(options.items, options.skip_bad_rows, data, items);
+  if (!options.items.empty()) read_items(options.items, data, items);
   data.item_ids = std::move(items);
   return data;
 }
 
 Dataset read_catalogue(const CatalogueFiles& files) {
   Dataset data;
+  data.bad_rows.skip = files.skip_bad_rows;
   if (files.order == files.items) {
-    read_items(files.items, files.skip_bad_rows, data, data.item_ids);
+    read_items(files.items, data, data.item_ids);
   } else {
     data.item_ids = read_ids(files.order, "ITEM_ID");
     StringTable items = data.item_ids;  // and those that the model does not have, behind them
-    if (!files.items.empty()) read_items(files.items, files.skip_bad_rows, data, items);
+    if (!files.items.empty()) read_items(files.items, data, items);
   }
   if (data.item_ids.empty()) throw Failure(files.order + ": holds no items");
   data.items.resize(data.item_ids.size());
@@ -256,9 +221,9 @@ Dataset read_catalogue(const CatalogueFiles& files) {
 
   CsvReader reader(files.interactions);
   const std::size_t id = reader.require("ITEM_ID"), time = reader.require("TIMESTAMP");
-  for_each_row(reader, files.skip_bad_rows, data, [&] {
+  for_each_row(reader, data.bad_rows, [&] {
     const auto item = data.item_ids.find(id_field(reader, id));
-    const std::int64_t timestamp = timestamp_field(reader, time, 0);
+    const std::int64_t timestamp = timestamp_field(reader, time);
     if (!item) return;
     ItemInfo& info = data.items[*item];
     ++info.interactions;
@@ -275,25 +240,13 @@ StringTable read_ids(const std::string& path, std::string_view column) {
   CsvReader reader(path);
   const std::size_t id = reader.require(column);
   StringTable ids;
-  try {
-    while (reader.next()) {
-      const std::size_t before = ids.size();
-      number_of(ids, id_field(reader, id));
-      if (ids.size() == before)
-        reader.refuse(id, "'" + std::string(reader.field(id)) + "' stands twice");
-    }
-  } catch (const BadRow& bad) {
-    throw Failure(path + ":" + std::to_string(bad.line) + ": " + bad.what());
-  }
+  for_every_row(reader, [&] {
+    const std::size_t before = ids.size();
+    number_of(ids, id_field(reader, id));
+    if (ids.size() == before)
+      reader.refuse(id, "'" + std::string(reader.field(id)) + "' stands twice");
+  });
   return ids;
-}
-
-void report_skipped_rows(const Dataset& data, std::string_view command) {
-  if (data.bad_rows > 0)
-    std::fprintf(stderr, "personalize %.*s: skipped %llu bad rows; the first: %s\n",
-                 static_cast<int>(command.size()), command.data(),
-                 static_cast<unsigned long long>(data.bad_rows),
-                 data.bad_row_reports.front().c_str());
 }
 
 }  // namespace personalize::tools

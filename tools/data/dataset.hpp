@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "data/fields.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
@@ -45,8 +46,7 @@ struct Dataset {
   std::vector<std::string> ignored_columns;  // of the items file, each with the reason
   std::uint64_t interactions = 0;
   std::int64_t first_timestamp = 0, last_timestamp = 0;
-  std::uint64_t bad_rows = 0;
-  std::vector<std::string> bad_row_reports;  // the first ten
+  BadRows bad_rows;
 };
 
 struct DatasetOptions {
@@ -75,8 +75,5 @@ Dataset read_catalogue(const CatalogueFiles& files);
 
 // One column of a CSV of ids. Throws Failure: unreadable, an empty id or one that stands twice.
 StringTable read_ids(const std::string& path, std::string_view column);
-
-// One line on standard error, where rows were skipped.
-void report_skipped_rows(const Dataset& data, std::string_view command);
 
 }  // namespace personalize::tools

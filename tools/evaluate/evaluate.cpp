@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <iostream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -13,6 +12,8 @@
 #include <thread>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
+#include "command/parallel.hpp"
 #include "evaluate/off_policy.hpp"
 
 namespace personalize::tools {
@@ -128,38 +129,20 @@ Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& da
     throw Failure("the protocol leaves no user to evaluate: histories are too short");
 
   std::vector<SlateMetrics> figures(tasks.size());
-  std::vector<char> covered(model->item_count(), 0);
-  std::atomic<std::size_t> next{0};
-  std::mutex mutex;  // of covered, progress and failure
-  std::optional<std::string> failure;
-  const auto work = [&] {
-    Evaluator evaluator(*recommender, data, options);
-    std::vector<std::string_view> slate;
-    std::vector<char> seen(model->item_count(), 0);
-    try {
-      for (std::size_t t; (t = next.fetch_add(1)) < tasks.size();) {
-        figures[t] = evaluator.user(tasks[t], slate);
-        for (const std::string_view item : slate) seen[*model->find_item(item)] = 1;
-        if (progress && t % 256 == 0) {
-          const std::lock_guard lock{mutex};
-          progress->update(static_cast<double>(t) / static_cast<double>(tasks.size()),
-                           std::to_string(t) + " of " + std::to_string(tasks.size()) + " users");
-        }
-      }
-    } catch (const Failure& error) {
+  std::vector<std::atomic<bool>> covered(model->item_count());
+  std::mutex mutex;  // of progress
+  for_each_parallel(tasks.size(), options.threads, [&] {
+    return [&, evaluator = Evaluator(*recommender, data, options),
+            slate = std::vector<std::string_view>{}](std::size_t t) mutable {
+      figures[t] = evaluator.user(tasks[t], slate);
+      for (const std::string_view item : slate)
+        covered[*model->find_item(item)].store(true, std::memory_order_relaxed);
+      if (!progress || t % 256 != 0) return;
       const std::lock_guard lock{mutex};
-      failure = error.what();
-      next = tasks.size();
-    }
-    const std::lock_guard lock{mutex};
-    for (std::size_t i = 0; i < seen.size(); ++i)
-      covered[i] = static_cast<char>(covered[i] | seen[i]);
-  };
-  std::vector<std::thread> threads;
-  for (unsigned t = 1; t < options.threads; ++t) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
-  if (failure) throw Failure(*failure);
+      progress->update(static_cast<double>(t) / static_cast<double>(tasks.size()),
+                       std::to_string(t) + " of " + std::to_string(tasks.size()) + " users");
+    };
+  });
 
   // Summed in task order, so that the figures do not depend on the number of threads.
   Evaluation result;
@@ -168,7 +151,7 @@ Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& da
   result.users = tasks.size();
   for (const Task& task : tasks)
     result.predicted_events += data.histories[task.user].size() - task.given;
-  result.coverage = static_cast<double>(std::count(covered.begin(), covered.end(), 1)) /
+  result.coverage = static_cast<double>(std::count(covered.begin(), covered.end(), true)) /
                     static_cast<double>(model->item_count());
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
@@ -178,7 +161,7 @@ void add_evaluate(CLI::App& app) {
   struct Options {
     std::string model, interactions, protocol, event_type;
     OffPolicyOptions off_policy;
-    std::uint32_t exclusion_window = 200;
+    std::uint32_t exclusion_window = EvaluationOptions{}.exclusion_window;
     std::optional<std::uint64_t> seed;
     unsigned threads = std::max(1u, std::thread::hardware_concurrency());
     bool json = false, skip_bad_rows = false;
@@ -188,36 +171,54 @@ void add_evaluate(CLI::App& app) {
       "evaluate",
       "Measure a model file on held-out interactions, served through the runtime, or another "
       "policy on the log of the one that ran");
-  command->add_option("--model,-m", options->model, "Model file (.pzm)");
-  command->add_option("--interactions,-i", options->interactions, "Interactions CSV (or .csv.zst)");
+  std::vector<CLI::Option*> of_a_model, of_a_log;
+  const auto for_models = [&](CLI::Option* option) { of_a_model.push_back(option); };
+  const auto for_logs = [&](CLI::Option* option) { of_a_log.push_back(option); };
+  for_models(command->add_option("--model,-m", options->model, "Model file (.pzm)"));
+  for_models(command->add_option("--interactions,-i", options->interactions,
+                                 "Interactions CSV (or .csv.zst)"));
   command->add_option("--protocol", options->protocol,
                       "leave-one-out, holdout (default: the one that the model was trained for) or "
                       "off-policy, which takes --log");
-  command->add_option("--log", options->off_policy.log,
-                      "Off-policy: the runtime's interaction log, or Open Bandit Data");
-  command
-      ->add_option("--target-weight", options->off_policy.target_weight,
-                   "Off-policy, interaction log: the exploration weight to evaluate, 0 to 1")
-      ->capture_default_str();
-  command->add_option("--target-log", options->off_policy.target_log,
-                      "Off-policy, Open Bandit Data: evaluate the policy that wrote this log "
-                      "(default: every item alike)");
-  command->add_option("--seed", options->seed,
-                      "Of the holdout users (default: the one that the model was trained with)");
-  command
-      ->add_option("--exclusion-window", options->exclusion_window,
-                   "A user's last items that are not recommended again, 0 to 65535; 0: none")
-      ->check(CLI::Range(0u, 65535u))
-      ->capture_default_str();
-  command->add_option("--event-type", options->event_type, "Use only events of this EVENT_TYPE");
-  command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u));
+  for_logs(command->add_option("--log", options->off_policy.log,
+                               "Off-policy: the runtime's interaction log, or Open Bandit Data"));
+  auto* weight = command
+                     ->add_option("--target-weight", options->off_policy.target_weight,
+                                  "Off-policy, interaction log: the exploration weight to "
+                                  "evaluate, 0 to 1")
+                     ->capture_default_str();
+  for_logs(weight);
+  for_logs(command
+               ->add_option("--target-log", options->off_policy.target_log,
+                            "Off-policy, Open Bandit Data: evaluate the policy that wrote this log "
+                            "(default: every item alike)")
+               ->excludes(weight));
+  for_models(command->add_option(
+      "--seed", options->seed,
+      "Of the holdout users (default: the one that the model was trained with)"));
+  for_models(command
+                 ->add_option("--exclusion-window", options->exclusion_window,
+                              "A user's last items that are not recommended again, 0 to 65535; 0: "
+                              "none")
+                 ->check(CLI::Range(0u, 65535u))
+                 ->capture_default_str());
+  for_models(command->add_option("--event-type", options->event_type,
+                                 "Use only events of this EVENT_TYPE"));
+  for_models(
+      command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u)));
   command->add_flag("--skip-bad-rows", options->skip_bad_rows, "Leave out malformed rows");
   command->add_flag("--json", options->json, "Print JSON");
-  command->callback([options] {
-    if (options->protocol == "off-policy") {
+  command->callback([options, of_a_model, of_a_log] {
+    const bool off_policy = options->protocol == "off-policy";
+    for (const CLI::Option* option : off_policy ? of_a_model : of_a_log)
+      if (option->count() > 0)
+        throw Usage("option " + option->get_name() + " has no meaning " +
+                    (off_policy ? "with" : "without") + " --protocol off-policy");
+    if (off_policy) {
       if (options->off_policy.log.empty()) throw Usage("--protocol off-policy needs --log");
       require_range("--target-weight", options->off_policy.target_weight, 0, 1);
       options->off_policy.json = options->json;
+      options->off_policy.skip_bad_rows = options->skip_bad_rows;
       return run_off_policy(options->off_policy);
     }
     if (options->model.empty() || options->interactions.empty())
@@ -250,12 +251,12 @@ void add_evaluate(CLI::App& app) {
     files.skip_bad_rows = options->skip_bad_rows;
     files.event_type_filter = options->event_type;
     const Dataset data = read_dataset(files);
-    report_skipped_rows(data, "evaluate");
+    data.bad_rows.report("evaluate");
     Progress progress("evaluating");
     const Evaluation result = evaluate(*model, data, settings, &progress);
     progress.finish("");
     if (options->json)
-      std::cout << to_json(result, settings).dump(2) << '\n';
+      print_json(to_json(result, settings));
     else
       print_text(result, settings);
   });

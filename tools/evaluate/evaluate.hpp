@@ -16,8 +16,8 @@ namespace personalize::tools {
 struct EvaluationOptions {
   Protocol protocol = Protocol::leave_one_out;
   std::uint64_t seed = 0;  // of the holdout protocol's choice of users
-  std::uint32_t exclusion_window =
-      200;  // a user's last items that are not recommended again; 0: none
+  // A user's last items that are not recommended again; 0: none.
+  std::uint32_t exclusion_window = RecommenderOptions{}.history_length;
   unsigned threads = 1;
 };
 

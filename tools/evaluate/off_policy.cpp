@@ -4,58 +4,37 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <iostream>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
 #include "data/csv.hpp"
+#include "data/fields.hpp"
+#include "data/statistics.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace {
 
-// The mean of the values with its interval.
 PolicyValue interval(const std::vector<double>& values, double mean) {
-  double square = 0;
-  for (const double v : values) square += (v - mean) * (v - mean);
-  const auto n = static_cast<double>(values.size());
-  const double half_width = values.size() < 2 ? 0 : 1.959964 * std::sqrt(square / (n - 1) / n);
+  const double half_width = normal_quantile * standard_error(values);
   return {mean, mean - half_width, mean + half_width};
 }
 
 PolicyValue interval(const std::vector<double>& values) {
-  double sum = 0;
-  for (const double v : values) sum += v;
-  return interval(values, sum / static_cast<double>(values.size()));
-}
-
-double number(const CsvReader& reader, std::size_t column) {
-  const std::string text(reader.field(column));
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (end == text.c_str() || *end != '\0' || std::isnan(value))
-    reader.refuse(column, "'" + text + "' is not a number");
-  return value;
+  return interval(values, mean_of(values));
 }
 
 double probability(const CsvReader& reader, std::size_t column) {
-  const double value = number(reader, column);
+  const double value = number_field(reader, column);
+  // Less than the runtime can draw; its inverse would drown everything else.
+  constexpr double least = 1e-30;
   if (!(value > 0 && value <= 1)) reader.refuse(column, "a propensity lies in (0, 1]");
+  if (value < least) reader.refuse(column, "a propensity below 1e-30 is no measurement");
   return value;
-}
-
-// Runs read(), turning a bad row into a Failure that names file and line.
-template <class Read>
-void each_row(CsvReader& reader, Read read) {
-  try {
-    while (reader.next()) read();
-  } catch (const BadRow& row) {
-    throw Failure(reader.name() + ":" + std::to_string(row.line) + ": " +
-                  (row.column.empty() ? "" : "column " + row.column + ": ") + row.reason);
-  }
 }
 
 struct BanditRow {
@@ -65,7 +44,8 @@ struct BanditRow {
 
 std::vector<BanditRow> read_bandit_rows(const std::string& path,
                                         std::map<std::string, std::size_t>& items,
-                                        std::map<std::string, std::size_t>& positions) {
+                                        std::map<std::string, std::size_t>& positions,
+                                        BadRows& bad) {
   CsvReader reader(path);
   const std::size_t item = reader.require("item_id"), position = reader.require("position");
   const std::size_t click = reader.require("click"), score = reader.require("propensity_score");
@@ -73,11 +53,13 @@ std::vector<BanditRow> read_bandit_rows(const std::string& path,
   const auto index = [](std::map<std::string, std::size_t>& known, std::string_view text) {
     return known.try_emplace(std::string(text), known.size()).first->second;
   };
-  each_row(reader, [&] {
+  for_each_row(reader, bad, [&] {
+    const double clicked = number_field(reader, click), propensity = probability(reader, score);
+    if (!std::isfinite(clicked)) reader.refuse(click, "is not finite");
     rows.push_back({index(items, reader.field(item)), index(positions, reader.field(position)),
-                    number(reader, click), probability(reader, score)});
+                    clicked, propensity});
   });
-  if (rows.empty()) throw Failure(path + ": has no rows");
+  if (rows.empty()) throw Failure(path + ": has no rows" + bad.reason());
   return rows;
 }
 
@@ -140,63 +122,102 @@ OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decis
     influence.push_back(sum);
   }
   result.snips = interval(influence, mean);
+  for (const PolicyValue* value : {&result.ips, &result.snips, &result.doubly_robust})
+    if (!std::isfinite(value->low) || !std::isfinite(value->high))
+      throw Failure("the log's propensities are so small that the estimates overflow");
   return result;
 }
 
-std::vector<LoggedDecision> read_interaction_log(const std::string& path, double target_weight,
-                                                 std::uint64_t& skipped) {
-  CsvReader reader(path);
-  const std::size_t id = reader.require("RECOMMENDATION_ID"), position = reader.require("POSITION");
-  const std::size_t positive = reader.require("POSITIVE"), best = reader.require("BEST");
-  const std::size_t propensity = reader.require("PROPENSITY"), share = reader.require("POOL_SHARE");
-  const std::size_t logit = reader.require("POOL_LOGIT"), expected = reader.require("EXPECTED");
-  const std::size_t best_expected = reader.require("BEST_EXPECTED");
-  const std::size_t pool_expected = reader.require("POOL_EXPECTED");
-  const SlotPolicy target(static_cast<float>(target_weight), exploration_temperature);
+namespace {
 
+// The columns of the runtime's interaction log, as log_csv_header names them.
+class LogColumns {
+ public:
+  LogColumns(const CsvReader& reader, double target_weight)
+      : reader_(reader),
+        weight_(target_weight),
+        target_(static_cast<float>(target_weight), exploration_temperature) {}
+
+  std::string id() const { return std::string(reader_.field(id_)); }
+  void check_time() const {
+    timestamp_field(reader_, time_, std::numeric_limits<std::int64_t>::min());
+  }
+  bool positive() const { return number_field(reader_, positive_) > 0; }
+
+  std::size_t place() const {  // from 0
+    const double place = number_field(reader_, position_);
+    if (!(place >= 1 && place <= 10'000) || place != std::floor(place))
+      reader_.refuse(position_, "a position is a whole number from 1 to 10000");
+    return static_cast<std::size_t>(place) - 1;
+  }
+
+  // An impression: the pool against the best of the ranking, at the evaluated weight.
+  void read(LoggedStep& step) const {
+    const double odds = number_field(reader_, logit_);
+    const bool ranking_ended = odds == std::numeric_limits<double>::infinity();
+    const double explore = ranking_ended ? 1 : weight_ * target_.win(odds);
+    const double chosen =
+        explore * finite(share_) + (finite(best_) > 0 && !ranking_ended ? 1 - explore : 0);
+    step.value = finite(expected_);
+    step.target_value = explore * finite(pool_expected_) + (1 - explore) * finite(best_expected_);
+    step.ratio = chosen / probability(reader_, propensity_);
+  }
+
+ private:
+  double finite(std::size_t column) const {
+    const double value = number_field(reader_, column);
+    if (!std::isfinite(value)) reader_.refuse(column, "is not finite");
+    return value;
+  }
+
+  const CsvReader& reader_;
+  double weight_;
+  SlotPolicy target_;
+  std::size_t time_ = reader_.require("TIMESTAMP"), id_ = reader_.require("RECOMMENDATION_ID"),
+              position_ = reader_.require("POSITION"), positive_ = reader_.require("POSITIVE"),
+              best_ = reader_.require("BEST"), propensity_ = reader_.require("PROPENSITY"),
+              share_ = reader_.require("POOL_SHARE"), logit_ = reader_.require("POOL_LOGIT"),
+              expected_ = reader_.require("EXPECTED"),
+              best_expected_ = reader_.require("BEST_EXPECTED"),
+              pool_expected_ = reader_.require("POOL_EXPECTED");
+};
+
+}  // namespace
+
+std::vector<LoggedDecision> read_interaction_log(const std::string& path, double target_weight,
+                                                 std::uint64_t& incomplete, BadRows& bad) {
+  CsvReader reader(path);
+  const LogColumns columns(reader, target_weight);
   std::vector<LoggedDecision> decisions;
   std::unordered_map<std::string, std::size_t> index;
   constexpr double unseen = -1;
-  each_row(reader, [&] {
-    const auto [found, added] = index.try_emplace(std::string(reader.field(id)), decisions.size());
+  for_each_row(reader, bad, [&] {
+    columns.check_time();
+    const std::size_t k = columns.place();
+    const auto [found, added] = index.try_emplace(columns.id(), decisions.size());
     if (added) decisions.emplace_back();
-    const double place = number(reader, position);
-    if (!(place >= 1 && place <= 10'000) || place != std::floor(place))
-      reader.refuse(position, "a position is a whole number from 1 to 10000");
     LoggedDecision& decision = decisions[found->second];
-    const auto k = static_cast<std::size_t>(place) - 1;
     if (decision.size() <= k) decision.resize(k + 1, LoggedStep{0, unseen, 0, 0});
-    LoggedStep& step = decision[k];
-    if (number(reader, positive) > 0) {
-      step.reward = 1;
-      return;
-    }
-    // The pool against the best of the ranking, at the evaluated weight.
-    const double odds = number(reader, logit);
-    const bool ranking_ended = odds == std::numeric_limits<double>::infinity();
-    const double explore = ranking_ended ? 1 : target_weight * target.win(odds);
-    const double chosen = explore * number(reader, share) +
-                          (number(reader, best) > 0 && !ranking_ended ? 1 - explore : 0);
-    step.ratio = chosen / probability(reader, propensity);
-    step.value = number(reader, expected);
-    step.target_value =
-        explore * number(reader, pool_expected) + (1 - explore) * number(reader, best_expected);
+    if (columns.positive())
+      decision[k].reward = 1;
+    else
+      columns.read(decision[k]);  // of a bad row the step stays unseen, and its slate is left out
   });
   const std::size_t all = decisions.size();
   std::erase_if(decisions, [](const LoggedDecision& decision) {
     return std::any_of(decision.begin(), decision.end(),
                        [](const LoggedStep& step) { return step.ratio == unseen; });
   });
-  skipped = all - decisions.size();
+  incomplete = all - decisions.size();
   return decisions;
 }
 
 std::vector<LoggedDecision> read_open_bandit_log(const std::string& path,
-                                                 const std::string& target_path) {
+                                                 const std::string& target_path, BadRows& bad) {
   std::map<std::string, std::size_t> items, positions;
-  const std::vector<BanditRow> rows = read_bandit_rows(path, items, positions);
+  const std::vector<BanditRow> rows = read_bandit_rows(path, items, positions, bad);
   std::vector<BanditRow> target_rows;
-  if (!target_path.empty()) target_rows = read_bandit_rows(target_path, items, positions);
+  if (!target_path.empty()) target_rows = read_bandit_rows(target_path, items, positions, bad);
   // [position][item]
   std::vector<std::vector<double>> target(
       positions.size(),
@@ -252,29 +273,32 @@ bool is_interaction_log(const std::string& path) {
 }
 
 void run_off_policy(const OffPolicyOptions& options) {
-  std::uint64_t skipped = 0;
+  std::uint64_t incomplete = 0;
+  BadRows bad{.skip = options.skip_bad_rows};
   const bool own = is_interaction_log(options.log);
   if (own && !options.target_log.empty())
     throw Usage("--target-log is for Open Bandit Data; an interaction log takes --target-weight");
-  const OffPolicyEvaluation result =
-      evaluate_off_policy(own ? read_interaction_log(options.log, options.target_weight, skipped)
-                              : read_open_bandit_log(options.log, options.target_log));
+  const auto decisions =
+      own ? read_interaction_log(options.log, options.target_weight, incomplete, bad)
+          : read_open_bandit_log(options.log, options.target_log, bad);
+  bad.report("evaluate");
+  if (decisions.empty()) throw Failure(options.log + ": holds no complete decision" + bad.reason());
+  const OffPolicyEvaluation result = evaluate_off_policy(decisions);
   if (options.json) {
-    std::cout << nlohmann::json{{"protocol", "off-policy"},
-                                {"decisions", result.decisions},
-                                {"skipped", skipped},
-                                {"effective_sample_size", result.effective_sample_size},
-                                {"logged", to_json(result.logged)},
-                                {"inverse_propensity", to_json(result.ips)},
-                                {"self_normalised", to_json(result.snips)},
-                                {"doubly_robust", to_json(result.doubly_robust)}}
-                     .dump(2)
-              << '\n';
+    print_json(nlohmann::json{{"protocol", "off-policy"},
+                              {"decisions", result.decisions},
+                              {"skipped", incomplete},
+                              {"bad_rows", bad.count},
+                              {"effective_sample_size", result.effective_sample_size},
+                              {"logged", to_json(result.logged)},
+                              {"inverse_propensity", to_json(result.ips)},
+                              {"self_normalised", to_json(result.snips)},
+                              {"doubly_robust", to_json(result.doubly_robust)}});
     return;
   }
   std::printf("%llu decisions (%llu incomplete ones left out), effective sample size %.0f\n",
               static_cast<unsigned long long>(result.decisions),
-              static_cast<unsigned long long>(skipped), result.effective_sample_size);
+              static_cast<unsigned long long>(incomplete), result.effective_sample_size);
   std::printf("%-28s %10s   95 %% interval\n", "reward a decision", "mean");
   const auto row = [](const char* label, const PolicyValue& v) {
     std::printf("%-28s %10.5f   %.5f to %.5f\n", label, v.mean, v.low, v.high);

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "data/fields.hpp"
+
 namespace personalize::tools {
 
 // One choice of the log: a place of a slate, or a row of a log of single choices.
@@ -39,17 +41,17 @@ struct OffPolicyEvaluation {
 OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decisions);
 
 // The runtime's interaction log (personalize::log_csv_header) as decisions of its policy at another
-// exploration weight. Slates of which a place was not seen are left out and counted in `skipped`.
-// Throws Failure.
+// exploration weight, in [0, 1]. Slates of which a place was not seen are left out and counted in
+// `incomplete`. Throws Failure.
 std::vector<LoggedDecision> read_interaction_log(const std::string& path, double target_weight,
-                                                 std::uint64_t& skipped);
+                                                 std::uint64_t& incomplete, BadRows& bad);
 
 // Open Bandit Data (Saito et al. 2020), columns item_id, position, click, propensity_score. The
 // evaluated policy chooses an item at a position as often as `target_path` has it there or, where
 // that is empty, every item alike. The reward model is the click rate of an item, drawn towards the
 // mean as by 100 impressions, from the other half of the rows. Throws Failure.
 std::vector<LoggedDecision> read_open_bandit_log(const std::string& path,
-                                                 const std::string& target_path);
+                                                 const std::string& target_path, BadRows& bad);
 
 // Which of the two a file is, by its columns. Throws Failure where it is neither.
 bool is_interaction_log(const std::string& path);
@@ -57,7 +59,7 @@ bool is_interaction_log(const std::string& path);
 struct OffPolicyOptions {
   std::string log, target_log;
   double target_weight = 0;
-  bool json = false;
+  bool json = false, skip_bad_rows = false;
 };
 void run_off_policy(const OffPolicyOptions& options);
 

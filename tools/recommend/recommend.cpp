@@ -2,8 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <fstream>
-#include <iostream>
+#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -11,8 +10,11 @@
 #include <vector>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
+#include "command/output.hpp"
 #include "data/csv.hpp"
 #include "data/dataset.hpp"
+#include "data/fields.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
@@ -32,25 +34,10 @@ std::unordered_map<std::string, std::string> read_titles(const Options& options)
   const std::size_t id = reader.require("ITEM_ID");
   const auto title = reader.column(options.title_column);
   if (!title) return titles;
-  while (true) {
-    try {
-      if (!reader.next()) return titles;
-      titles.emplace(reader.field(id), reader.field(*title));
-    } catch (const BadRow& row) {
-      // Titles are only for display; the data set's reader has already judged the file's rows.
-      (void)row;
-    }
-  }
-}
-
-std::string quoted(std::string_view text) {
-  if (text.find_first_of(",\"\r\n") == std::string_view::npos) return std::string(text);
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"') out += '"';
-    out += c;
-  }
-  return out + '"';
+  // Titles are only for display; the data set's reader has already judged the file's rows.
+  BadRows ignored{.skip = true};
+  for_each_row(reader, ignored, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
+  return titles;
 }
 
 void record_history(Recommender& recommender, const Dataset& data, std::size_t user) {
@@ -95,41 +82,45 @@ void print_user(Recommender& recommender, const Dataset& data, const Options& op
   Slate slate;
   slate_for(recommender, options, options.user, slate);
   for (const Pick& pick : slate.items)
-    out["slate"].push_back({{"item", std::string(pick.item)},
+    out["slate"].push_back({{"item", printable(pick.item)},
                             {"title", title(pick.item)},
                             {"score", pick.score},
                             {"reason", std::string(name(pick.reason))}});
   if (options.json) {
-    std::cout << out.dump(2) << '\n';
+    print_json(out);
     return;
   }
+  const std::string shown = printable(options.user);
   if (!user)
-    std::cout << "user " << options.user << " has no interactions: popular items\n";
+    std::printf("user %s has no interactions: popular items\n", shown.c_str());
   else
-    std::cout << "user " << options.user << ", last " << out["recent"].size() << " interactions:\n";
+    std::printf("user %s, last %zu interactions:\n", shown.c_str(), out["recent"].size());
   for (const auto& event : out["recent"])
-    std::cout << "  " << event["timestamp"] << "  " << event["item"].get<std::string>() << "  "
-              << event["title"].get<std::string>() << '\n';
-  std::cout << "slate:\n";
+    std::printf("  %lld  %s  %s\n", event["timestamp"].get<long long>(),
+                event["item"].get<std::string>().c_str(),
+                printable(event["title"].get<std::string>()).c_str());
+  std::printf("slate:\n");
   for (std::size_t i = 0; i < slate.items.size(); ++i) {
     const Pick& pick = slate.items[i];
-    std::printf("  %2zu. %-12.*s %9.4f  %-10.*s %s\n", i + 1, static_cast<int>(pick.item.size()),
-                pick.item.data(), static_cast<double>(pick.score),
-                static_cast<int>(name(pick.reason).size()), name(pick.reason).data(),
-                title(pick.item).c_str());
+    std::printf("  %2zu. %-12s %9.4f  %-10s %s\n", i + 1, printable(pick.item).c_str(),
+                static_cast<double>(pick.score), std::string(name(pick.reason)).c_str(),
+                printable(title(pick.item)).c_str());
   }
-  std::fflush(stdout);
+}
+
+void require_csv_ids(const Model& model, const std::string& path) {
+  const StringTable& ids = model.parts().item_ids;
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    if (!is_utf8(ids[i]) || has_control_character(ids[i]))
+      throw Failure(path + ": item id '" + printable(ids[i]) + "' cannot stand in a CSV file");
 }
 
 void write_all(Recommender& recommender, const Dataset& data, const Options& options) {
-  std::ofstream file;
-  if (!options.output.empty()) {
-    file.open(options.output, std::ios::binary);
-    if (!file) throw Failure(options.output + ": cannot create");
-  }
-  std::ostream& out = options.output.empty() ? std::cout : file;
+  require_csv_ids(*recommender.model(), options.model);
+  OutputFile out(options.output);
   Progress progress("recommending");
-  out << "USER_ID,RANK,ITEM_ID,SCORE,REASON\n";
+  out.append("USER_ID,RANK,ITEM_ID,SCORE,REASON\n");
+  std::string lines;
   // Users together share a pass over the catalogue.
   constexpr std::size_t together = 256;
   std::vector<Slate> slates(together);
@@ -147,18 +138,22 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
     if (!done) throw Failure(done.error().message);
     for (std::size_t user = begin; user < end; ++user) {
       const Slate& slate = slates[user - begin];
-      for (std::size_t i = 0; i < slate.items.size(); ++i)
-        out << quoted(data.user_ids[user]) << ',' << i + 1 << ',' << quoted(slate.items[i].item)
-            << ',' << slate.items[i].score << ',' << name(slate.items[i].reason) << '\n';
+      for (std::size_t i = 0; i < slate.items.size(); ++i) {
+        append_csv_field(data.user_ids[user], lines);
+        lines += ',' + std::to_string(i + 1) + ',';
+        append_csv_field(slate.items[i].item, lines);
+        lines += ',' + number_text(double{slate.items[i].score}) + ',';
+        lines += name(slate.items[i].reason);
+        lines += '\n';
+      }
       recommender.forget(data.user_ids[user]);
     }
+    out.append(lines);
+    lines.clear();
     progress.update(static_cast<double>(end) / static_cast<double>(data.user_ids.size()),
                     std::to_string(end) + " users");
   }
-  out.flush();
-  if (!out)
-    throw Failure((options.output.empty() ? "standard output" : options.output) +
-                  std::string(": cannot write; is the disk full?"));
+  out.commit();
   progress.finish(std::to_string(data.user_ids.size()) + " slates written");
 }
 
@@ -173,7 +168,7 @@ void run(const Options& options) {
   files.interactions = options.interactions;
   files.skip_bad_rows = options.skip_bad_rows;
   const Dataset data = read_dataset(files);
-  report_skipped_rows(data, "recommend");
+  data.bad_rows.report("recommend");
   if (options.all_users)
     write_all(*recommender, data, options);
   else
@@ -189,22 +184,30 @@ void add_recommend(CLI::App& app) {
   command->add_option("--model,-m", options->model, "Model file (.pzm)")->required();
   command->add_option("--interactions,-i", options->interactions, "Interactions CSV (or .csv.zst)")
       ->required();
-  command->add_option("--items", options->items, "Items CSV, for titles");
+  auto* all = command->add_flag("--all-users", options->all_users,
+                                "Every user of the interactions, as CSV");
+  auto* user =
+      command->add_option("--user,-u", options->user, "USER_ID to recommend to")->excludes(all);
+  auto* items =
+      command->add_option("--items", options->items, "Items CSV, for titles (with --user)")
+          ->excludes(all);
   command->add_option("--title-column", options->title_column, "Column of --items to show")
-      ->capture_default_str();
-  command->add_option("--user,-u", options->user, "USER_ID to recommend to");
-  command->add_flag("--all-users", options->all_users, "Every user of the interactions, as CSV");
-  command->add_option("--output,-o", options->output,
-                      "CSV of --all-users (default: standard output)");
+      ->capture_default_str()
+      ->needs(items);
+  command
+      ->add_option("--output,-o", options->output, "CSV of --all-users (default: standard output)")
+      ->excludes(user);
   command->add_option("--count,-n", options->count, "Items a slate, 1 to 10000")
       ->check(CLI::Range(1u, 10'000u))
       ->capture_default_str();
-  command->add_option("--recent", options->recent, "Interactions of the user to show")
-      ->capture_default_str();
+  command->add_option("--recent", options->recent, "Interactions of the user to show (with --user)")
+      ->capture_default_str()
+      ->excludes(all);
   command->add_flag("--include-interacted", options->include_interacted,
-                    "Also recommend items of the user's last 200 interactions");
+                    "Also recommend items of the user's last " +
+                        std::to_string(RecommenderOptions{}.history_length) + " interactions");
   command->add_flag("--skip-bad-rows", options->skip_bad_rows, "Leave out malformed rows");
-  command->add_flag("--json", options->json, "Print JSON (with --user)");
+  command->add_flag("--json", options->json, "Print JSON (with --user)")->excludes(all);
   command->callback([options] { run(*options); });
 }
 

@@ -91,7 +91,7 @@ class RuntimePolicy : public Policy {
                             .log = options.log}))) {
     replay(shop_, world);
     for (const World::Event& event : world.history()) clicked_.insert(key(event.user, event.item));
-    find_cold(World::start);
+    find_cold(world.start());
   }
 
   void add_item(const World& world, std::uint32_t item) override { put_item(shop_, world, item); }
@@ -251,7 +251,7 @@ class ModelPolicy : public Policy {
   std::unique_ptr<Encoder> encoder_;
   Calibration calibration_;
   double normaliser_ = 0;
-  std::int64_t now_ = World::start;
+  std::int64_t now_ = world_.start();
   std::vector<ScoredItem> discounts_;  // ignored impressions of the user who is served
 
  private:
@@ -298,7 +298,7 @@ class EpsilonGreedy : public Greedy {
  public:
   EpsilonGreedy(const World& world, const PolicyOptions& options)
       : Greedy(world, options), epsilon_(options.weight), cold_(world) {
-    update(World::start);
+    update(world.start());
   }
   void update(std::int64_t now) override {
     Greedy::update(now);

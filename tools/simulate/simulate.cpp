@@ -3,12 +3,8 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iostream>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -16,14 +12,15 @@
 #include <vector>
 
 #include "command/command.hpp"
-#include "simulate/random.hpp"
+#include "command/json.hpp"
+#include "command/output.hpp"
+#include "data/random.hpp"
 #include "simulate/simulation.hpp"
 
 namespace personalize::tools {
 namespace {
 
-constexpr std::int64_t start = 1'700'000'000;  // Unix seconds; 2023-11-14
-constexpr std::int64_t seconds_a_day = 86'400;
+constexpr std::int64_t seconds_a_day = World::day;
 
 constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",  "Cooking",
                                                   "Farming",   "Mystery",  "Puzzle", "Racing",
@@ -55,8 +52,8 @@ class GeneratedCatalogue {
       for (std::size_t part = 0; part < parts && items_.size() < options.items; ++part) {
         const std::int64_t created =
             launched
-                ? start - static_cast<std::int64_t>(random_.below(200)) * seconds_a_day
-                : start + static_cast<std::int64_t>(random_.below(options.days)) * seconds_a_day;
+                ? start_ - static_cast<std::int64_t>(random_.below(200)) * seconds_a_day
+                : start_ + static_cast<std::int64_t>(random_.below(options.days)) * seconds_a_day;
         items_.push_back({genre, second, series, part, created, appeal,
                           99 + 100 * static_cast<int>(random_.below(40))});
       }
@@ -82,13 +79,13 @@ class GeneratedCatalogue {
 
   std::vector<Event> events() {
     std::vector<Event> events;
-    const std::int64_t end = start + static_cast<std::int64_t>(options_.days) * seconds_a_day;
+    const std::int64_t end = start_ + static_cast<std::int64_t>(options_.days) * seconds_a_day;
     for (std::uint32_t user = 0; user < options_.users; ++user) {
       std::array<std::size_t, 3> likes{};
       for (std::size_t& like : likes) like = random_.below(genres.size());
       const std::size_t visits = 3 + random_.below(12);
       std::int64_t now =
-          start + static_cast<std::int64_t>(random_.below(options_.days)) * seconds_a_day / 2;
+          start_ + static_cast<std::int64_t>(random_.below(options_.days)) * seconds_a_day / 2;
       std::size_t mood = likes[0];
       std::vector<char> seen(items_.size(), 0);
       for (std::size_t visit = 0; visit < visits; ++visit) {
@@ -151,6 +148,7 @@ class GeneratedCatalogue {
 
   static constexpr std::size_t shown_items = 6;
   SimulationOptions options_;
+  std::int64_t start_ = simulated_start(options_.days);
   Random random_, impressions_;  // apart, so that what is shown does not change what is chosen
   std::vector<Item> items_;
   std::array<std::vector<double>, genres.size()> by_genre_;  // cumulative appeal
@@ -182,13 +180,6 @@ void make_folder(const std::string& directory) {
   if (error) throw Failure(directory + ": cannot create: " + error.message());
 }
 
-void write_file(const std::string& path, const std::string& text) {
-  std::ofstream out(path, std::ios::binary);
-  out << text;
-  out.flush();
-  if (!out) throw Failure(path + ": cannot write: " + std::strerror(errno));
-}
-
 }  // namespace
 
 void write_dataset(const SimulationOptions& options, const std::string& directory) {
@@ -201,7 +192,9 @@ void write_dataset(const SimulationOptions& options, const std::string& director
              std::string(genres[item.genre]);
     if (item.second_genre != item.genre) items += "|" + std::string(genres[item.second_genre]);
     const std::string cents = std::to_string(100 + item.price % 100).substr(1);
-    items += "," + std::to_string(item.price / 100) + "." + cents + "," + title(item) + "\n";
+    items += "," + std::to_string(item.price / 100) + "." + cents + ",";
+    append_csv_field(title(item), items);
+    items += '\n';
   }
   std::string interactions = interactions_header;
   for (const GeneratedCatalogue::Event& event : world.events()) {
@@ -217,9 +210,9 @@ void write_dataset(const SimulationOptions& options, const std::string& director
               : random.below(2) == 0 ? "phone"
                                      : "pc") +
              "\n";
-  write_file(directory + "/interactions.csv", interactions);
-  write_file(directory + "/items.csv", items);
-  write_file(directory + "/users.csv", users);
+  write_text(directory + "/interactions.csv", interactions);
+  write_text(directory + "/items.csv", items);
+  write_text(directory + "/users.csv", users);
 }
 
 void write_world(const std::string& policy, const WorldOptions& options, double weight,
@@ -253,9 +246,9 @@ void write_world(const std::string& policy, const WorldOptions& options, double 
                    });
   for (std::uint32_t user = 0; user < options.users; ++user)
     users += "u" + std::to_string(user + 1) + "\n";
-  write_file(directory + "/interactions.csv", interactions);
-  write_file(directory + "/items.csv", items);
-  write_file(directory + "/users.csv", users);
+  write_text(directory + "/interactions.csv", interactions);
+  write_text(directory + "/items.csv", items);
+  write_text(directory + "/users.csv", users);
 }
 
 namespace {
@@ -284,22 +277,23 @@ void run_worlds(const Options& options) {
   require_range("--seeds", options.seeds, 1, 10'000);
   require_range("--slates", world.slates, 1, 100'000'000);
   require_range("--weight", options.weight, 0, 1);
+  if (!options.directory.empty() && options.policies.size() > 1)
+    throw Usage("--write-dataset takes one --policy");
   if (!options.directory.empty())
     return write_world(options.policies.empty() ? "runtime" : options.policies.front(), world,
                        options.weight, options.directory);
   if (!options.log.empty()) {
-    std::ofstream file(options.log, std::ios::binary);
-    file << log_csv_header;
+    OutputFile file(options.log);
+    file.append(log_csv_header);
     std::string line;
     (void)run_policy(
         "runtime", world,
         {.weight = options.weight, .seed = options.seed, .log = [&](const LogEntry& e) {
            line.clear();
            append_csv(e, line);
-           file << line;
+           file.append(line);
          }});
-    file.flush();
-    if (!file) throw Failure(options.log + ": cannot write: " + std::strerror(errno));
+    file.commit();
     return;
   }
   Progress progress("simulating");
@@ -307,9 +301,9 @@ void run_worlds(const Options& options) {
       compare(options.policies.empty() ? policy_names() : options.policies, world, options.weight,
               options.seeds, options.threads, &progress);
   progress.finish("");
-  if (!options.svg.empty()) write_file(options.svg, to_svg(result));
+  if (!options.svg.empty()) write_text(options.svg, to_svg(result));
   if (options.json)
-    std::cout << to_json(result).dump(2) << '\n';
+    print_json(to_json(result));
   else
     print_text(result);
 }
@@ -320,27 +314,34 @@ void add_simulate(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "simulate", "Compare recommendation policies in a simulated world, or generate a data set");
-  command->add_option("--policy", options->policies,
-                      "Policies to compare, the first with all others (default: every one)");
+  auto* policy =
+      command->add_option("--policy", options->policies,
+                          "Policies to compare, the first with all others (default: every one)");
   command->add_option("--scenario", options->scenario,
                       "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue");
-  command->add_option("--weight", options->weight, "Exploration weight, 0 to 1")
-      ->capture_default_str();
-  command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
-      ->capture_default_str();
-  command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u));
-  command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
-  command->add_option("--svg", options->svg, "Plot reward and discovery into this file");
-  command->add_flag("--json", options->json, "Print JSON");
-  auto* log = command->add_option("--write-log", options->log,
-                                  "Run the runtime's policy once and write its interaction log "
-                                  "(for evaluate --protocol off-policy)");
-  command
-      ->add_option("--write-dataset", options->directory,
-                   "Generate interactions.csv (with IMPRESSION), items.csv and users.csv in this "
-                   "directory: series that users follow or, with --scenario, the clicks of that "
-                   "world on the slates of the first --policy")
-      ->excludes(log);
+  auto* weight = command->add_option("--weight", options->weight, "Exploration weight, 0 to 1")
+                     ->capture_default_str();
+  auto* slates =
+      command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
+  auto* log = command
+                  ->add_option("--write-log", options->log,
+                               "Run the runtime's policy once and write its interaction log "
+                               "(for evaluate --protocol off-policy)")
+                  ->excludes(policy);
+  auto* dataset =
+      command
+          ->add_option("--write-dataset", options->directory,
+                       "Generate interactions.csv (with IMPRESSION), items.csv and users.csv in "
+                       "this directory: series that users follow or, with --scenario, the clicks "
+                       "of that world on the slates of --policy")
+          ->excludes(log);
+  for (CLI::Option* compared :
+       {command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
+            ->capture_default_str(),
+        command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u)),
+        command->add_option("--svg", options->svg, "Plot reward and discovery into this file"),
+        command->add_flag("--json", options->json, "Print JSON")})
+    compared->excludes(log)->excludes(dataset);
   command->add_option("--users", options->users, "2 to 10000000 (default: 1000)");
   command->add_option(
       "--items", options->items,
@@ -349,17 +350,21 @@ void add_simulate(CLI::App& app) {
                       "Simulated days, 1 to 3650 (default: 30; of a data set of series: 60)");
   command->add_option("--seed", options->seed, "The same seed gives the same result")
       ->capture_default_str();
-  command->callback([options] {
+  command->callback([=] {
     if (options->users) require_range("--users", *options->users, 2, 10'000'000);
     if (options->items) require_range("--items", *options->items, 10, 1'000'000);
     if (options->days) require_range("--days", *options->days, 1, 3650);
     if (options->directory.empty() || options->scenario) return run_worlds(*options);
-    SimulationOptions dataset;
-    dataset.users = options->users.value_or(dataset.users);
-    dataset.items = options->items.value_or(dataset.items);
-    dataset.days = options->days.value_or(dataset.days);
-    dataset.seed = options->seed;
-    write_dataset(dataset, options->directory);
+    for (const CLI::Option* of_a_world : {policy, weight, slates})
+      if (of_a_world->count() > 0)
+        throw Usage("option " + of_a_world->get_name() +
+                    " has no meaning with --write-dataset but for a --scenario");
+    SimulationOptions series;
+    series.users = options->users.value_or(series.users);
+    series.items = options->items.value_or(series.items);
+    series.days = options->days.value_or(series.days);
+    series.seed = options->seed;
+    write_dataset(series, options->directory);
   });
 }
 

@@ -2,18 +2,19 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
-#include <exception>
+#include <locale>
 #include <mutex>
 #include <numeric>
 #include <optional>
 #include <sstream>
-#include <thread>
 #include <utility>
 
 #include "command/command.hpp"
+#include "command/parallel.hpp"
+#include "data/statistics.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -73,10 +74,13 @@ nlohmann::json to_json(const std::vector<double>& ratios) {
           {"by_seed", ratios}};
 }
 
+// With a decimal point in every locale.
 std::string fixed(double value, int digits) {
-  std::array<char, 64> text;
-  std::snprintf(text.data(), text.size(), "%.*f", digits, value);
-  return text.data();
+  std::array<char, 400> text;  // the largest double has 309 digits before the point
+  const auto end =
+      std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::fixed, digits)
+          .ptr;
+  return {text.data(), end};
 }
 
 // One panel of the plot. Series share the axes; x and y begin at 0.
@@ -146,7 +150,7 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
     }
   }
   std::vector<std::pair<double, std::size_t>> appeal;
-  const std::int64_t last = World::start + World::day * (options.days - options.days / 3);
+  const std::int64_t last = world.start() + World::day * (options.days - options.days / 3);
   for (std::size_t i = options.items; i < world.items().size(); ++i)
     if (world.items()[i].created < last) appeal.emplace_back(world.appeal(i), i);
   std::sort(appeal.rbegin(), appeal.rend());
@@ -164,50 +168,33 @@ Comparison compare(const std::vector<std::string>& policies, const WorldOptions&
   for (std::uint32_t s = 0; s < seeds; ++s) world_seeds.push_back(options.seed + s);
   std::vector<std::vector<PolicyRun>> runs(policies.size(), std::vector<PolicyRun>(seeds));
   const std::size_t all = policies.size() * seeds;
-  std::atomic<std::size_t> next{0};
   std::size_t done = 0;
-  std::mutex mutex;  // of done, progress and failure
-  std::exception_ptr failure;
-  const auto work = [&] {
-    for (std::size_t job; (job = next.fetch_add(1)) < all;) {
+  std::mutex mutex;  // of done and progress
+  for_each_parallel(all, threads, [&] {
+    return [&](std::size_t job) {
       const std::size_t s = job / policies.size(), p = job % policies.size();
       WorldOptions world = options;
       world.seed = world_seeds[s];
-      try {
-        runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
-      } catch (const std::exception&) {
-        const std::lock_guard lock{mutex};
-        failure = std::current_exception();
-        next = all;
-        return;
-      }
+      runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
       const std::lock_guard lock{mutex};
       if (progress)
         progress->update(static_cast<double>(++done) / static_cast<double>(all),
                          "seed " + std::to_string(world.seed) + ", " + policies[p]);
-    }
-  };
-  std::vector<std::thread> others;
-  for (unsigned t = 1; t < threads; ++t) others.emplace_back(work);
-  work();
-  for (std::thread& thread : others) thread.join();
-  if (failure) std::rethrow_exception(failure);
+    };
+  });
   return {options, weight, std::move(world_seeds), policies, std::move(runs)};
 }
 
 Estimate estimate(const std::vector<double>& values) {
-  const auto n = static_cast<double>(values.size());
   Estimate e;
-  e.mean = std::accumulate(values.begin(), values.end(), 0.0) / n;
+  e.mean = mean_of(values);
   if (values.size() < 2) return e;
-  double square = 0;
-  for (const double v : values) square += (v - e.mean) * (v - e.mean);
   // Student's 97.5 % quantile by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5).
-  const double z = 1.959964, degrees = n - 1;
+  const double z = normal_quantile, degrees = static_cast<double>(values.size()) - 1;
   const double z3 = z * z * z, z5 = z3 * z * z;
   const double t =
       z + (z3 + z) / (4 * degrees) + (5 * z5 + 16 * z3 + 3 * z) / (96 * degrees * degrees);
-  e.half_width = t * std::sqrt(square / (n - 1) / n);
+  e.half_width = t * standard_error(values);
   return e;
 }
 
@@ -318,6 +305,7 @@ std::string to_svg(const Comparison& c) {
   const double step = std::pow(10, std::floor(std::log10(reward.y_max)));
   reward.y_max = std::ceil(reward.y_max / step) * step;
   std::ostringstream out;
+  out.imbue(std::locale::classic());
   out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1150 400' "
          "font-family='sans-serif' font-size='12'>\n<rect width='1150' height='400' "
          "fill='white'/>\n";

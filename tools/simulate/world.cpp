@@ -58,7 +58,7 @@ World::World(const WorldOptions& options) : options_(options), random_(options.s
   for (std::size_t g = 0; g < genre_count; ++g) genres_.push_back(direction(random_));
   for (std::size_t i = 0; i < options.items; ++i)
     items_.push_back(
-        make_item(start - static_cast<std::int64_t>(random_.uniform() * 365 * double{day})));
+        make_item(start_ - static_cast<std::int64_t>(random_.uniform() * 365 * double{day})));
   for (std::size_t u = 0; u < options.users; ++u) {
     Vector taste{};
     for (int like = 0; like < 2; ++like) {
@@ -109,7 +109,7 @@ void World::make_model() {
     ItemStatistics statistics;
     statistics.interactions = 50 + static_cast<std::uint64_t>(200 * std::exp(items_[i].quality));
     statistics.first_timestamp = items_[i].created;
-    statistics.last_timestamp = start;
+    statistics.last_timestamp = start_;
     statistics.creation_timestamp = items_[i].created;
     parts.statistics.push_back(statistics);
   }
@@ -138,8 +138,8 @@ void World::make_history() {
     for (std::size_t i = 0; i < items_.size(); ++i)
       cumulative[i] = total += sigmoid(log_odds(user, items_[i]));
     for (int event = 0; event < 12; ++event)
-      history_.push_back(
-          {user, static_cast<std::uint32_t>(random_.draw(cumulative)), start - day * (12 - event)});
+      history_.push_back({user, static_cast<std::uint32_t>(random_.draw(cumulative)),
+                          start_ - day * (12 - event)});
   }
   std::stable_sort(history_.begin(), history_.end(),
                    [](const Event& a, const Event& b) { return a.timestamp < b.timestamp; });
@@ -148,7 +148,7 @@ void World::make_history() {
 std::size_t World::advance() {
   now_ += day / static_cast<std::int64_t>(ticks);
   const std::size_t tick =
-      static_cast<std::size_t>((now_ - start) / (day / static_cast<std::int64_t>(ticks)));
+      static_cast<std::size_t>((now_ - start_) / (day / static_cast<std::int64_t>(ticks)));
   if (tick % ticks == 0) {
     for (Vector& taste : tastes_) {
       const Vector drift = direction(random_);

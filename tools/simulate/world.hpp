@@ -9,8 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "data/random.hpp"
 #include "personalize_runtime.hpp"
-#include "simulate/random.hpp"
 
 namespace personalize::tools {
 
@@ -24,6 +24,12 @@ struct Scenario {
 // "default", "weak-metadata", "strong-metadata", "no-fatigue", "fast-catalogue". Throws Usage.
 Scenario scenario_of(const std::string& name);
 
+// Unix seconds at which a simulation of so many days begins: 2023-11-14 or, where that would take
+// it past 2026-08-10 and so perhaps into the future, earlier.
+constexpr std::int64_t simulated_start(std::uint32_t days) {
+  return 1'700'000'000 - std::int64_t{86'400} * (days > 1000 ? days - 1000 : 0);
+}
+
 struct WorldOptions {
   Scenario scenario = {};
   std::uint32_t users = 1000, items = 2000, days = 30;
@@ -35,8 +41,8 @@ class World {
  public:
   static constexpr std::size_t dimension = 16;
   static constexpr std::size_t slate_length = 10;
-  static constexpr std::size_t ticks = 12;  // a day: new items arrive, policies update
-  static constexpr std::int64_t start = 1'700'000'000, day = 86'400;
+  static constexpr std::size_t ticks = 12;     // a day: new items arrive, policies update
+  static constexpr std::int64_t day = 86'400;  // seconds
   using Vector = std::array<double, dimension>;
 
   explicit World(const WorldOptions& options);
@@ -65,6 +71,7 @@ class World {
   // Moves on to the next tick; new items are those from the returned index on.
   std::size_t advance();
   std::int64_t now() const { return now_; }
+  std::int64_t start() const { return start_; }
 
   // A visit: who comes at which second. The same in every run with the same seed.
   struct Visit {
@@ -104,7 +111,8 @@ class World {
   std::shared_ptr<const Model> model_;
   std::vector<Event> history_;
   std::vector<Visit> visits_;
-  std::int64_t now_ = start - day / static_cast<std::int64_t>(ticks);
+  std::int64_t start_ = simulated_start(options_.days);
+  std::int64_t now_ = start_ - day / static_cast<std::int64_t>(ticks);
 };
 
 }  // namespace personalize::tools

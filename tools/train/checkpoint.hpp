@@ -11,6 +11,7 @@ namespace personalize::tools {
 
 struct Checkpoint {
   std::string recipe;  // JSON: the options and the data that the run was started with
+  // Tensors of f32.
   std::vector<at::Tensor> parameters, first_moments, second_moments;  // in the network's order
   std::vector<at::Tensor> best_parameters;      // empty: no epoch validated yet
   std::vector<at::Tensor> state;                // hidden state carried between chunks
@@ -20,8 +21,10 @@ struct Checkpoint {
   double fraction = 0;  // position in the learning rate's schedule
 };
 
-// Atomic: a temporary file beside the path, renamed over it. Throws Failure.
-void save_checkpoint(const Checkpoint& checkpoint, const std::string& path);
+// Replaces the file at once, or leaves it as it was. Throws Failure.
+void save_checkpoint(const Checkpoint& state, const std::string& path);
+// Runs nothing that the file holds, and takes no more memory than its size. Throws Failure:
+// missing, of another version, or damaged, be it by one bit.
 Checkpoint load_checkpoint(const std::string& path);
 
 }  // namespace personalize::tools

@@ -3,6 +3,8 @@
 #include <bit>
 #include <cmath>
 
+#include "data/random.hpp"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")
 #endif

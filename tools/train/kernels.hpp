@@ -39,16 +39,4 @@ struct AdamStep {
 void adamw(float* parameter, const float* gradient, float* first_moment, float* second_moment,
            std::size_t n, const AdamStep& step) noexcept;
 
-// splitmix64's finaliser (Steele et al. 2014).
-[[nodiscard]] constexpr std::uint64_t mix(std::uint64_t x) noexcept {
-  x += 0x9E3779B97F4A7C15U;
-  x = (x ^ (x >> 30U)) * 0xBF58476D1CE4E5B9U;
-  x = (x ^ (x >> 27U)) * 0x94D049BB133111EBU;
-  return x ^ (x >> 31U);
-}
-
-[[nodiscard]] constexpr std::uint64_t mix(std::uint64_t a, std::uint64_t b) noexcept {
-  return mix(mix(a) ^ b);
-}
-
 }  // namespace personalize::tools

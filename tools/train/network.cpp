@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "data/random.hpp"
 #include "train/gru.hpp"
 #include "train/kernels.hpp"
 

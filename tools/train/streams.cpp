@@ -4,8 +4,8 @@
 #include <optional>
 #include <utility>
 
+#include "data/random.hpp"
 #include "personalize_runtime.hpp"
-#include "train/kernels.hpp"
 
 namespace personalize::tools {
 

@@ -1,13 +1,7 @@
 #include "train/train.hpp"
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
-#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,19 +9,13 @@
 #include <vector>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
+#include "command/output.hpp"
 #include "data/dataset.hpp"
 #include "train/trainer.hpp"
 
 namespace personalize::tools {
 namespace {
-
-volatile std::sig_atomic_t stop_requested = 0;
-
-extern "C" void request_stop(int) {
-  stop_requested = 1;
-  std::signal(SIGINT, SIG_DFL);  // a second signal ends the program at once
-  std::signal(SIGTERM, SIG_DFL);
-}
 
 struct Arguments {
   DatasetOptions data;
@@ -59,17 +47,7 @@ void check(const TrainOptions& o) {
         "--min-user-history-length-percentile is above --max-user-history-length-percentile");
 }
 
-// Throws Failure before the training rather than after it.
-void require_writable(const std::string& path) {
-  namespace fs = std::filesystem;
-  const fs::path folder = fs::absolute(path).parent_path();
-  if (fs::is_directory(path)) throw Failure(path + ": is a folder; name a file");
-  if (!fs::is_directory(folder)) throw Failure(path + ": there is no folder " + folder.string());
-  if (::access(folder.c_str(), W_OK) != 0)
-    throw Failure(path + ": no permission to write into " + folder.string());
-}
-
-void print_json(const TrainSummary& s, const TrainOptions& options) {
+void print_summary(const TrainSummary& s, const TrainOptions& options) {
   nlohmann::ordered_json json = {{"model", options.output},
                                  {"complete", !s.interrupted},
                                  {"epochs", s.epochs},
@@ -87,29 +65,33 @@ void print_json(const TrainSummary& s, const TrainOptions& options) {
                           {"ndcg_at_10", s.validation.ndcg10},
                           {"recall_at_10", s.validation.recall10}};
   if (s.interrupted) json["checkpoint"] = s.checkpoint;
-  std::printf("%s\n", json.dump(2).c_str());
-  std::fflush(stdout);
+  print_json(json);
 }
 
 void run(Arguments& arguments) {
   check(arguments.train);
-  for (const std::string& path : {arguments.train.output, checkpoint_path(arguments.train)})
-    require_writable(path);
+  // Before the training rather than after it.
+  const TrainOptions& options = arguments.train;
+  if (is_device(options.output)) {
+    if (options.checkpoint.empty())
+      throw Usage("-o " + options.output + " is no regular file: name a --checkpoint file as well");
+    if (arguments.json && is_standard_output(options.output))
+      throw Usage("--json and the model cannot both go to standard output");
+  }
+  if (is_device(checkpoint_path(options)))
+    throw Usage("--checkpoint " + options.checkpoint + " is no regular file");
+  for (const std::string& path : {options.output, checkpoint_path(options)}) require_writable(path);
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
-  report_skipped_rows(dataset, "train");
-  arguments.train.interrupted = [] { return stop_requested != 0; };
-  std::signal(SIGINT, request_stop);
-  std::signal(SIGTERM, request_stop);
-  const TrainSummary summary = train(dataset, arguments.train);
-  if (arguments.json) print_json(summary, arguments.train);
-  if (summary.interrupted) {
-    std::fprintf(
-        stderr,
-        "personalize train: interrupted; %s holds the best so far; go on with --resume (%s)\n",
-        arguments.train.output.c_str(), summary.checkpoint.c_str());
-    std::exit(130);
-  }
+  dataset.bad_rows.report("train");
+  arguments.train.interrupted = [] { return noted_signal() != 0; };
+  note_signals();
+  const TrainSummary summary = train(dataset, options);
+  if (arguments.json) print_summary(summary, options);
+  if (summary.interrupted)
+    throw Interrupted(noted_signal(), "interrupted; " + options.output +
+                                          " holds the best so far; go on with --resume (" +
+                                          summary.checkpoint + ")");
 }
 
 // An option that takes one of a few words.

@@ -7,11 +7,9 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <numbers>
 #include <numeric>
@@ -26,6 +24,9 @@
 #include <nlohmann/json.hpp>
 
 #include "command/command.hpp"
+#include "command/output.hpp"
+#include "command/parallel.hpp"
+#include "data/random.hpp"
 #include "train/checkpoint.hpp"
 #include "train/export.hpp"
 #include "train/kernels.hpp"
@@ -39,7 +40,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Json = nlohmann::ordered_json;
 
-constexpr std::size_t input_window = 200;  // events that validation's ranking is computed from
+// Events that validation's ranking is computed from: as many as the runtime remembers.
+const std::size_t input_window = RecommenderOptions{}.history_length;
 constexpr std::size_t steps_per_epoch_wanted = 50;
 
 double seconds_since(Clock::time_point start) {
@@ -56,25 +58,13 @@ void make_operations_sequential() {
     reinterpret_cast<void (*)(int)>(symbol)(1);
 }
 
-// Calls work(0) ... work(n - 1), each on a thread of its own, the first one on this thread.
+// Calls work(0) ... work(count - 1) on up to `threads` threads.
 template <class Work>
-void on_threads(std::size_t n, const Work& work) {
-  std::vector<std::exception_ptr> failures(n);
-  const auto attempt = [&](std::size_t i) {
-    try {
-      at::globalContext().setFlushDenormal(true);  // a setting of the thread
-      work(i);
-    } catch (...) {
-      failures[i] = std::current_exception();
-    }
-  };
-  {
-    std::vector<std::jthread> threads;
-    for (std::size_t i = 1; i < n; ++i) threads.emplace_back(attempt, i);
-    attempt(0);
-  }
-  for (const std::exception_ptr& failure : failures)
-    if (failure) std::rethrow_exception(failure);
+void on_threads(std::size_t count, std::size_t threads, const Work& work) {
+  for_each_parallel(count, threads, [&] {
+    at::globalContext().setFlushDenormal(true);  // a setting of the thread
+    return [&](std::size_t i) { work(i); };
+  });
 }
 
 struct Example {  // a user whose event after `input` is to be ranked
@@ -201,12 +191,10 @@ RankingMetrics validate(const Network& network, std::span<const Example> example
       std::clamp<std::size_t>((std::size_t{1} << 23U) / network.shape().trained_items, 8, 128);
   const at::Tensor vectors = network.item_vectors();
   std::vector<RankingMetrics> blocks((examples.size() + batch - 1) / batch);
-  std::atomic<std::size_t> next = 0;
-  on_threads(std::max<std::size_t>(1, std::min(threads, blocks.size())), [&](std::size_t) {
-    for (std::size_t i = next++; i < blocks.size(); i = next++)
-      blocks[i] =
-          validate_block(network, vectors,
-                         examples.subspan(i * batch, std::min(batch, examples.size() - i * batch)));
+  on_threads(blocks.size(), threads, [&](std::size_t i) {
+    blocks[i] =
+        validate_block(network, vectors,
+                       examples.subspan(i * batch, std::min(batch, examples.size() - i * batch)));
   });
   RankingMetrics metrics;
   metrics.users = examples.size();
@@ -447,7 +435,7 @@ class Training {
     std::vector<double> losses(parts, 0.0);
     std::vector<std::vector<at::Tensor>> gradients(parts);
     std::vector<std::vector<at::Tensor>> states(parts);
-    on_threads(parts, [&](std::size_t part) {
+    on_threads(parts, parts, [&](std::size_t part) {
       const std::size_t first = batch_size_ * part / parts;
       const std::size_t last = batch_size_ * (part + 1) / parts;
       const Chunk mine = slice(chunk, first, last);
@@ -614,11 +602,9 @@ class Training {
                                 {"ndcg_at_10", summary.validation.ndcg10},
                                 {"recall_at_10", summary.validation.recall10}};
     const ModelParts parts = export_network(network_, dataset_, metadata.dump());
-    const WriteOptions write{.element_type = options_.element_type};
-    if (const auto saved = save_model(parts, options_.output, write); !saved)
-      throw Failure(saved.error().code == Errc::io
-                        ? saved.error().message  // begins with the path
-                        : options_.output + ": " + saved.error().message);
+    OutputFile file(options_.output);
+    file.append_model(parts, {.element_type = options_.element_type});
+    file.commit();
   }
 
   const Dataset& dataset_;

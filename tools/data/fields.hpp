@@ -1,0 +1,71 @@
+// What the project's CSV files have in common: ids, timestamps, numbers, and rows that are bad.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "command/command.hpp"
+#include "data/csv.hpp"
+
+namespace personalize::tools {
+
+// 1 to 256 bytes without control characters. Throws BadRow.
+std::string_view id_field(const CsvReader& reader, std::size_t column);
+
+// Whether well-formed UTF-8 holds a control character (U+0000 to U+001F, U+007F to U+009F).
+bool has_control_character(std::string_view text);
+
+// A clock that runs ahead, or a time zone, explains a day; more is another unit or a typing error.
+inline constexpr std::int64_t clock_skew = 86'400;  // seconds
+
+// Unix seconds from `earliest` to the system's clock and clock_skew. Throws BadRow.
+std::int64_t timestamp_field(const CsvReader& reader, std::size_t column,
+                             std::int64_t earliest = 0);
+
+// All of the text as a number, an infinity or NaN: no blanks, a decimal point in every locale.
+std::optional<double> read_number(std::string_view text);
+
+// A number or an infinity. Throws BadRow.
+double number_field(const CsvReader& reader, std::size_t column);
+
+// Rows that could not be used: the first ends the job or, with skip, they are counted.
+struct BadRows {
+  bool skip = false;
+  std::uint64_t count = 0;
+  std::vector<std::string> reports = {};  // the first ten: file, line, column, reason
+  void add(const CsvReader& reader, const BadRow& row);
+  // "; 3 bad rows were skipped, the first: ..." or nothing, to end the message that nothing is
+  // left.
+  std::string reason() const;
+  // One line on standard error, where rows were skipped.
+  void report(std::string_view command) const;
+};
+
+// Runs `row` for every row of the reader that is not bad.
+template <class Function>
+void for_each_row(CsvReader& reader, BadRows& bad, Function row) {
+  for (;;) {
+    try {
+      if (!reader.next()) return;
+      row();
+    } catch (const BadRow& problem) {
+      bad.add(reader, problem);
+    }
+  }
+}
+
+// The same where each row counts, such as one a row of a matrix: the first bad one is a Failure.
+template <class Function>
+void for_every_row(CsvReader& reader, Function row) {
+  try {
+    while (reader.next()) row();
+  } catch (const BadRow& bad) {
+    throw Failure(reader.name() + ":" + std::to_string(bad.line) + ": " + bad.what());
+  }
+}
+
+}  // namespace personalize::tools
