@@ -8410,8 +8410,9 @@ struct Catalogue {
                                    : 0;
   }
   bool is_well_known(std::uint32_t item, const DecayMoment& moment) const noexcept {
-    return static_cast<double>(statistics[item].interactions) + interactions_since(item, moment) >=
-           static_cast<double>(well_known);
+    // Counters round to some millionths.
+    return static_cast<double>(statistics[item].interactions) + interactions_since(item, moment) >
+           static_cast<double>(well_known) - 0.5;
   }
   const GammaPrior& prior_of(std::uint32_t item, const DecayMoment& moment) const noexcept {
     return is_well_known(item, moment) ? well_known_prior : cold_prior;
@@ -9552,43 +9553,42 @@ class Users {
 // one user fills a part of it alone. Any number of threads may call.
 class EventIds {
  public:
-  // most: ids remembered, 16 bytes each, taken as they come.
+  // most: ids remembered, some 24 bytes each, taken as they come.
   explicit EventIds(std::size_t most) : capacity_(std::max<std::size_t>(most / stripe_count, 1)) {}
 
-  // An id while its event is recorded; remembered for good once the event counts.
+  // An id while its event is recorded: nobody else can record one of the same id meanwhile.
+  // Displaces an older id only where the event counts.
   class Claim {
    public:
     Claim(EventIds& ids, std::string_view id, const UserKey& user, const HashKey& key) {
       if (id.empty()) return;
       const std::array<std::uint64_t, 2> both{siphash(key, std::as_bytes(std::span(id))),
                                               user.hash()};
-      hash_ = std::max<std::uint64_t>(siphash(key, std::as_bytes(std::span(both))), 1);
-      ids_ = &ids;
-      place_ = ids.insert(hash_);
+      hash_ = siphash(key, std::as_bytes(std::span(both)));
+      known_ = !ids.claim(hash_);
+      if (!known_) ids_ = &ids;
     }
     Claim(const Claim&) = delete;
     Claim& operator=(const Claim&) = delete;
     ~Claim() {
-      if (place_) ids_->erase(hash_, *place_);
+      if (ids_) ids_->end(hash_, false);
     }
-    bool is_known() const noexcept { return ids_ && !place_ && !kept_; }
+    bool is_known() const noexcept { return known_; }
     void keep() noexcept {
-      place_.reset();
-      kept_ = true;
+      if (ids_) std::exchange(ids_, nullptr)->end(hash_, true);
     }
 
    private:
     EventIds* ids_ = nullptr;
     std::uint64_t hash_ = 0;
-    std::optional<std::uint32_t> place_;
-    bool kept_ = false;
+    bool known_ = false;
   };
 
   std::size_t bytes() const {
     std::size_t sum = 0;
     for (const Stripe& stripe : stripes_) {
       const std::lock_guard lock{stripe.mutex};
-      sum += stripe.index.bytes() + allocated(stripe.ring);
+      sum += stripe.index.bytes() + allocated(stripe.ring) + allocated(stripe.claimed);
     }
     return sum;
   }
@@ -9597,57 +9597,64 @@ class EventIds {
   static constexpr std::size_t stripe_count = 64;
   struct Stripe {
     mutable RankedMutex<1> mutex;
-    HashIndex index;                  // of places in the ring
-    std::vector<std::uint64_t> ring;  // hashes in the order of arrival; 0: given up
+    HashIndex index;                     // of places in the ring
+    std::vector<std::uint64_t> ring;     // hashes in the order of arrival
+    std::vector<std::uint64_t> claimed;  // of events that are being recorded
     std::size_t next = 0;
   };
 
-  // The place of a new hash; nothing where it is known.
-  std::optional<std::uint32_t> insert(std::uint64_t hash) {
+  // False where the hash is known. Memory for remembering it is taken, without the lock.
+  bool claim(std::uint64_t hash) {
     Stripe& stripe = stripes_[hash % stripe_count];
     for (;;) {
-      std::size_t room = 0;
+      std::size_t ring = 0, claimed = 0;
       {
         const std::lock_guard lock{stripe.mutex};
-        if (stripe.index.find(hash, [&](std::uint32_t p) { return stripe.ring[p] == hash; }))
-          return std::nullopt;
-        if (!stripe.index.full() &&
-            (stripe.ring.size() < stripe.ring.capacity() || stripe.ring.size() == capacity_)) {
-          const auto place = static_cast<std::uint32_t>(stripe.next);
-          stripe.next = (stripe.next + 1) % capacity_;
-          if (place == stripe.ring.size()) {
-            stripe.ring.push_back(hash);
-          } else {
-            if (stripe.ring[place] != 0) stripe.index.erase(stripe.ring[place], place);
-            stripe.ring[place] = hash;
-          }
-          stripe.index.insert(hash, place);
-          return place;
+        if (stripe.index.find(hash, [&](std::uint32_t p) { return stripe.ring[p] == hash; }) ||
+            std::find(stripe.claimed.begin(), stripe.claimed.end(), hash) != stripe.claimed.end())
+          return false;
+        ring = std::min(stripe.ring.size() + stripe.claimed.size() + 1, capacity_);
+        claimed = stripe.claimed.size() + 1;
+        if (ring <= stripe.ring.capacity() && claimed <= stripe.claimed.capacity()) {
+          stripe.claimed.push_back(hash);
+          return true;
         }
-        room = stripe.ring.size();
       }
-      grow(stripe, std::min(std::max<std::size_t>(2 * room, 64), capacity_));
+      grow(stripe, std::min(std::max<std::size_t>(2 * ring, 16), capacity_), 2 * claimed);
     }
   }
 
-  static void grow(Stripe& stripe, std::size_t room) {
-    HashIndex larger = HashIndex::of_capacity(std::bit_ceil(room + room / 3 + 2));
-    std::vector<std::uint64_t> ring;
+  static void grow(Stripe& stripe, std::size_t room, std::size_t claimed) {
+    HashIndex larger = HashIndex::of_capacity(room + room / 2 + 2);
+    std::vector<std::uint64_t> ring, claims;
     ring.reserve(room);
+    claims.reserve(claimed);
     const std::lock_guard lock{stripe.mutex};
-    if (stripe.ring.size() > room || stripe.ring.capacity() >= room) return;
+    if (stripe.claimed.capacity() < claims.capacity()) {
+      claims.assign(stripe.claimed.begin(), stripe.claimed.end());
+      claims.swap(stripe.claimed);
+    }
+    if (stripe.ring.capacity() >= room) return;
     ring.assign(stripe.ring.begin(), stripe.ring.end());
     ring.swap(stripe.ring);
     larger.take(stripe.index);
     std::swap(larger, stripe.index);
   }
 
-  void erase(std::uint64_t hash, std::uint32_t place) noexcept {
+  void end(std::uint64_t hash, bool keep) noexcept {
     Stripe& stripe = stripes_[hash % stripe_count];
     const std::lock_guard lock{stripe.mutex};
-    if (stripe.ring[place] != hash) return;
-    stripe.index.erase(hash, place);
-    stripe.ring[place] = 0;
+    std::erase(stripe.claimed, hash);
+    if (!keep) return;
+    const auto place = static_cast<std::uint32_t>(stripe.next);
+    stripe.next = (stripe.next + 1) % capacity_;
+    if (place == stripe.ring.size()) {
+      stripe.ring.push_back(hash);
+    } else {
+      stripe.index.erase(stripe.ring[place], place);
+      stripe.ring[place] = hash;
+    }
+    stripe.index.insert(hash, place);
   }
 
   std::size_t capacity_;  // a stripe
