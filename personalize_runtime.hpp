@@ -27,26 +27,24 @@
 //
 //   auto model = pz::Model::load("model.pzm");
 //   if (!model) return fail(model.error().message);
-//   auto shop = pz::Recommender::create(*model);
-//   if (!shop) return fail(shop.error().message);
+//   auto recommender = pz::Recommender::create(*model);
+//   if (!recommender) return fail(recommender.error().message);
 //
-//   auto learned = shop->record({.user = "u1", .item = "sword", .event_type = "click"});
+//   auto learned = recommender->record({.user = "u1", .item = "sword", .event_type = "click"});
 //   if (!learned) return fail(learned.error().message);
-//   auto slate = shop->recommend({.user = "u1", .count = 25, .exclude_interacted = true});
+//   auto slate = recommender->recommend({.user = "u1", .count = 25});
 //   if (!slate) return fail(slate.error().message);
 //   for (const pz::Pick& pick : slate->items) show(pick.item, pick.score, pz::name(pick.reason));
 //
 // Contents (each room uses only earlier rooms; its banner says which)
-//   0 preamble          version, configuration macros
+//   0 preamble          version, macros, what a compiler must offer
 //   1 errors            Errc, Error, Result<T>
-//   2 basics            bytes and files, hashes, random numbers, tables of strings
-//   3 instruction sets  integer products, scores and sums of each, scalar first
-//   4 kernels           row scoring, matrix-vector products, gates, norms; dispatch
-//   5 container         checked, compressed sections of a file
-//   6 model             item vectors, statistics, metadata, encoder operations: plain data, checks
-//   7 model file        reading and writing; Model
-//   8 encoder           one event in, new user state out
-//   9 filters           which items may be ranked
+//   2 basics            bytes and files, text and numbers, hashes, random numbers, tables of
+//   strings 3 instruction sets  integer products, scores and sums of each, scalar first 4 kernels
+//   row scoring, matrix-vector products, gates, norms; dispatch 5 container         checked,
+//   compressed sections of a file 6 model             item vectors, statistics, metadata, encoder
+//   operations: plain data, checks 7 model file        reading and writing; Model 8 encoder one
+//   event in, new user state out 9 filters           which items may be ranked
 //  10 scorer            exact top-k over the eligible items
 //  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
 //  12 exploration       calibration, posterior, vector correction, slots with propensities
@@ -316,8 +314,8 @@ auto catching_bad_alloc(Call call) -> decltype(call()) {
 }  // namespace detail
 
 // ============================================================================================
-// Room 2: basics. Owns what knows nothing of recommendations: bytes and files, hashes, random
-// numbers, aligned memory, tables of distinct strings. Uses room 1.
+// Room 2: basics. Owns what knows nothing of recommendations: bytes and files, text and numbers,
+// hashes, random numbers, aligned memory, tables of distinct strings. Uses room 1.
 // ============================================================================================
 
 // "major.minor.patch"
@@ -5120,7 +5118,7 @@ class Model {
 
 // ============================================================================================
 // Room 8: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
-// 1, 2, 4, 6 and 7.
+// 2, 4, 6 and 7.
 // ============================================================================================
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();

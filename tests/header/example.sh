@@ -8,7 +8,7 @@ trap 'rm -rf "$out"' EXIT
 
 # From the include to the first line that is not indented.
 sed -n '/^\/\/   #include/,/^\/\/ [A-Z]/{s/^\/\/   //p}' "$header" >"$out/example"
-[[ $(grep -c 'shop->' "$out/example") -ge 2 ]] || { echo "no example found" >&2; exit 1; }
+[[ $(grep -c 'recommender->' "$out/example") -ge 2 ]] || { echo "no example found" >&2; exit 1; }
 {
   grep '^#include\|^namespace' "$out/example"
   echo 'int fail(const std::string&); void show(std::string_view, float, std::string_view);'
