@@ -12,7 +12,7 @@
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace inspect_command {
 
 const char* name(EncoderOp::Kind kind) {
   switch (kind) {
@@ -129,9 +129,10 @@ void print_text(const nlohmann::json& d) {
   print_json(d["metadata"]);
 }
 
-}  // namespace
+}  // namespace inspect_command
 
 void add_inspect(CLI::App& app) {
+  using namespace inspect_command;
   struct Options {
     std::string model;
     bool json = false;
