@@ -43,7 +43,7 @@ int main(int argc, char** argv) {
                }});
   if (!shop) return fail(shop.error());
 
-  std::int64_t now = 1'800'000'000;
+  std::int64_t now = 1'750'000'000;
   if (auto put = shop->put_item(
           {.item = new_item, .creation_timestamp = now, .fields = {{arguments[3], arguments[4]}}});
       !put)

@@ -78,6 +78,72 @@ python3 -c "import xml.dom.minidom; xml.dom.minidom.parse('plot.svg')" || fail "
 "$personalize" simulate --scenario no-fatigue --users 50 --items 200 --days 2 --slates 100 --write-dataset world
 "$personalize" simulate --users 50 --items 200 --days 1 --slates 100 --write-log world.csv
 "$personalize" evaluate --protocol off-policy --log world.csv | grep -q 'doubly robust'
+refuses 2 'excludes' "$personalize" simulate --write-log x --policy greedy
+refuses 2 'excludes' "$personalize" simulate --write-dataset x --json
+refuses 2 'no meaning' "$personalize" simulate --write-dataset x --slates 5
+refuses 2 'one --policy' "$personalize" simulate --scenario default --write-dataset x --policy greedy --policy runtime
+refuses 2 'no meaning' "$personalize" evaluate --protocol off-policy --log world.csv -m model.pzm
+refuses 2 'no meaning' "$personalize" evaluate -m model.pzm -i data/interactions.csv --target-weight 0
+refuses 2 'excludes' "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users --json
+refuses 2 'excludes' "$personalize" recommend -m model.pzm -i data/interactions.csv -u u1 -o x
+"$personalize" evaluate --protocol off-policy --log world.csv --target-weight 1 --json >off.json
+[[ $(field off.json "['doubly_robust']['mean'] > 0") == True ]] || fail "weight 1 has no estimate"
+{ cat world.csv; printf '1,a\0b,r,i,1,0,1,1,0,-inf,1,1,0\n'; } >nul.csv
+refuses 1 'a NUL byte' "$personalize" evaluate --protocol off-policy --log nul.csv
+"$personalize" evaluate --protocol off-policy --log nul.csv --skip-bad-rows --json >off.json 2>err
+(($(field off.json "['bad_rows']") == 1)) || fail "a bad row was not counted"
+grep -q 'skipped 1 bad rows' err || fail "a bad row was not reported: $(cat err)"
+
+# Outputs: standard output that is full, devices, links, signals.
+for command in 'inspect model.pzm' 'inspect model.pzm --json' '--version' \
+  'recommend -m model.pzm -i data/interactions.csv -u u1' \
+  'recommend -m model.pzm -i data/interactions.csv --all-users' \
+  'evaluate --protocol off-policy --log world.csv --json' \
+  'simulate --users 50 --items 200 --days 1 --slates 100 --policy greedy --json' \
+  'convert --from model.pzm -o /dev/stdout'; do
+  status=0
+  # shellcheck disable=SC2086
+  "$personalize" $command >/dev/full 2>err || status=$?
+  ((status == 1)) && grep -q 'cannot write' err || fail "$command on a full disk ended with $status: $(cat err)"
+done
+refuses 1 '/dev/full: cannot write' "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users -o /dev/full
+refuses 1 '/dev/full: cannot write' "$personalize" convert --from model.pzm -o /dev/full
+[[ -c /dev/full ]] || fail "/dev/full was replaced"
+"$personalize" convert --from model.pzm -o /dev/stdout 2>/dev/null | cat >piped.pzm
+"$personalize" convert --from model.pzm -o copy.pzm >/dev/null
+cmp piped.pzm copy.pzm
+ln -s copy.pzm link.pzm
+"$personalize" convert --from f32.pzm --element-type f32 -o link.pzm >/dev/null
+[[ -L link.pzm ]] || fail "a link was replaced"
+! cmp -s piped.pzm copy.pzm || fail "a link was not written through"
+refuses 2 'name a --checkpoint' "$personalize" train data/interactions.csv -o /dev/null
+mkdir signals
+python3 - "$personalize" <<'CHECK' || fail "a signal left something behind"
+import os, signal, subprocess, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    running = subprocess.Popen([sys.argv[1], "simulate", "--users", "2000", "--days", "3650",
+                                "--write-log", "signals/log.csv"])
+    while not os.listdir("signals"):
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert running.wait() == 128 + number, running.returncode
+    assert not os.listdir("signals"), os.listdir("signals")
+CHECK
+# Metadata that nests is not shown, and costs no more than its size.
+"$personalize" convert --from model.pzm --to safetensors -o model.safetensors >/dev/null
+python3 - <<'NEST'
+import json, struct
+data = open("model.safetensors", "rb").read()
+length = struct.unpack("<Q", data[:8])[0]
+header = json.loads(data[8:8 + length])
+header["__metadata__"]["metadata"] = "[" * 20000 + "]" * 20000
+text = json.dumps(header).encode()
+open("nested.safetensors", "wb").write(struct.pack("<Q", len(text)) + text + data[8 + length:])
+NEST
+"$personalize" convert --from nested.safetensors -o nested.pzm >/dev/null
+"$personalize" inspect nested.pzm >nested.txt
+grep -q 'not shown: the metadata nests deeper than 32 levels' nested.txt || fail "nested metadata: $(head -c 300 nested.txt)"
+(($(wc -c <nested.txt) < 10000)) || fail "nested metadata was printed"
 refuses 2 'none of default' "$personalize" simulate --scenario x
 refuses 2 'none of runtime' "$personalize" simulate --policy x
 refuses 2 '\[0, 1\]' "$personalize" simulate --weight 2
@@ -101,6 +167,12 @@ csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,12x\n'
 refuses 1 "bad.csv:2: column TIMESTAMP: '12x'" "${train[@]}"
 csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,1700000000000\n'
 refuses 1 'looks like milliseconds' "${train[@]}"
+csv "USER_ID,ITEM_ID,TIMESTAMP\nu,i1,$(($(date +%s) + 90000))\n"
+refuses 1 'bad.csv:2: column TIMESTAMP: .* over a day in the future' "${train[@]}"
+refuses 1 'over a day in the future' "$personalize" evaluate -m model.pzm -i bad.csv
+refuses 1 'over a day in the future' "$personalize" convert --from model.pzm -o x.pzm --check bad.csv
+csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,880000000000\n'
+refuses 1 'looks like milliseconds' "${train[@]}" --skip-bad-rows
 csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,i,1\nu,\0,2\n'
 refuses 1 'bad.csv:3: a NUL byte' "${train[@]}"
 csv 'USER_ID,ITEM_ID,TIMESTAMP\nu,\xff\xfe,2\n'

@@ -167,6 +167,55 @@ TEST_CASE("a model that is not recognised is told with its tensors and the neare
   CHECK(contains(told({{"blocks.0.attention.weight", {4, 4}}}), "not a known architecture; say"));
 }
 
+TEST_CASE("names that stand twice are refused, wherever a format has them") {
+  const std::array<float, 2> values{1, 2};
+  const Safetensors model(R"({"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
+                          R"("t":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
+                          std::as_bytes(std::span(values)));
+  CHECK(refusal([&] { model.open(); }) == "model: its safetensors header has the key \"t\" twice");
+  TensorFile file = model_of({{"t", {1}}}).open();
+  CHECK(refusal([&] { file.add({.name = "t", .shape = {}, .strides = {}}); }) ==
+        "model: tensor 't' stands twice");
+}
+
+TEST_CASE("an LRU's lambda lies in the unit circle however it is rounded") {
+  // params_log: nu, theta, gamma. exp(-exp(-30)) is 1 but for 1e-13.
+  constexpr std::uint64_t pairs = 64;
+  std::vector<float> values(3 * pairs);
+  for (std::size_t j = 0; j < pairs; ++j) {
+    values[j] = -30;
+    values[pairs + j] = -static_cast<float>(j) / 10;
+  }
+  std::vector<float> rest(4 * pairs + pairs * 4 + 2 * pairs * 2 * 2, 0.5f);
+  values.insert(values.end(), rest.begin(), rest.end());
+  const auto n = std::to_string(pairs), n3 = std::to_string(12 * pairs);
+  const auto at = [](std::uint64_t floats) { return std::to_string(4 * floats); };
+  const std::string header = R"({"p":{"dtype":"F32","shape":[3,)" + n + R"(],"data_offsets":[0,)" +
+                             n3 + R"(]},"in":{"dtype":"F32","shape":[)" + n +
+                             R"(,2,2],"data_offsets":[)" + n3 + "," + at(7 * pairs) +
+                             R"(]},"out":{"dtype":"F32","shape":[2,)" + n +
+                             R"(,2],"data_offsets":[)" + at(7 * pairs) + "," + at(11 * pairs) +
+                             R"(]},"e":{"dtype":"F32","shape":[2,2],"data_offsets":[)" +
+                             at(11 * pairs) + "," + at(11 * pairs + 4) + "]}}";
+  const auto build = [&] {
+    const Safetensors model(header, std::as_bytes(std::span(values)));
+    TensorFile file = model.open();
+    return build_model(file, mapping_of(R"({"embedding": "e", "layers": [{"type": "lru",
+                         "params_log": "p", "in_proj": "in", "out_proj": "out"}]})"),
+                       catalogue_of({"a", "b"}), pz::ElementType::f32)
+        .parts;
+  };
+  const pz::ModelParts parts = build();
+  const pz::Matrix& lambda = parts.weights[0];
+  for (std::size_t j = 0; j < pairs; ++j) {
+    const double real{lambda.at(0, j)}, imaginary{lambda.at(0, pairs + j)};
+    CHECK(real * real + imaginary * imaginary <= 1);
+    CHECK(real * real + imaginary * imaginary > 1 - 1e-6);
+  }
+  values[pairs + 3] = 800;
+  CHECK(contains(refusal(build), "layer 0: params_log 3 is too large to be a log"));
+}
+
 TEST_CASE("rows, padding and items must fit one another") {
   const Safetensors model = model_of(
       {{"emb.weight", {5, 4}}, {"gru.weight_ih_l0", {12, 4}}, {"gru.weight_hh_l0", {12, 4}}});
@@ -213,6 +262,17 @@ TEST_CASE("a mapping is checked key by key") {
   CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "add", "slot": 8})")); }), "[0, 7]"));
   CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "save", "slots": 1})")); }),
                  "unknown key \"slots\""));
+  for (const char* keep : {"1.0001", "-1.5", "1e300"})
+    CHECK(contains(refusal([&] {
+                     mapping_of(with(R"({"type": "save"}, {"type": "decay", "keep": )" +
+                                     std::string(keep) + ", \"take\": 1}"));
+                   }),
+                   "layers[1]: keep is outside [-1, 1]"));
+  CHECK(mapping_of(with(R"({"type": "decay", "keep": -1, "take": 2})")).layers[0].keep == -1);
+  CHECK(contains(refusal([&] { mapping_of(with(R"({"type": "decay", "take": 1e39})")); }),
+                 "take is no number that a float can hold"));
+  CHECK(contains(refusal([&] { mapping_of(R"({"embedding": "e", "embedding": "f"})"); }),
+                 "has the key \"embedding\" twice"));
   const Mapping keras = mapping_of(
       with(R"({"type": "gru", "w_ih": "k", "w_hh": "r", "gate_order": "zrh", "transpose": true})"));
   CHECK(keras.layers[0].gate_order == "zrn");

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 
 
@@ -30,6 +31,16 @@ def zipped(entries):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, data in entries.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def twice(entries):
+    """The archive of these entries with each of them once more."""
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as archive:
+        warnings.simplefilter("ignore")
+        for name, data in [*entries.items(), *entries.items()]:
             archive.writestr(name, data)
     return out.getvalue()
 
@@ -145,6 +156,11 @@ def main():
         "a header that is not JSON": (safetensors("{[[[["), "not JSON"),
         "a shape that overflows": (safetensors(tensor([2 ** 40, 2 ** 40], [0, 0])), "overflows"),
         "a negative shape": (safetensors(tensor([-1, 2], [0, 8]), bytes(8)), "natural number"),
+        "two tensors of one name": (safetensors(
+            '{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            '"t":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8)), '"t" twice'),
+        "a header that nests": (safetensors('{"t":' + "[" * 100_000 + "]" * 100_000 + "}"),
+                                "nests deeper"),
         "offsets outside the file": (safetensors(tensor([2], [0, 2 ** 50]), bytes(8)), "outside"),
         "a shape larger than its bytes": (safetensors(tensor([2 ** 30], [0, 8]), bytes(8)), "bytes"),
         "a NaN": (safetensors('{"user.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
@@ -158,6 +174,7 @@ def main():
         "a zip archive cut off": (weights[:-40], "not a whole zip archive"),
         "a zip archive with a hole": (weights[:200] + weights[260:], "zip archive"),
         "a zip archive changed": (weights[:200] + b"\x55\xaa" + weights[202:], "damaged|header"),
+        "two arrays of one name": (twice({"t.npy": npy(array((1,)), bytes(4))}), "same name"),
         "a decompression bomb": (bomb(), "decompresses to 200000"),
         "ONNX weights in another file": (onnx(field(1, 4), field(2, 1), field(8, b"w"), field(
             13, field(1, b"location") + field(2, b"/etc/passwd")), field(14, 1)), "another file"),

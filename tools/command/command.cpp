@@ -32,7 +32,6 @@ int fail(const CLI::App& app, int status, const std::string& text) {
 }  // namespace command
 
 int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands) {
-  watch_signals();
   CLI::App app{"Train, measure and inspect recommendation models for personalize_runtime.hpp",
                "personalize"};
   app.set_version_flag("--version", "personalize " + std::to_string(PERSONALIZE_VERSION_MAJOR) +
@@ -40,6 +39,7 @@ int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcom
                                         std::to_string(PERSONALIZE_VERSION_PATCH));
   app.require_subcommand(1);
   try {
+    watch_signals();
     for (const auto add : subcommands) add(app);
     try {
       app.parse(argc, argv);

@@ -1,6 +1,6 @@
 #include "command/output.hpp"
 
-#include <pthread.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <array>
@@ -84,10 +84,23 @@ void remove_folder(const std::string& folder) {
   fs::remove_all(folder, ignored);
 }
 
-void wait_for_signals(sigset_t signals) {
+// A handler may do next to nothing, so a thread does the work. Not by sigwait: libraries start
+// threads of their own, which do not block the signals, before main().
+int signal_pipe[2] = {-1, -1};
+
+extern "C" void pass_on(int signal) {
+  const int before = errno;
+  const auto byte = static_cast<unsigned char>(signal);
+  [[maybe_unused]] const auto written = ::write(signal_pipe[1], &byte, 1);
+  errno = before;
+}
+
+void wait_for_signals() {
   for (;;) {
-    int signal = 0;
-    if (::sigwait(&signals, &signal) != 0) return;
+    unsigned char signal = 0;
+    const auto got = ::read(signal_pipe[0], &signal, 1);
+    if (got < 0 && errno == EINTR) continue;
+    if (got != 1) return;
     int none = 0;
     if (noting && noted.compare_exchange_strong(none, signal)) continue;
     // Held to the end, so that no output is staged or put in its place any more.
@@ -224,15 +237,16 @@ void require_printed() {
 }
 
 void watch_signals() {
-  sigset_t watched;
-  ::sigemptyset(&watched);
+  if (::pipe2(output::signal_pipe, O_CLOEXEC) != 0) return;  // they end the program as ever
+  std::thread(output::wait_for_signals).detach();
   for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
-    struct sigaction now {};
-    if (::sigaction(signal, nullptr, &now) == 0 && now.sa_handler != SIG_IGN)
-      ::sigaddset(&watched, signal);
+    struct sigaction action {};
+    if (::sigaction(signal, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) continue;
+    action = {};
+    action.sa_handler = output::pass_on;
+    action.sa_flags = SA_RESTART;
+    ::sigaction(signal, &action, nullptr);
   }
-  if (::pthread_sigmask(SIG_BLOCK, &watched, nullptr) != 0) return;
-  std::thread(output::wait_for_signals, watched).detach();
 }
 
 void note_signals() { output::noting = true; }

@@ -67,7 +67,7 @@ void write_text(const std::string& path, std::string_view text);
 void require_printed();
 
 // From now on SIGINT, SIGTERM and SIGHUP (unless ignored) remove what outputs have staged and end
-// the program with exit status 128 + signal. Before any other thread is started.
+// the program with exit status 128 + signal.
 void watch_signals();
 
 // From now on the first of these signals is only noted.

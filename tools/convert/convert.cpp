@@ -20,7 +20,7 @@
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace convert_command {
 
 // Weights are noise to zstd: of f32 and int8 matrices, level 19 makes nothing smaller than level 3
 // does, in 40 times the time.
@@ -183,9 +183,10 @@ void run(const Options& options) {
   require_agreement(comparisons, options);
 }
 
-}  // namespace
+}  // namespace convert_command
 
 void add_convert(CLI::App& app) {
+  using namespace convert_command;
   auto options = std::make_shared<Options>();
   Options& o = *options;
   CLI::App* command = app.add_subcommand(

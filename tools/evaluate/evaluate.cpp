@@ -17,7 +17,7 @@
 #include "evaluate/off_policy.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace evaluate_command {
 
 constexpr std::uint32_t slate_length = 25;
 
@@ -113,10 +113,11 @@ void print_text(const Evaluation& e, const EvaluationOptions& options) {
   std::fflush(stdout);
 }
 
-}  // namespace
+}  // namespace evaluate_command
 
 Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& data,
                     const EvaluationOptions& options, Progress* progress) {
+  using namespace evaluate_command;
   const auto start = std::chrono::steady_clock::now();
   // The bare model's ranking.
   auto recommender =
@@ -157,23 +158,88 @@ Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& da
   return result;
 }
 
-void add_evaluate(CLI::App& app) {
-  struct Options {
-    std::string model, interactions, protocol, event_type;
-    OffPolicyOptions off_policy;
-    std::uint32_t exclusion_window = EvaluationOptions{}.exclusion_window;
-    std::optional<std::uint64_t> seed;
-    unsigned threads = std::max(1u, std::thread::hardware_concurrency());
-    bool json = false, skip_bad_rows = false;
+namespace evaluate_command {
+
+struct Options {
+  std::string model, interactions, protocol, event_type;
+  OffPolicyOptions off_policy;
+  std::uint32_t exclusion_window = EvaluationOptions{}.exclusion_window;
+  std::optional<std::uint64_t> seed;
+  unsigned threads = std::max(1u, std::thread::hardware_concurrency());
+  bool json = false, skip_bad_rows = false;
+  std::vector<CLI::Option*> of_a_model, of_a_log;  // by protocol: the others are refused
+};
+
+// The protocol and the seed: as given or else as the model was trained with.
+EvaluationOptions settings_of(const Options& options, const Model& model) {
+  const auto metadata =
+      nlohmann::json::parse(model.parts().metadata, nullptr, /*allow_exceptions=*/false);
+  const auto trained_with = [&](const char* key) -> const nlohmann::json* {
+    return metadata.is_object() && metadata.contains(key) ? &metadata[key] : nullptr;
   };
+  EvaluationOptions settings;
+  std::string protocol = options.protocol;
+  if (const auto* known = trained_with("protocol"); protocol.empty() && known && known->is_string())
+    protocol = known->get<std::string>();
+  settings.protocol = parse_protocol(protocol.empty() ? "leave-one-out" : protocol);
+  if (settings.protocol == Protocol::all)
+    throw Usage(
+        "the model was trained on all events: nothing is held out; give --protocol to measure on "
+        "events that it has seen");
+  settings.seed = options.seed.value_or(0);
+  if (const auto* known = trained_with("seed");
+      !options.seed && known && known->is_number_unsigned())
+    settings.seed = known->get<std::uint64_t>();
+  return settings;
+}
+
+void run(const Options& options) {
+  const bool off_policy = options.protocol == "off-policy";
+  for (const CLI::Option* option : off_policy ? options.of_a_model : options.of_a_log)
+    if (option->count() > 0)
+      throw Usage("option " + option->get_name() + " has no meaning " +
+                  (off_policy ? "with" : "without") + " --protocol off-policy");
+  if (off_policy) {
+    if (options.off_policy.log.empty()) throw Usage("--protocol off-policy needs --log");
+    require_range("--target-weight", options.off_policy.target_weight.value_or(0), 0, 1);
+    OffPolicyOptions off_policy_options = options.off_policy;
+    off_policy_options.json = options.json;
+    off_policy_options.skip_bad_rows = options.skip_bad_rows;
+    return run_off_policy(off_policy_options);
+  }
+  if (options.model.empty() || options.interactions.empty())
+    throw Usage("--model and --interactions are required");
+  auto model = Model::load(options.model);
+  if (!model) throw Failure(model.error().message);
+  EvaluationOptions settings = settings_of(options, **model);
+  settings.exclusion_window = options.exclusion_window;
+  settings.threads = options.threads;
+  DatasetOptions files;
+  files.interactions = options.interactions;
+  files.skip_bad_rows = options.skip_bad_rows;
+  files.event_type_filter = options.event_type;
+  const Dataset data = read_dataset(files);
+  data.bad_rows.report("evaluate");
+  Progress progress("evaluating");
+  const Evaluation result = evaluate(*model, data, settings, &progress);
+  progress.finish("");
+  if (options.json)
+    print_json(to_json(result, settings));
+  else
+    print_text(result, settings);
+}
+
+}  // namespace evaluate_command
+
+void add_evaluate(CLI::App& app) {
+  using namespace evaluate_command;
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "evaluate",
       "Measure a model file on held-out interactions, served through the runtime, or another "
       "policy on the log of the one that ran");
-  std::vector<CLI::Option*> of_a_model, of_a_log;
-  const auto for_models = [&](CLI::Option* option) { of_a_model.push_back(option); };
-  const auto for_logs = [&](CLI::Option* option) { of_a_log.push_back(option); };
+  const auto for_models = [&](CLI::Option* option) { options->of_a_model.push_back(option); };
+  const auto for_logs = [&](CLI::Option* option) { options->of_a_log.push_back(option); };
   for_models(command->add_option("--model,-m", options->model, "Model file (.pzm)"));
   for_models(command->add_option("--interactions,-i", options->interactions,
                                  "Interactions CSV (or .csv.zst)"));
@@ -182,17 +248,12 @@ void add_evaluate(CLI::App& app) {
                       "off-policy, which takes --log");
   for_logs(command->add_option("--log", options->off_policy.log,
                                "Off-policy: the runtime's interaction log, or Open Bandit Data"));
-  auto* weight = command
-                     ->add_option("--target-weight", options->off_policy.target_weight,
-                                  "Off-policy, interaction log: the exploration weight to "
-                                  "evaluate, 0 to 1")
-                     ->capture_default_str();
-  for_logs(weight);
-  for_logs(command
-               ->add_option("--target-log", options->off_policy.target_log,
-                            "Off-policy, Open Bandit Data: evaluate the policy that wrote this log "
-                            "(default: every item alike)")
-               ->excludes(weight));
+  for_logs(command->add_option("--target-weight", options->off_policy.target_weight,
+                               "Off-policy, interaction log: the exploration weight to evaluate, 0 "
+                               "to 1 (default: 0)"));
+  for_logs(command->add_option("--target-log", options->off_policy.target_log,
+                               "Off-policy, Open Bandit Data: evaluate the policy that wrote this "
+                               "log (default: every item alike)"));
   for_models(command->add_option(
       "--seed", options->seed,
       "Of the holdout users (default: the one that the model was trained with)"));
@@ -208,58 +269,7 @@ void add_evaluate(CLI::App& app) {
       command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u)));
   command->add_flag("--skip-bad-rows", options->skip_bad_rows, "Leave out malformed rows");
   command->add_flag("--json", options->json, "Print JSON");
-  command->callback([options, of_a_model, of_a_log] {
-    const bool off_policy = options->protocol == "off-policy";
-    for (const CLI::Option* option : off_policy ? of_a_model : of_a_log)
-      if (option->count() > 0)
-        throw Usage("option " + option->get_name() + " has no meaning " +
-                    (off_policy ? "with" : "without") + " --protocol off-policy");
-    if (off_policy) {
-      if (options->off_policy.log.empty()) throw Usage("--protocol off-policy needs --log");
-      require_range("--target-weight", options->off_policy.target_weight, 0, 1);
-      options->off_policy.json = options->json;
-      options->off_policy.skip_bad_rows = options->skip_bad_rows;
-      return run_off_policy(options->off_policy);
-    }
-    if (options->model.empty() || options->interactions.empty())
-      throw Usage("--model and --interactions are required");
-    auto model = Model::load(options->model);
-    if (!model) throw Failure(model.error().message);
-    const auto metadata =
-        nlohmann::json::parse((*model)->parts().metadata, nullptr, /*allow_exceptions=*/false);
-    const auto trained_with = [&](const char* key) -> const nlohmann::json* {
-      return metadata.is_object() && metadata.contains(key) ? &metadata[key] : nullptr;
-    };
-    EvaluationOptions settings;
-    std::string protocol = options->protocol;
-    if (const auto* known = trained_with("protocol");
-        protocol.empty() && known && known->is_string())
-      protocol = known->get<std::string>();
-    settings.protocol = parse_protocol(protocol.empty() ? "leave-one-out" : protocol);
-    if (settings.protocol == Protocol::all)
-      throw Usage(
-          "the model was trained on all events: nothing is held out; give --protocol to measure on "
-          "events that it has seen");
-    settings.seed = options->seed.value_or(0);
-    if (const auto* known = trained_with("seed");
-        !options->seed && known && known->is_number_unsigned())
-      settings.seed = known->get<std::uint64_t>();
-    settings.exclusion_window = options->exclusion_window;
-    settings.threads = options->threads;
-    DatasetOptions files;
-    files.interactions = options->interactions;
-    files.skip_bad_rows = options->skip_bad_rows;
-    files.event_type_filter = options->event_type;
-    const Dataset data = read_dataset(files);
-    data.bad_rows.report("evaluate");
-    Progress progress("evaluating");
-    const Evaluation result = evaluate(*model, data, settings, &progress);
-    progress.finish("");
-    if (options->json)
-      print_json(to_json(result, settings));
-    else
-      print_text(result, settings);
-  });
+  command->callback([options] { run(*options); });
 }
 
 }  // namespace personalize::tools

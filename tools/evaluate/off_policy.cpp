@@ -17,7 +17,7 @@
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace off_policy {
 
 PolicyValue interval(const std::vector<double>& values, double mean) {
   const double half_width = normal_quantile * standard_error(values);
@@ -67,9 +67,10 @@ nlohmann::json to_json(const PolicyValue& value) {
   return {{"mean", value.mean}, {"low", value.low}, {"high", value.high}};
 }
 
-}  // namespace
+}  // namespace off_policy
 
 OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decisions) {
+  using namespace off_policy;
   if (decisions.empty()) throw Failure("the log has no complete decision");
   OffPolicyEvaluation result;
   result.decisions = decisions.size();
@@ -128,7 +129,7 @@ OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decis
   return result;
 }
 
-namespace {
+namespace off_policy {
 
 // The columns of the runtime's interaction log, as log_csv_header names them.
 class LogColumns {
@@ -182,10 +183,11 @@ class LogColumns {
               pool_expected_ = reader_.require("POOL_EXPECTED");
 };
 
-}  // namespace
+}  // namespace off_policy
 
 std::vector<LoggedDecision> read_interaction_log(const std::string& path, double target_weight,
                                                  std::uint64_t& incomplete, BadRows& bad) {
+  using namespace off_policy;
   CsvReader reader(path);
   const LogColumns columns(reader, target_weight);
   std::vector<LoggedDecision> decisions;
@@ -214,6 +216,7 @@ std::vector<LoggedDecision> read_interaction_log(const std::string& path, double
 
 std::vector<LoggedDecision> read_open_bandit_log(const std::string& path,
                                                  const std::string& target_path, BadRows& bad) {
+  using namespace off_policy;
   std::map<std::string, std::size_t> items, positions;
   const std::vector<BanditRow> rows = read_bandit_rows(path, items, positions, bad);
   std::vector<BanditRow> target_rows;
@@ -273,13 +276,16 @@ bool is_interaction_log(const std::string& path) {
 }
 
 void run_off_policy(const OffPolicyOptions& options) {
+  using namespace off_policy;
   std::uint64_t incomplete = 0;
   BadRows bad{.skip = options.skip_bad_rows};
   const bool own = is_interaction_log(options.log);
   if (own && !options.target_log.empty())
     throw Usage("--target-log is for Open Bandit Data; an interaction log takes --target-weight");
+  if (!own && options.target_weight)
+    throw Usage("--target-weight is for an interaction log; Open Bandit Data takes --target-log");
   const auto decisions =
-      own ? read_interaction_log(options.log, options.target_weight, incomplete, bad)
+      own ? read_interaction_log(options.log, options.target_weight.value_or(0), incomplete, bad)
           : read_open_bandit_log(options.log, options.target_log, bad);
   bad.report("evaluate");
   if (decisions.empty()) throw Failure(options.log + ": holds no complete decision" + bad.reason());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,7 +59,7 @@ bool is_interaction_log(const std::string& path);
 
 struct OffPolicyOptions {
   std::string log, target_log;
-  double target_weight = 0;
+  std::optional<double> target_weight;  // of an interaction log; absent: 0
   bool json = false, skip_bad_rows = false;
 };
 void run_off_policy(const OffPolicyOptions& options);

@@ -12,7 +12,7 @@
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace inspect_command {
 
 // The metadata as JSON or, where it is not fit to be shown, a sentence that says so.
 nlohmann::json metadata_of(const ModelParts& parts) {
@@ -106,9 +106,10 @@ void print_text(const nlohmann::json& d) {
   print_json(d["metadata"]);
 }
 
-}  // namespace
+}  // namespace inspect_command
 
 void add_inspect(CLI::App& app) {
+  using namespace inspect_command;
   struct Options {
     std::string model;
     bool json = false;

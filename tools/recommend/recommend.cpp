@@ -18,7 +18,7 @@
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace recommend_command {
 
 struct Options {
   std::string model, interactions, items, title_column = "TITLE", user, output;
@@ -175,9 +175,10 @@ void run(const Options& options) {
     print_user(*recommender, data, options);
 }
 
-}  // namespace
+}  // namespace recommend_command
 
 void add_recommend(CLI::App& app) {
+  using namespace recommend_command;
   auto options = std::make_shared<Options>();
   CLI::App* command =
       app.add_subcommand("recommend", "Slates for a user, or for every user as CSV");

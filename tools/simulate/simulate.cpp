@@ -18,7 +18,7 @@
 #include "simulate/simulation.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace simulate_command {
 
 constexpr std::int64_t seconds_a_day = World::day;
 
@@ -180,9 +180,10 @@ void make_folder(const std::string& directory) {
   if (error) throw Failure(directory + ": cannot create: " + error.message());
 }
 
-}  // namespace
+}  // namespace simulate_command
 
 void write_dataset(const SimulationOptions& options, const std::string& directory) {
+  using namespace simulate_command;
   make_folder(directory);
   GeneratedCatalogue world(options);
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE\n";
@@ -217,6 +218,7 @@ void write_dataset(const SimulationOptions& options, const std::string& director
 
 void write_world(const std::string& policy, const WorldOptions& options, double weight,
                  const std::string& directory) {
+  using namespace simulate_command;
   make_folder(directory);
   std::string interactions = interactions_header;
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRE\n", users = "USER_ID\n";
@@ -251,7 +253,7 @@ void write_world(const std::string& policy, const WorldOptions& options, double 
   write_text(directory + "/users.csv", users);
 }
 
-namespace {
+namespace simulate_command {
 
 struct Options {
   std::string directory, svg, log;
@@ -308,9 +310,10 @@ void run_worlds(const Options& options) {
     print_text(result);
 }
 
-}  // namespace
+}  // namespace simulate_command
 
 void add_simulate(CLI::App& app) {
+  using namespace simulate_command;
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "simulate", "Compare recommendation policies in a simulated world, or generate a data set");

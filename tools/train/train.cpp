@@ -15,7 +15,7 @@
 #include "train/trainer.hpp"
 
 namespace personalize::tools {
-namespace {
+namespace train_command {
 
 struct Arguments {
   DatasetOptions data;
@@ -117,9 +117,10 @@ void add_choice(CLI::App& command, const std::string& name, T& value,
       ->default_str(initial);
 }
 
-}  // namespace
+}  // namespace train_command
 
 void add_train(CLI::App& app) {
+  using namespace train_command;
   CLI::App* command = app.add_subcommand("train", train_description);
   auto arguments = std::make_shared<Arguments>();
   DatasetOptions& data = arguments->data;
