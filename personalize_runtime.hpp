@@ -1427,8 +1427,6 @@ namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t panel_rows = 16;
-// Rows of vectors lie in pages of so many, row-major; see ItemRows (room 10).
-inline constexpr std::size_t page_rows = 256;
 
 constexpr std::size_t padded(std::size_t n) noexcept { return (n + lanes - 1) / lanes * lanes; }
 // A panel is a sequence of steps of 64 bytes: four columns of 8 bits or eight columns of 4 bits.
@@ -2173,9 +2171,11 @@ struct Ops<NeonDot> : Ops<Neon> {
 namespace kernels {
 
 // Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
-// reach low. The tag keeps each instruction set's copy apart.
+// reach low. least: of the values above -inf, not below it where there are none. The tag keeps each
+// instruction set's copy apart.
 template <class Tag, class Count>
-float halve(std::size_t k, float low, float high, Count count_at_least) noexcept {
+float halve(std::size_t k, float low, float least, float high, Count count_at_least) noexcept {
+  if (low < least) low = least < high ? least : high;
   for (int step = 0; step < 20; ++step) {
     const float middle = low + 0.5f * (high - low);
     if (!(middle > low && middle < high)) break;
@@ -2333,7 +2333,7 @@ struct Vectors<Scalar> {
       high = x[j] > high ? x[j] : high;
       least = x[j] < least && x[j] > -__builtin_inff() ? x[j] : least;
     }
-    return halve<Scalar>(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Scalar>(k, low, least, high, [&](float limit) {
       std::size_t count = 0;
       for (std::size_t j = 0; j < size; ++j) count += x[j] >= limit;
       return count;
@@ -2459,7 +2459,7 @@ struct Vectors {
       high = highs[l] > high ? highs[l] : high;
       least = lows[l] < least ? lows[l] : least;
     }
-    return halve<Tag>(k, low > least ? low : least, high, [&](float limit) {
+    return halve<Tag>(k, low, least, high, [&](float limit) {
       Batch counts(0.0f);
       for (std::size_t j = 0; j < size; j += width)
         counts +=
@@ -2581,13 +2581,12 @@ struct Kernels : Vectors<Tag> {
     in_groups<4>(rows, first, last, next, queries, count);
   }
 
-  // out[i] = row items[i] . query, in integers. pages: of page_rows rows each, [.., columns]
-  // row-major; query: [padded(columns)], zero beyond columns; offset: -128 * sum of query.
-  static void row_dots(const std::int8_t* const* pages, std::size_t columns,
-                       const std::int8_t* query, std::int32_t offset, const std::uint32_t* items,
-                       std::size_t count, std::int32_t* out) noexcept {
-    for (std::size_t i = 0; i < count; ++i)
-      out[i] = O::dot(row_of(pages, columns, items[i]), query, columns, offset);
+  // out[i] = rows[i] . query, in integers. rows: [count] of [columns]; query: [padded(columns)],
+  // zero beyond columns; offset: -128 * sum of query.
+  static void row_dots(const std::int8_t* const* rows, std::size_t columns,
+                       const std::int8_t* query, std::int32_t offset, std::int32_t* out,
+                       std::size_t count) noexcept {
+    for (std::size_t i = 0; i < count; ++i) out[i] = O::dot(rows[i], query, columns, offset);
   }
 
   // The scores of all rows of `panels` panels of 8 bits to y.
@@ -2615,44 +2614,38 @@ struct Kernels : Vectors<Tag> {
     return most / static_cast<float>(limit);
   }
 
-  // The dot products that define scores, of the rows `items`: eight partial sums in double, column
-  // c in sum c mod 8, in ascending order, added up as a tree. The same bits on every instruction
-  // set. pages: as in row_dots; query: [padded(columns)], zero beyond columns.
-  static void dots_i8(const std::int8_t* const* pages, std::size_t columns, const double* query,
-                      const std::uint32_t* items, std::size_t count, double* out) noexcept {
-    dots(pages, columns, query, items, count, out);
+  // The dot products that define scores, of some rows: eight partial sums in double, column c in
+  // sum c mod 8, in ascending order, added up as a tree. The same bits on every instruction set.
+  // rows: as in row_dots; query: [padded(columns)], zero beyond columns; out: [count].
+  static void dots_i8(const std::int8_t* const* rows, std::size_t columns, const double* query,
+                      double* out, std::size_t count) noexcept {
+    dots(rows, columns, query, out, count);
   }
-  static void dots_f32(const float* const* pages, std::size_t columns, const double* query,
-                       const std::uint32_t* items, std::size_t count, double* out) noexcept {
-    dots(pages, columns, query, items, count, out);
+  static void dots_f32(const float* const* rows, std::size_t columns, const double* query,
+                       double* out, std::size_t count) noexcept {
+    dots(rows, columns, query, out, count);
   }
 
  private:
   static constexpr std::size_t together = 4;  // rows that share the loads of the query
 
   template <class Element>
-  PERSONALIZE_INLINE static const Element* row_of(const Element* const* pages, std::size_t columns,
-                                                  std::uint32_t item) noexcept {
-    return pages[item / page_rows] + item % page_rows * columns;
-  }
-
-  template <class Element>
-  static void dots(const Element* const* pages, std::size_t columns, const double* query,
-                   const std::uint32_t* items, std::size_t count, double* out) noexcept {
+  static void dots(const Element* const* rows, std::size_t columns, const double* query,
+                   double* out, std::size_t count) noexcept {
     std::size_t i = 0;
     for (; i + together <= count; i += together)
-      dot_some<together>(pages, columns, query, items + i, out + i);
-    for (; i < count; ++i) dot_some<1>(pages, columns, query, items + i, out + i);
+      dot_some<together>(rows + i, columns, query, out + i);
+    for (; i < count; ++i) dot_some<1>(rows + i, columns, query, out + i);
   }
 
   template <std::size_t Rows, class Element>
-  static void dot_some(const Element* const* pages, std::size_t columns, const double* query,
-                       const std::uint32_t* items, double* out) noexcept {
+  static void dot_some(const Element* const* all, std::size_t columns, const double* query,
+                       double* out) noexcept {
     const Element* rows[Rows];
     typename O::Doubles sums[Rows];
     PERSONALIZE_UNROLL
     for (std::size_t r = 0; r < Rows; ++r) {
-      rows[r] = row_of(pages, columns, items[r]);
+      rows[r] = all[r];
       O::clear(sums[r]);
     }
     for (std::size_t c = 0; c < columns; c += 8) PERSONALIZE_UNROLL
@@ -5642,31 +5635,33 @@ struct Eligibility {
 // ============================================================================================
 
 // Vectors of items, [rows, columns], f32 or int8 with a scale a row. Copies share the pages of
-// kernels::page_rows rows that neither of them has changed since: a copy costs O(pages), a changed
+// page_rows rows that neither of them has changed since: a copy costs O(pages), a changed
 // row one page. Copies may be read by any number of threads; one that is being changed belongs to
 // one thread.
 class ItemRows {
  public:
+  static constexpr std::size_t page_rows = 256;
+
   ItemRows() = default;
   // No copy: the pages lie in base.
   explicit ItemRows(std::shared_ptr<const Matrix> base)
       : rows_(base->rows()), columns_(base->columns()), type_(base->type()) {
-    const std::size_t pages = (rows_ + page_rows - 1) / page_rows;
-    reserve(pages);
-    made_.resize(pages);
-    own_.resize(pages);
-    for (std::size_t p = 0; p < pages; ++p) point_at(*base, p * page_rows);
+    made_.resize((rows_ + page_rows - 1) / page_rows);
+    own_.resize(made_.size());
+    elsewhere_.resize((made_.size() + 63) / 64);
     base_ = std::move(base);
+    base_i8_ = base_->i8().data();
+    base_f32_ = base_->f32().data();
   }
   ItemRows(const ItemRows& other)
       : rows_(other.rows_),
         columns_(other.columns_),
         type_(other.type_),
         base_(other.base_),
+        base_i8_(other.base_i8_),
+        base_f32_(other.base_f32_),
         made_(other.made_),
-        i8_(other.i8_),
-        scales_(other.scales_),
-        f32_(other.f32_),
+        elsewhere_(other.elsewhere_),
         own_(other.own_.size()) {
     other.shared_.store(true, std::memory_order_relaxed);
   }
@@ -5684,14 +5679,16 @@ class ItemRows {
 
   // [columns] values of row r; of the type that type() says.
   const std::int8_t* i8(std::size_t r) const noexcept {
-    return i8_[r / page_rows] + r % page_rows * columns_;
+    return elsewhere(r) ? page(r).i8().data() + r % page_rows * columns_ : base_i8_ + r * columns_;
   }
   const float* f32(std::size_t r) const noexcept {
-    return f32_[r / page_rows] + r % page_rows * columns_;
+    return elsewhere(r) ? page(r).f32().data() + r % page_rows * columns_
+                        : base_f32_ + r * columns_;
   }
   // 1 where rows are f32.
   float scale(std::size_t r) const noexcept {
-    return type_ == ElementType::i8 ? scales_[r / page_rows][r % page_rows] : 1.0f;
+    if (type_ == ElementType::f32) return 1.0f;
+    return elsewhere(r) ? page(r).scales()[r % page_rows] : base_->scales()[r];
   }
   float at(std::size_t r, std::size_t c) const noexcept {
     return type_ == ElementType::i8 ? scale(r) * static_cast<float>(i8(r)[c]) : f32(r)[c];
@@ -5711,9 +5708,6 @@ class ItemRows {
     return type_ == ElementType::i8 ? std::as_bytes(std::span(i8(r), columns_))
                                     : std::as_bytes(std::span(f32(r), columns_));
   }
-  // Of each page its first row; see Kernels::row_dots.
-  const std::int8_t* const* i8_pages() const noexcept { return i8_.data(); }
-  const float* const* f32_pages() const noexcept { return f32_.data(); }
 
   // values: [columns]; quantised as Matrix::set_row does. Copies the page that the row lies in, if
   // this object has not done so since it was last copied: pointers to its rows end there.
@@ -5725,11 +5719,13 @@ class ItemRows {
     assert(values.size() == columns_);
     if (rows_ % page_rows == 0) {
       disown_shared();
-      reserve(made_.size() + 1);
       auto page = std::make_shared<Matrix>(Matrix::zeros(page_rows, columns_, type_));
-      point_at(*page, 0);
+      const std::size_t pages = made_.size() + 1;
+      elsewhere_.resize((pages + 63) / 64);
+      own_.reserve(pages);
       made_.push_back(std::move(page));
       own_.push_back(true);
+      move_out(pages - 1);
     }
     own_page(rows_ / page_rows).set_row(rows_ % page_rows, values);
     ++rows_;
@@ -5742,42 +5738,25 @@ class ItemRows {
   }
 
  private:
-  static constexpr std::size_t page_rows = kernels::page_rows;
+  // Most rows lie in base_, and are found there without a look at the pages.
+  bool elsewhere(std::size_t r) const noexcept {
+    const std::size_t p = r / page_rows;
+    return (elsewhere_[p / 64] >> (p % 64) & 1) != 0;
+  }
+  const Matrix& page(std::size_t r) const noexcept { return *made_[r / page_rows]; }
+  void move_out(std::size_t p) noexcept { elsewhere_[p / 64] |= std::uint64_t{1} << (p % 64); }
 
   void swap(ItemRows& other) noexcept {
     std::swap(rows_, other.rows_);
     std::swap(columns_, other.columns_);
     std::swap(type_, other.type_);
     base_.swap(other.base_);
+    std::swap(base_i8_, other.base_i8_);
+    std::swap(base_f32_, other.base_f32_);
     made_.swap(other.made_);
-    i8_.swap(other.i8_);
-    scales_.swap(other.scales_);
-    f32_.swap(other.f32_);
+    elsewhere_.swap(other.elsewhere_);
     own_.swap(other.own_);
     shared_.store(other.shared_.exchange(shared_.load()));
-  }
-  // Geometrically, though asked for one more page at a time.
-  void reserve(std::size_t pages) {
-    const auto grow = [&](auto& of_pages) {
-      if (pages > of_pages.capacity()) of_pages.reserve(std::max(pages, 2 * of_pages.capacity()));
-    };
-    grow(made_);
-    grow(own_);
-    if (type_ == ElementType::i8) {
-      grow(i8_);
-      grow(scales_);
-    } else {
-      grow(f32_);
-    }
-  }
-  // Adds a page of the rows of `matrix` from `first` on.
-  void point_at(const Matrix& matrix, std::size_t first) noexcept {
-    if (type_ == ElementType::i8) {
-      i8_.push_back(matrix.i8().data() + first * columns_);
-      scales_.push_back(matrix.scales().data() + first);
-    } else {
-      f32_.push_back(matrix.f32().data() + first * columns_);
-    }
   }
   // Who copied this object reads the pages that were there.
   void disown_shared() noexcept {
@@ -5791,16 +5770,14 @@ class ItemRows {
       auto page = std::make_shared<Matrix>(Matrix::zeros(page_rows, columns_, type_));
       const std::size_t first = p * page_rows, count = std::min(page_rows, rows_ - first);
       if (type_ == ElementType::i8) {
-        std::copy_n(i8_[p], count * columns_, page->i8().data());
-        std::copy_n(scales_[p], count, page->scales().data());
-        i8_[p] = page->i8().data();
-        scales_[p] = page->scales().data();
+        std::copy_n(i8(first), count * columns_, page->i8().data());
+        for (std::size_t r = 0; r < count; ++r) page->scales()[r] = scale(first + r);
       } else {
-        std::copy_n(f32_[p], count * columns_, page->f32().data());
-        f32_[p] = page->f32().data();
+        std::copy_n(f32(first), count * columns_, page->f32().data());
       }
       made_[p] = std::move(page);
       own_[p] = true;
+      move_out(p);
     }
     return const_cast<Matrix&>(*made_[p]);  // made by this object, and not const
   }
@@ -5808,9 +5785,10 @@ class ItemRows {
   std::size_t rows_ = 0, columns_ = 0;
   ElementType type_ = ElementType::f32;
   std::shared_ptr<const Matrix> base_;
-  std::vector<std::shared_ptr<const Matrix>> made_;  // null: the page lies in base_
-  std::vector<const std::int8_t*> i8_;
-  std::vector<const float*> scales_, f32_;
+  const std::int8_t* base_i8_ = nullptr;
+  const float* base_f32_ = nullptr;
+  std::vector<std::shared_ptr<const Matrix>> made_;  // of [page_rows, columns]; null: in base_
+  std::vector<std::uint64_t> elsewhere_;             // a bit a page: made_ has it
   std::vector<bool> own_;  // pages that no other object has seen, unless shared_
   mutable std::atomic<bool> shared_{false};
 };
@@ -5875,28 +5853,45 @@ inline void sort_by_upper_half(std::vector<std::uint64_t>& keys) {
   }
 }
 
-// |v| of row `item`, from above.
-inline float norm_above(const ItemRows& rows, std::uint32_t item) noexcept {
-  constexpr std::size_t together = 8;
-  std::array<double, together> sums{};
-  const std::size_t d = rows.columns();
-  double scale = 1;
-  if (rows.type() == ElementType::i8) {
-    scale = static_cast<double>(rows.scale(item));
-    const std::int8_t* row = rows.i8(item);
-    constexpr std::size_t most = 1 << 16;  // columns whose squares add up in 32 bits
-    for (std::size_t begin = 0; begin < d; begin += most) {
-      std::int32_t sum = 0;
-      for (std::size_t c = begin; c < std::min(d, begin + most); ++c) sum += row[c] * row[c];
-      sums[0] += sum;
-    }
-  } else {
-    const float* row = rows.f32(item);
-    for (std::size_t c = 0; c < d; ++c)
-      sums[c % together] += static_cast<double>(row[c]) * static_cast<double>(row[c]);
-  }
-  const double squares = std::accumulate(sums.begin(), sums.end(), 0.0);
-  return static_cast<float>(scale * std::sqrt(squares)) * (1 + 1e-6f);
+// f(sixteen) for each sixteen of row[0, count), the last filled up with zeros. Loops of a known
+// length over them are what compilers make vectors of.
+template <class Element, class Function>
+void for_sixteens(const Element* row, std::size_t count, Function f) {
+  constexpr std::size_t together = 16;
+  std::size_t c = 0;
+  for (; c + together <= count; c += together) f(row + c);
+  if (c == count) return;
+  std::array<Element, together> last{};
+  std::copy(row + c, row + count, last.begin());
+  f(last.data());
+}
+
+// |v| of a row, from above.
+inline float norm_above(const std::int8_t* row, float scale, std::size_t columns) noexcept {
+  std::array<std::int32_t, 16> sums{};
+  std::int64_t squares = 0;
+  std::size_t blocks = 0;
+  const auto flush = [&] {
+    squares = std::accumulate(sums.begin(), sums.end(), squares);
+    sums.fill(0);
+  };
+  for_sixteens(row, columns, [&](const std::int8_t* v) {
+    for (std::size_t l = 0; l < 16; ++l) sums[l] += v[l] * v[l];
+    if (++blocks % (1 << 16) == 0) flush();  // the sums fit 32 bits
+  });
+  flush();
+  return static_cast<float>(static_cast<double>(scale) * std::sqrt(static_cast<double>(squares))) *
+         (1 + 1e-6f);
+}
+inline float norm_above(const float* row, float scale, std::size_t columns) noexcept {
+  std::array<double, 16> sums{};
+  for_sixteens(row, columns, [&](const float* v) {
+    for (std::size_t l = 0; l < 16; ++l)
+      sums[l] += static_cast<double>(v[l]) * static_cast<double>(v[l]);
+  });
+  return static_cast<float>(static_cast<double>(scale) *
+                            std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0))) *
+         (1 + 1e-6f);
 }
 
 // The rows of some items in panels, by the largest score that they could have with a query of the
@@ -5905,16 +5900,15 @@ struct Panels {
   static constexpr std::size_t chunk_panels = 16;
   static constexpr std::size_t chunk_rows = chunk_panels * kernels::panel_rows;
 
-  // An item that is to stand in panels: its bias and |v| are finite.
+  // An item that is to stand in panels. Its bias and |v| are finite.
   struct Source {
-    std::uint32_t item;
-    std::uint16_t short_scale;  // of 4 bits, where it is known; 0: not
+    Place place;
     float norm;
+    std::uint16_t short_scale;  // of 4 bits, where it is known; 0: not
   };
 
   // sources: ascending by item. usual_length: of queries. O(n d).
-  Panels(const ItemRows& rows, const PagedArray<float>& item_biases,
-         std::span<const Source> sources, int width, float usual_length)
+  Panels(const ItemRows& rows, std::span<const Source> sources, int width, float usual_length)
       : bits(width),
         columns(rows.columns()),
         bytes_a_panel(bits == 8 ? kernels::panel_bytes<8>(columns)
@@ -5922,7 +5916,7 @@ struct Panels {
     const std::size_t count = sources.size(), padded = kernels::padded(count);
     std::vector<std::uint64_t> keys(count);
     for (std::size_t i = 0; i < count; ++i) {
-      const float reach = usual_length * sources[i].norm + item_biases[sources[i].item];
+      const float reach = usual_length * sources[i].norm + sources[i].place.bias;
       keys[i] = std::uint64_t{~ordered_bits(reach)} << 32 | i;
     }
     sort_by_upper_half(keys);
@@ -5938,21 +5932,26 @@ struct Panels {
       raised_biases.resize(padded, bfloat16(never));
     }
     chunks.resize((padded + chunk_rows - 1) / chunk_rows);
-    std::vector<float> row(kernels::padded(columns));
-    std::vector<std::int8_t> values(row.size());
+    std::vector<std::int8_t> values(kernels::padded(columns));
+    const auto source_at = [&](std::size_t p) -> const Source& {
+      return sources[static_cast<std::uint32_t>(keys[p])];
+    };
+    constexpr std::size_t ahead = 12;  // sources, and rows behind them, come from memory meanwhile
     for (std::size_t p = 0; p < count; ++p) {
-      constexpr std::size_t ahead = 16;  // rows come from memory meanwhile
+      if (p + 2 * ahead < count) __builtin_prefetch(&source_at(p + 2 * ahead));
       if (p + ahead < count) {
-        const auto next = rows.stored(sources[static_cast<std::uint32_t>(keys[p + ahead])].item);
+        const auto next = rows.stored(source_at(p + ahead).place.item);
         for (std::size_t at = 0; at < next.size(); at += 64) __builtin_prefetch(&next[at]);
       }
-      const auto i = static_cast<std::uint32_t>(keys[p]);
-      const std::uint32_t item = sources[i].item;
-      order[p] = {item, rows.scale(item), item_biases[item]};
-      by_item[i] = static_cast<std::uint32_t>(p);
-      const float residual = put(p, rows, sources[i], row, values, usual_length);
-      chunks[p / chunk_rows].add({sources[i].norm, residual, residual, order[p].bias});
-      largest_bias = std::max(largest_bias, std::abs(order[p].bias));
+      const Source& source = source_at(p);
+      order[p] = source.place;
+      by_item[static_cast<std::uint32_t>(keys[p])] = static_cast<std::uint32_t>(p);
+      const float residual =
+          rows.type() == ElementType::i8
+              ? put(p, rows.i8(source.place.item), source, values, usual_length)
+              : put(p, rows.f32(source.place.item), source, values, usual_length);
+      chunks[p / chunk_rows].add({source.norm, residual, residual, source.place.bias});
+      largest_bias = std::max(largest_bias, std::abs(source.place.bias));
     }
     from = chunks;
     for (std::size_t c = from.size(); c-- > 1;) from[c - 1].add(from[c]);
@@ -5995,35 +5994,53 @@ struct Panels {
   float largest_bias = 0;
 
  private:
-  static float nearest(float v, float most) noexcept {
-    const float inside = v < -most ? -most : v > most ? most : v;
-    // Adding 1.5 * 2^23 leaves no bits for the fraction.
-    return (inside + 12582912.0f) - 12582912.0f;
-  }
-
-  // |v - scale v^| of a row quantised with a scale, v^ in [-most, most]; from above but for what
-  // rounding() adds. In units of the scale, whose squares neither overflow nor vanish.
-  static float residual_of(std::span<const float> row, float scale, float most) noexcept {
-    const float inverse = inverse_of(scale);
-    std::array<float, kernels::lanes> sums{};
-    for (std::size_t c = 0; c < row.size(); c += sums.size())
-      for (std::size_t l = 0; l < sums.size(); ++l) {
-        const float v = row[c + l] * inverse, e = v - nearest(v, most);
-        sums[l] += e * e;
-      }
-    return scale * std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0f));
-  }
   // A scale without an inverse in f32 stands for 0.
   static float inverse_of(float scale) noexcept { return scale > 1e-37f ? 1.0f / scale : 0.0f; }
 
+  // v^ = row / scale to nearest, in [-most, most], to values; returns |row - scale v^|. In units of
+  // the scale, whose squares neither overflow nor vanish. The row is its elements times row_scale.
+  template <class Element>
+  static float quantise(const Element* row, std::size_t columns, float row_scale, float scale,
+                        float most, std::int8_t* values) noexcept {
+    const float factor = row_scale * inverse_of(scale);
+    std::array<float, 16> sums{};
+    for_sixteens(row, columns, [&](const Element* some) {
+      for (std::size_t l = 0; l < 16; ++l) {
+        const float v = static_cast<float>(some[l]) * factor, low = v < most ? v : most;
+        // Adding 1.5 * 2^23 leaves no bits for the fraction.
+        const float integer = ((low > -most ? low : -most) + 12582912.0f) - 12582912.0f;
+        const float e = v - integer;
+        sums[l] += e * e;
+        values[l] = static_cast<std::int8_t>(integer);
+      }
+      values += 16;
+    });
+    return scale * std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0f));
+  }
+
+  template <class Element>
+  static float largest_of(const Element* row, std::size_t columns, float row_scale) noexcept {
+    std::array<float, 16> most{};
+    for_sixteens(row, columns, [&](const Element* some) {
+      for (std::size_t l = 0; l < 16; ++l) {
+        const float v = std::abs(static_cast<float>(some[l]));
+        most[l] = v > most[l] ? v : most[l];
+      }
+    });
+    return row_scale * *std::max_element(most.begin(), most.end());
+  }
+
   // The scale that leaves least of a row in 4 bits, as bfloat16. It pays to cut off the largest.
-  static std::uint16_t best_scale(std::span<const float> row, float largest) noexcept {
+  template <class Element>
+  static std::uint16_t best_scale(const Element* row, std::size_t columns, float row_scale,
+                                  std::int8_t* values) noexcept {
+    const float largest = largest_of(row, columns, row_scale);
     std::uint16_t best = 0;
     float least = std::numeric_limits<float>::infinity();
     for (const float part : {1.0f, 0.9f, 0.8f, 0.7f}) {
       const std::uint16_t scale = bfloat16(largest * part / 7);
       if (!(inverse_of(wide(scale)) > 0)) break;
-      const float residual = residual_of(row, wide(scale), 7);
+      const float residual = quantise(row, columns, row_scale, wide(scale), 7, values);
       if (residual >= least) continue;
       least = residual;
       best = scale;
@@ -6031,44 +6048,42 @@ struct Panels {
     return best;
   }
 
-  // Writes the row of position p; its |r|, from above. row, values: zero beyond columns.
-  float put(std::size_t p, const ItemRows& rows, const Source& source, std::span<float> row,
-            std::span<std::int8_t> values, float usual_length) {
+  // Writes the row of position p; its |r|, from above. values: [padded(columns)], for what lies
+  // between.
+  template <class Element>
+  float put(std::size_t p, const Element* row, const Source& source, std::span<std::int8_t> values,
+            float usual_length) {
     std::uint8_t* const panel = bytes.data() + p / kernels::panel_rows * bytes_a_panel;
     const std::size_t lane = p % kernels::panel_rows;
-    if (bits == 8) biases[p] = order[p].bias;
-    if (bits == 8 && rows.type() == ElementType::i8) {
-      scales[p] = order[p].scale;
-      kernels::put_in_panel<8>(panel, lane, rows.i8(source.item), columns);
-      return 0;
+    const float row_scale = source.place.scale;
+    if (bits == 8) {
+      biases[p] = source.place.bias;
+      if constexpr (std::is_same_v<Element, std::int8_t>) {
+        scales[p] = row_scale;
+        kernels::put_in_panel<8>(panel, lane, row, columns);
+        return 0;
+      }
     }
-    rows.row(source.item, row);
-    const auto largest = [&] {
-      float most = 0;
-      for (const float v : row) most = std::max(most, std::abs(v));
-      return most;
-    };
-    const float most = bits == 8 ? 127.0f : 7.0f;
     float scale;
     if (bits == 8) {
-      scale = scales[p] = inverse_of(largest() / most) > 0 ? largest() / most : 0.0f;
+      const float largest = largest_of(row, columns, row_scale);
+      scale = scales[p] = inverse_of(largest / 127) > 0 ? largest / 127 : 0.0f;
     } else {
-      short_scales[p] = source.short_scale ? source.short_scale : best_scale(row, largest());
+      short_scales[p] = source.short_scale ? source.short_scale
+                                           : best_scale(row, columns, row_scale, values.data());
       scale = wide(short_scales[p]);
     }
-    const float inverse = inverse_of(scale);
-    for (std::size_t c = 0; c < row.size(); ++c)
-      values[c] = static_cast<std::int8_t>(nearest(row[c] * inverse, most));
-    // Rounding of v / scale adds two times 2^-24 |v|, of the sum of squares some d / 16.
-    const float residual = scale > 0 ? residual_of(row, scale, most) *
-                                               (1 + 1e-6f + 4e-9f * static_cast<float>(columns)) +
-                                           3e-7f * source.norm
-                                     : source.norm;
+    float residual =
+        quantise(row, columns, row_scale, scale, bits == 8 ? 127.0f : 7.0f, values.data());
+    // Rounding of v / scale adds 3 * 2^-24 |v|, of the sum of squares some d / 16.
+    residual = scale > 0 ? residual * (1 + 1e-6f + 4e-9f * static_cast<float>(columns)) +
+                               3e-7f * source.norm
+                         : source.norm;
     if (bits == 8) {
       kernels::put_in_panel<8>(panel, lane, values.data(), columns);
     } else {
       kernels::put_in_panel<4>(panel, lane, values.data(), columns);
-      raised_biases[p] = bfloat16_above(order[p].bias + usual_length * residual);
+      raised_biases[p] = bfloat16_above(source.place.bias + usual_length * residual);
     }
     return residual;
   }
@@ -6132,10 +6147,7 @@ class Scorer {
         largest_8bit_(largest_8bit),
         length_(std::isfinite(usual_query_length) ? std::max(usual_query_length, 0.0f) : 0.0f) {
     assert(biases_.size() == rows_.rows());
-    std::vector<Source> fresh;
-    fresh.reserve(rows_.rows());
-    for (std::uint32_t item = 0; item < rows_.rows(); ++item) take_in(item, 0, fresh);
-    add(std::move(fresh));
+    start_afresh({});
   }
 
   explicit Scorer(const std::shared_ptr<const Model>& model,
@@ -6165,6 +6177,14 @@ class Scorer {
     next.rows_ = std::move(rows);
     next.biases_ = std::move(biases);
     const std::size_t added = next.rows_.rows() - rows_.rows();
+    if (parts_.empty() || (changed.size() + added) * ratio >= parts_.front().live) {
+      std::vector<std::uint16_t> known = short_scales();
+      if (!known.empty())
+        for (const std::uint32_t item : changed)
+          if (!same_row(next.rows_, item)) known[item] = 0;
+      next.start_afresh(known);
+      return next;
+    }
     std::vector<Source> fresh;
     fresh.reserve(changed.size() + added);
     for (const std::uint32_t item : changed) {
@@ -6293,12 +6313,13 @@ class Scorer {
   // Panels, and which of their rows still hold: the others have a NaN for a bias here.
   struct Part {
     explicit Part(std::shared_ptr<const Panels> made)
-        : panels(std::move(made)),
+        : order(made->order),
+          panels(std::move(made)),
           biases(panels, panels->biases),
           raised_biases(panels, panels->raised_biases),
           live(panels->by_item.size()) {}
 
-    std::size_t rows() const noexcept { return panels->order.size(); }
+    std::size_t rows() const noexcept { return order.size(); }
     bool holds(std::size_t position) const noexcept {
       return panels->bits == 8 ? !std::isnan(biases[position])
                                : !std::isnan(detail::wide(raised_biases[position]));
@@ -6334,11 +6355,12 @@ class Scorer {
              pages(raised_biases, panels->raised_biases);
     }
 
+    std::span<const Place> order;
+    std::size_t first = 0;  // its first row's position among all parts'
     std::shared_ptr<const Panels> panels;
     PagedArray<float> biases;                 // of 8 bits
     PagedArray<std::uint16_t> raised_biases;  // of 4 bits
     std::size_t live;                         // rows that hold
-    std::size_t first = 0;                    // its first row's position among all parts'
   };
 
   // One query on its way through the panels.
@@ -6418,14 +6440,44 @@ class Scorer {
            (rows_.scale(item) == rows.scale(item) && std::ranges::equal(mine, other));
   }
 
+  // The scales of all items' rows in 4 bits, 0 where they have none; empty with 8 bits.
+  std::vector<std::uint16_t> short_scales() const {
+    std::vector<std::uint16_t> known(bits_ == 4 ? rows_.rows() : 0);
+    if (bits_ == 4)
+      for (const Part& part : parts_)
+        for (const std::uint32_t position : part.panels->by_item)
+          if (part.holds(position))
+            known[part.order[position].item] = part.panels->short_scales[position];
+    return known;
+  }
+
+  // Makes one part of all items. known: as from short_scales().
+  void start_afresh(std::span<const std::uint16_t> known) {
+    parts_.clear();
+    unbounded_.clear();
+    std::vector<Source> fresh;
+    fresh.reserve(rows_.rows());
+    for (std::size_t item = 0; item < rows_.rows(); ++item)
+      take_in(static_cast<std::uint32_t>(item),
+              item < known.size() ? known[item] : std::uint16_t{0}, fresh);
+    add(std::move(fresh));
+  }
+
   // Adds the item to `fresh`, if it may rank.
   void take_in(std::uint32_t item, std::uint16_t short_scale, std::vector<Source>& fresh) {
-    if (!std::isfinite(biases_[item])) return;
-    const float norm = detail::norm_above(rows_, item);
+    const Place place = place_of(item);
+    if (!std::isfinite(place.bias)) return;
+    const float norm = norm_of(place);
     if (std::isfinite(norm))
-      fresh.push_back({item, short_scale, norm});
+      fresh.push_back({place, norm, short_scale});
     else
       unbounded_.insert(std::lower_bound(unbounded_.begin(), unbounded_.end(), item), item);
+  }
+
+  float norm_of(const Place& place) const noexcept {
+    return rows_.type() == ElementType::i8
+               ? detail::norm_above(rows_.i8(place.item), place.scale, rows_.columns())
+               : detail::norm_above(rows_.f32(place.item), place.scale, rows_.columns());
   }
 
   // From the part that holds it; its scale there in 4 bits, else 0.
@@ -6455,7 +6507,7 @@ class Scorer {
     for (; parts_.size() > kept; parts_.pop_back()) take_over(parts_.back(), bits, fresh);
     bits_ = bits;
     if (!fresh.empty())
-      parts_.emplace_back(std::make_shared<const Panels>(rows_, biases_, fresh, bits, length_));
+      parts_.emplace_back(std::make_shared<const Panels>(rows_, fresh, bits, length_));
     std::size_t first = 0;
     all_ = {};
     largest_bias_ = 0;
@@ -6474,19 +6526,20 @@ class Scorer {
     fresh.reserve(fresh.size() + part.live);
     for (const std::uint32_t position : panels.by_item) {
       if (!part.holds(position)) continue;
-      const std::uint32_t item = panels.order[position].item;
+      const Place& place = panels.order[position];
       fresh.push_back(
-          {item, bits == 4 && panels.bits == 4 ? panels.short_scales[position] : std::uint16_t{0},
-           detail::norm_above(rows_, item)});
+          {place, norm_of(place),
+           bits == 4 && panels.bits == 4 ? panels.short_scales[position] : std::uint16_t{0}});
     }
-    std::inplace_merge(fresh.begin(), fresh.begin() + middle, fresh.end(),
-                       [](const Source& a, const Source& b) { return a.item < b.item; });
+    std::inplace_merge(
+        fresh.begin(), fresh.begin() + middle, fresh.end(),
+        [](const Source& a, const Source& b) { return a.place.item < b.place.item; });
   }
 
   const Place& place_at(std::uint32_t position) const noexcept {
     const Part* part = parts_.data();
-    while (position - part->first >= part->rows()) ++part;
-    return part->panels->order[position - part->first];
+    while (position - part->first >= part->order.size()) ++part;
+    return part->order[position - part->first];
   }
 
   // ------------------------------------------------------------------------------------------
@@ -6579,16 +6632,18 @@ class Scorer {
   }
 
   void exact(const double* query, std::span<const Place> places, float* scores) const noexcept {
-    const std::size_t d = rows_.columns();
-    std::array<std::uint32_t, exact_together> items;
     std::array<double, exact_together> dots;
-    for (std::size_t begin = 0; begin < places.size(); begin += items.size()) {
-      const auto some = places.subspan(begin, std::min(items.size(), places.size() - begin));
-      for (std::size_t i = 0; i < some.size(); ++i) items[i] = some[i].item;
+    for (std::size_t begin = 0; begin < places.size(); begin += dots.size()) {
+      const auto some = places.subspan(begin, std::min(dots.size(), places.size() - begin));
+      const auto multiply = [&](auto kernel, auto row) {
+        std::array<decltype(row(0)), exact_together> rows;
+        for (std::size_t i = 0; i < some.size(); ++i) rows[i] = row(some[i].item);
+        kernel(rows.data(), rows_.columns(), query, dots.data(), some.size());
+      };
       if (rows_.type() == ElementType::i8)
-        table_->dots_i8(rows_.i8_pages(), d, query, items.data(), some.size(), dots.data());
+        multiply(table_->dots_i8, [&](std::uint32_t item) { return rows_.i8(item); });
       else
-        table_->dots_f32(rows_.f32_pages(), d, query, items.data(), some.size(), dots.data());
+        multiply(table_->dots_f32, [&](std::uint32_t item) { return rows_.f32(item); });
       for (std::size_t i = 0; i < some.size(); ++i)
         scores[begin + i] = score_of_dot(some[i], dots[i]);
     }
@@ -6778,7 +6833,8 @@ class Scorer {
       count += reaches(s, bounds);
     }
     if (bytes) {
-      const auto after = part.rows_8bit(ahead ? next : chunk);
+      kernels::PanelRows<float> after;
+      if (ahead) after = part.rows_8bit(next);
       table_->scan_8bit(part.rows_8bit(chunk), 0, panels, ahead ? &after : nullptr, queries.data(),
                         count);
       for (Search* search : std::span(some.data(), count)) {
@@ -6786,7 +6842,8 @@ class Scorer {
         if (search->found >= search->next_raise) raise(*search);
       }
     } else {
-      const auto after = part.rows_4bit(ahead ? next : chunk);
+      kernels::PanelRows<std::uint16_t> after;
+      if (ahead) after = part.rows_4bit(next);
       table_->scan_4bit(part.rows_4bit(chunk), 0, panels, ahead ? &after : nullptr, queries.data(),
                         count);
       for (Search* search : std::span(some.data(), count))
@@ -6849,12 +6906,12 @@ class Scorer {
     search.waiting = left;
     search.ready = 0;
     if (integers) {
-      std::array<std::uint32_t, most_waiting> items;
+      std::array<const std::int8_t*, most_waiting> rows;
       std::array<std::int32_t, most_waiting> dots;
-      for (std::size_t i = 0; i < count; ++i) items[i] = places[i].item;
+      for (std::size_t i = 0; i < count; ++i) rows[i] = rows_.i8(places[i].item);
       // In 8 bits rows are raised by 128 for the product, in 4 by 8.
-      table_->row_dots(rows_.i8_pages(), rows_.columns(), search.quantised.data(),
-                       16 * search.scan.offset, items.data(), count, dots.data());
+      table_->row_dots(rows.data(), rows_.columns(), search.quantised.data(),
+                       16 * search.scan.offset, dots.data(), count);
       for (std::size_t i = 0; i < count; ++i)
         scores[i] =
             static_cast<float>(dots[i]) * search.scan.scale * places[i].scale + places[i].bias;

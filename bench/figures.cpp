@@ -5,6 +5,9 @@
 #include <pthread.h>
 #include <sched.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <zstd.h>
 
 #include <algorithm>
@@ -247,6 +250,65 @@ void batch_of_64() {
         for (std::size_t i = 0; i < tops.size(); ++i)
           scorer.top_k(queries[i], 100, {}, workspace, tops[i]);
       });
+}
+
+// Bytes that the allocator has given out.
+[[maybe_unused]] double bytes_in_use() {
+#if defined(__GLIBC__)
+  const auto info = mallinfo2();
+  return static_cast<double>(info.uordblks + info.hblkhd);
+#else
+  return 0;
+#endif
+}
+
+// One item more in a catalogue of a million, and all biases of one of 100,000 changed, as an update
+// does: rows, biases and scorer.
+void catalogue_change() {
+  constexpr std::size_t d = 64;
+  const auto scorer_of = [](const std::shared_ptr<const pz::Model>& model) {
+    return pz::Scorer(pz::ItemRows({model, &model->parts().item_vectors}),
+                      pz::PagedArray<float>(model, model->parts().biases),
+                      pz::Scorer::usual_query_length(*model));
+  };
+  const std::vector<float> row(d, 0.1f);
+  {
+    auto scorer = scorer_of(model_of(1'000'000, d, pz::ElementType::i8));
+    std::vector<double> kib;
+    const auto add_one = [&] {
+      const double before = bytes_in_use();
+      pz::ItemRows rows = scorer.rows();
+      pz::PagedArray<float> biases = scorer.biases();
+      rows.push_back(row);
+      biases.push_back(0.1f);
+      pz::Scorer next = scorer.changed(std::move(rows), std::move(biases), {});
+      kib.push_back((bytes_in_use() - before) / 1024);
+      scorer = std::move(next);
+    };
+    const std::string data = "one item added to N=1000000 d=64 int8";
+    measure({.name = "add_item", .data = data}, add_one);
+#if defined(__GLIBC__)
+    line({.name = "add_item_memory",
+          .data = data + ": taken beside the old catalogue",
+          .unit = "KiB"},
+         quantile(kib, 0.5), quantile(kib, 0.99), 0, 0);
+#endif
+  }
+  auto scorer = scorer_of(model_of(100'000, d, pz::ElementType::i8));
+  std::vector<std::uint32_t> all(100'000);
+  std::iota(all.begin(), all.end(), 0u);
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(all.size());
+  for (float& v : values) v = 0.3f * normal(random);
+  std::size_t shift = 0;
+  measure({.name = "change_biases", .data = "all biases of N=100000 d=64 int8", .calls = 5}, [&] {
+    pz::PagedArray<float> biases = scorer.biases();
+    shift += 7919;
+    for (std::size_t i = 0; i < all.size(); ++i)
+      biases.edit(i) = values[(i + shift) % values.size()];
+    scorer = scorer.changed(scorer.rows(), std::move(biases), all);
+  });
 }
 
 void avx2_against_avx512() {
@@ -569,6 +631,7 @@ int main(int count, char** arguments) {
       {"top_100_trained", top_100_trained},
       {"top_100_batch", batch_of_64},
       {"top_100_avx2", avx2_against_avx512},
+      {"catalogue_change", catalogue_change},
       {"gru_step", step_128},
       {"gru_step_lookup", step_128_lookup},
       {"event_and_slate", event_and_slate},

@@ -44,13 +44,13 @@ inline void close(std::span<const float> got, std::span<const float> want, std::
   }
 }
 
-// Where the pages of rows that lie one behind the other begin.
+// Where some of the rows that lie one behind the other begin.
 template <class Element>
-std::vector<const Element*> pages_of(const std::vector<Element>& rows, std::size_t columns) {
-  std::vector<const Element*> pages;
-  for (std::size_t at = 0; at < rows.size(); at += pz::kernels::page_rows * columns)
-    pages.push_back(rows.data() + at);
-  return pages;
+std::vector<const Element*> rows_of(const std::vector<Element>& all, std::size_t columns,
+                                    std::span<const std::uint32_t> which) {
+  std::vector<const Element*> rows;
+  for (const std::uint32_t row : which) rows.push_back(all.data() + row * columns);
+  return rows;
 }
 
 struct Query {
@@ -128,9 +128,9 @@ struct Panels {
       scans[q].upper = found[q].upper.data();
       pointers.push_back(&scans[q]);
     }
-    auto rows = view();
-    rows.first_row = first_row;
-    scan_of(table)(rows, first, count, ahead ? &rows : nullptr, pointers.data(), pointers.size());
+    auto seen = view();
+    seen.first_row = first_row;
+    scan_of(table)(seen, first, count, ahead ? &seen : nullptr, pointers.data(), pointers.size());
     for (std::size_t q = 0; q < queries.size(); ++q) {
       found[q].rows.resize(scans[q].found);
       found[q].lower.resize(Bits == 8 ? scans[q].found : 0);

@@ -7,9 +7,12 @@
 #include <cstdint>
 #include <fstream>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <sstream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "small_model.hpp"
@@ -400,11 +403,16 @@ TEST_CASE("a filter that leaves little is exact as well") {
 
 TEST_CASE("masks") {
   pz::ItemMask mask(130, true);
+  CHECK(mask.count() == 130);
   CHECK(mask.test(129));
-  mask.reset(129);
+  CHECK(mask.reset(129));
+  CHECK(mask.reset(129));
   CHECK_FALSE(mask.test(129));
-  mask.set(129);
+  CHECK(mask.count() == 129);
+  CHECK(mask.set(129));
+  CHECK(mask.set(129));
   CHECK(mask.test(129));
+  CHECK(mask.count() == 130);
   const auto model = small_model::model({.items = 130});
   const pz::Scorer scorer{*model};
   const pz::ItemMask none(130);
@@ -415,4 +423,444 @@ TEST_CASE("masks") {
   // The bits behind the last item must not let anything in.
   top = top_k(scorer, random_query(random, 20), 200, {&mask, nullptr});
   CHECK(top.size() == 130);
+}
+
+TEST_CASE("a mask knows nothing of items behind its last") {
+  for (const std::size_t items : {0u, 1u, 63u, 64u, 65u}) {
+    pz::ItemMask mask(items, true);
+    const auto last = static_cast<std::uint32_t>(items);
+    for (const std::uint32_t item : {last, last + 1, last + 64, ~0u}) {
+      CHECK_FALSE(mask.set(item));
+      CHECK_FALSE(mask.reset(item));
+      CHECK_FALSE(mask.test(item));
+    }
+    CHECK(mask.count() == items);
+    CHECK(mask.word(items / 64 + 1) == 0);
+    mask.resize(items + 70);
+    CHECK(mask.count() == items);
+    CHECK_FALSE(mask.test(last));
+    CHECK(mask.set(last));
+    mask.resize(items);
+    mask.resize(items + 70);
+    CHECK(mask.count() == items);
+    CHECK_FALSE(mask.test(last));
+  }
+}
+
+TEST_CASE(
+    "masks shorter than the catalogue: what they do not know is neither eligible nor excluded") {
+  constexpr std::uint32_t items = 1000, known = 100;
+  const auto model = small_model::model({.items = items, .dimension = 20}, true);
+  const pz::Scorer scorer{*model};
+  small_model::Random random{21};
+  const pz::ItemMask eligible(known, true), few(known / 10, true), excluded(known, true);
+  for (const std::size_t k : {5u, 2000u}) {
+    const auto query = random_query(random, 20);
+    std::vector<pz::ScoredItem> front, tenth, back;
+    for (std::uint32_t i = 0; i < items; ++i) {
+      const pz::ScoredItem one{i, scorer.score(query, i)};
+      (i < known ? front : back).push_back(one);
+      if (i < known / 10) tenth.push_back(one);
+    }
+    for (auto* all : {&front, &tenth, &back}) {
+      std::sort(all->begin(), all->end(), pz::ranks_before);
+      all->resize(std::min(k, all->size()));
+    }
+    same(top_k(scorer, query, k, {&eligible, nullptr}), front);
+    same(top_k(scorer, query, k, {&few, nullptr}), tenth);
+    same(top_k(scorer, query, k, {nullptr, &excluded}), back);
+  }
+}
+
+TEST_CASE("a list of excluded items does what a mask of them does") {
+  small_model::Random random{23};
+  for (const std::size_t items : {40u, 1000u, 20'000u}) {
+    const auto model = small_model::model({.items = items, .dimension = 20}, true);
+    for (const std::size_t largest_8bit : {std::size_t{0}, pz::Scorer::usual_largest_8bit}) {
+      const pz::Scorer scorer(pz::ItemRows({model, &model->parts().item_vectors}),
+                              pz::PagedArray<float>(model, model->parts().biases), 5.0f,
+                              pz::kernels::chosen(), largest_8bit);
+      for (const std::size_t k : {1u, 25u, 100u})
+        for (const std::size_t count : {std::size_t{0}, std::size_t{1}, k, 3 * k, items}) {
+          CAPTURE(items);
+          CAPTURE(k);
+          CAPTURE(count);
+          const auto query = random_query(random, 20);
+          pz::ItemMask mask(items), eligible(items), other(items);
+          std::vector<std::uint32_t> list;
+          for (const pz::ScoredItem& best : full_sort(scorer, items, query, count, {}))
+            mask.set(random.below(4) == 0 ? random.below(static_cast<std::uint32_t>(items))
+                                          : best.item);
+          for (std::uint32_t i = 0; i < items; ++i) {
+            if (mask.test(i)) list.push_back(i);
+            if (random.below(20) == 0) eligible.set(i);
+            if (random.below(9) == 0) other.set(i);
+          }
+          for (const pz::ItemMask* only : {static_cast<const pz::ItemMask*>(nullptr),
+                                           static_cast<const pz::ItemMask*>(&eligible)}) {
+            const auto want = full_sort(scorer, items, query, k, {only, &mask});
+            same(top_k(scorer, query, k, {.eligible = only, .excluded_items = list}), want);
+          }
+          pz::ItemMask both = other;
+          for (const std::uint32_t item : list) both.set(item);
+          same(top_k(scorer, query, k, {.excluded = &other, .excluded_items = list}),
+               full_sort(scorer, items, query, k, {nullptr, &both}));
+        }
+    }
+  }
+}
+
+namespace {
+
+// What the kernels of `counting_table` did since `reset`.
+struct Counts {
+  std::size_t exact_rows = 0, panels = 0;
+};
+Counts counts;
+pz::kernels::Table real_table = pz::kernels::chosen();
+
+pz::kernels::Table counting_table() {
+  pz::kernels::Table table = real_table;
+  table.dots_f32 = [](auto... a) noexcept {
+    counts.exact_rows += std::get<4>(std::tuple(a...));
+    return real_table.dots_f32(a...);
+  };
+  table.dots_i8 = [](auto... a) noexcept {
+    counts.exact_rows += std::get<4>(std::tuple(a...));
+    return real_table.dots_i8(a...);
+  };
+  table.scan_8bit = [](const auto& rows, std::size_t first, std::size_t last, auto... a) noexcept {
+    counts.panels += last - first;
+    return real_table.scan_8bit(rows, first, last, a...);
+  };
+  return table;
+}
+
+}  // namespace
+
+TEST_CASE("a scan gives few items exact scores, and a tight filter scans nothing") {
+  constexpr std::size_t items = 20'000;
+  const auto table = counting_table();
+  for (const bool int8 : {false, true}) {
+    const auto model = small_model::model({.items = items, .dimension = 20}, int8);
+    const pz::Scorer scorer{*model, table};
+    small_model::Random random{5};
+    const auto query = random_query(random, 20);
+    pz::ItemMask half(items), few(items);
+    for (std::uint32_t i = 0; i < items; i += 2) half.set(i);
+    for (std::uint32_t i = 0; i < items; i += 100) few.set(i);
+    const pz::ItemMask* const everything = nullptr;
+    for (const pz::ItemMask* eligible : {everything, static_cast<const pz::ItemMask*>(&half)}) {
+      counts = {};
+      same(top_k(scorer, query, 25, {eligible}), full_sort(scorer, items, query, 25, {eligible}));
+      CHECK(counts.exact_rows < 500);
+      CHECK(counts.panels >= items / pz::kernels::panel_rows / 2);
+    }
+    counts = {};
+    pz::Scorer::Workspace unused;
+    std::vector<pz::ScoredItem> top;
+    scorer.top_k(query, 25, {&few}, unused, top);
+    same(top, full_sort(scorer, items, query, 25, {&few}));
+    CHECK(counts.exact_rows < 2 * few.count());
+    CHECK(counts.panels == 0);
+  }
+}
+
+TEST_CASE("where norms differ a scan ends early, also after the catalogue has changed many times") {
+  constexpr std::size_t items = 20'000, d = 20;
+  const auto table = counting_table();
+  small_model::Random random{6};
+  auto vectors = std::make_shared<pz::Matrix>(pz::Matrix::zeros(items, d));
+  for (std::size_t i = 0; i < items; ++i) {
+    const float length = std::exp(2 * random.symmetric());
+    for (std::size_t c = 0; c < d; ++c) vectors->f32()[i * d + c] = random.symmetric() * length;
+  }
+  pz::ItemRows rows{std::make_shared<const pz::Matrix>(vectors->quantised())};
+  pz::PagedArray<float> biases;
+  for (std::size_t i = 0; i < items; ++i) biases.push_back(0);
+  pz::Scorer scorer{rows, biases, 4.0f, table};
+  const auto panels_scanned = [&] {
+    small_model::Random queries{1};
+    counts = {};
+    for (int q = 0; q < 20; ++q) (void)top_k(scorer, random_query(queries, d), 25);
+    return counts.panels;
+  };
+  const std::size_t before = panels_scanned();
+  CHECK(before < 20 * items / pz::kernels::panel_rows / 2);
+  std::vector<float> row(d);
+  for (int change = 0; change < 700; ++change) {
+    const auto item = random.below(items);
+    scorer.rows().row(item, row);
+    pz::ItemRows more = scorer.rows();
+    pz::PagedArray<float> other = scorer.biases();
+    more.push_back(row);
+    other.push_back(0);
+    const auto biased = random.below(items);
+    other.edit(biased) = random.symmetric() * 0.1f;
+    scorer = scorer.changed(std::move(more), std::move(other), {&biased, 1});
+  }
+  CHECK(panels_scanned() < before + before / 4);
+}
+
+TEST_CASE("rows of items: copies share pages, and no change to one is seen by another") {
+  constexpr std::size_t d = 5, page = pz::ItemRows::page_rows;
+  small_model::Random random{31};
+  for (const bool int8 : {false, true}) {
+    CAPTURE(int8);
+    const std::size_t items = 2 * page + 3;
+    const auto made = small_model::random_matrix(random, items, d, 1.0f);
+    const auto base = std::make_shared<const pz::Matrix>(int8 ? made.quantised() : made);
+    const auto at = [&](const pz::ItemRows& rows, std::size_t r) { return rows.stored(r).data(); };
+    const auto holds = [&](const pz::ItemRows& rows, std::size_t r, const pz::Matrix& matrix,
+                           std::size_t m) {
+      std::vector<float> got(d), want(d);
+      rows.row(r, got);
+      matrix.row(m, want);
+      for (std::size_t c = 0; c < d; ++c) CHECK(rows.at(r, c) == want[c]);
+      return got == want && rows.scale(r) == (int8 ? matrix.scales()[m] : 1.0f);
+    };
+    const pz::ItemRows first{base};
+    REQUIRE(first.rows() == items);
+    CHECK(first.owned_bytes() == 0);
+    for (const std::size_t r : {std::size_t{0}, page, items - 1}) CHECK(holds(first, r, *base, r));
+
+    pz::ItemRows second = first;
+    pz::Matrix other = pz::Matrix::zeros(1, d, base->type());
+    const std::vector<float> values{1.5f, -2, 0, 0.25f, 7};
+    other.set_row(0, values);
+    second.set_row(1, values);
+    CHECK(holds(second, 1, other, 0));
+    CHECK(holds(second, 0, *base, 0));
+    CHECK(holds(first, 1, *base, 1));
+    CHECK(at(second, page) == at(first, page));
+    const std::size_t bytes_a_page = page * (int8 ? d + sizeof(float) : d * sizeof(float));
+    CHECK(second.owned_bytes() == bytes_a_page);
+
+    // What was copied is not written to again, by either.
+    pz::ItemRows third = second;
+    CHECK(third.owned_bytes() == 0);
+    const std::vector<float> zeros(d);
+    second.set_row(1, zeros);
+    CHECK(holds(third, 1, other, 0));
+    third.set_row(0, zeros);
+    CHECK(holds(second, 0, *base, 0));
+
+    for (std::size_t added = 0; added < 2 * page; ++added) second.push_back(values);
+    REQUIRE(second.rows() == items + 2 * page);
+    CHECK(holds(second, items, other, 0));
+    CHECK(holds(second, items + 2 * page - 1, other, 0));
+    CHECK(holds(second, items - 1, *base, items - 1));
+    CHECK(at(second, page + 1) == at(first, page + 1));
+    CHECK(third.rows() == items);
+    CHECK(holds(third, items - 1, *base, items - 1));
+
+    const pz::ItemRows moved = std::move(second);
+    CHECK(moved.rows() == items + 2 * page);
+    CHECK(holds(moved, items, other, 0));
+  }
+}
+
+TEST_CASE("a workspace fits every scorer, whichever it was used with before") {
+  pz::Scorer::Workspace workspace;
+  small_model::Random random{17};
+  std::vector<pz::ScoredItem> top;
+  for (const std::size_t d : {20u, 5u, 45u}) {
+    const auto model = small_model::model({.items = 2000, .dimension = d}, true);
+    for (const std::size_t largest_8bit : {pz::Scorer::usual_largest_8bit, std::size_t{0}}) {
+      const pz::Scorer scorer(pz::ItemRows({model, &model->parts().item_vectors}),
+                              pz::PagedArray<float>(model, model->parts().biases), 5.0f,
+                              pz::kernels::chosen(), largest_8bit);
+      for (const std::size_t k : {25u, 300u}) {
+        const auto query = random_query(random, d);
+        scorer.top_k(query, k, {}, workspace, top);
+        same(top, full_sort(scorer, 2000, query, k, {}));
+        const std::vector<std::uint32_t> items{7, 1999};
+        std::vector<float> scores(2);
+        scorer.score(query, items, workspace, scores);
+        CHECK(scores[1] == scorer.score(query, 1999));
+      }
+    }
+  }
+}
+
+TEST_CASE("what was removed, and what has no finite score, never ranks") {
+  constexpr std::uint32_t items = 600;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  pz::Matrix vectors = pz::Matrix::zeros(items, 20);
+  small_model::Random random{41};
+  for (float& v : vectors.f32()) v = random.normal();
+  std::vector<float> biases(items);
+  biases[1] = std::numeric_limits<float>::quiet_NaN();
+  biases[2] = infinity;
+  biases[3] = -infinity;
+  const auto check = [&](std::size_t ranked) {
+    const pz::Scorer scorer{vectors, biases, 4.0f};
+    const auto query = random_query(random, 20);
+    const auto top = top_k(scorer, query, items);
+    same(top, full_sort(scorer, items, query, items, {}));
+    CHECK(top.size() == ranked);
+    for (const pz::ScoredItem& one : top) CHECK(std::isfinite(one.score));
+    CHECK(std::isnan(scorer.score(query, 1)));
+  };
+  check(items - 3);
+  vectors.f32()[4 * 20 + 7] = std::numeric_limits<float>::quiet_NaN();
+  vectors.f32()[5 * 20 + 7] = infinity;
+  check(items - 5);
+  std::fill(biases.begin(), biases.end(), std::numeric_limits<float>::quiet_NaN());
+  check(0);
+}
+
+TEST_CASE("a row whose length f32 cannot hold still ranks where its scores are finite") {
+  pz::Matrix vectors = pz::Matrix::zeros(600, 20);
+  small_model::Random random{43};
+  for (float& v : vectors.f32()) v = random.normal();
+  for (std::size_t c = 0; c < 20; ++c) vectors.f32()[9 * 20 + c] = 3e38f;
+  const std::vector<float> biases(600);
+  const pz::Scorer scorer{vectors, biases, 4.0f};
+  std::vector<float> query(pz::kernels::padded(20));
+  query[0] = 0.5f;
+  const auto top = top_k(scorer, query, 10);
+  same(top, full_sort(scorer, 600, query, 10, {}));
+  CHECK(top[0].item == 9);
+}
+
+namespace {
+
+// A catalogue and how it is changed at random, with what it should hold beside it.
+struct Changing {
+  Changing(std::uint64_t seed, std::size_t items, std::size_t columns, bool int8, float spread_of)
+      : random(seed), d(columns), spread(spread_of) {
+    mirror = pz::Matrix::zeros(items, d, int8 ? pz::ElementType::i8 : pz::ElementType::f32);
+    for (std::size_t i = 0; i < items; ++i) {
+      mirror.set_row(i, row());
+      wanted.push_back(bias());
+    }
+    rows = pz::ItemRows{std::make_shared<const pz::Matrix>(mirror)};
+    for (const float b : wanted) biases.push_back(b);
+  }
+
+  std::vector<float> row() {
+    std::vector<float> values(d);
+    const float length = std::exp(spread * random.symmetric());
+    for (float& v : values) v = random.symmetric() * length;
+    // Some that f32 cannot bound, some alike.
+    if (random.below(400) == 0 && mirror.type() == pz::ElementType::f32) values[0] = 3e38f;
+    if (random.below(20) == 0) std::fill(values.begin(), values.end(), 0.25f);
+    return values;
+  }
+  float bias() {
+    return random.below(12) == 0 ? std::numeric_limits<float>::quiet_NaN() : random.symmetric();
+  }
+
+  // n items get another bias, another row, or both; some become what they are.
+  std::vector<std::uint32_t> change(std::size_t n) {
+    biases = pz::PagedArray<float>(biases);  // the scorer has the pages that were there
+    std::vector<std::uint32_t> items;
+    for (std::size_t i = 0; i < n; ++i)
+      items.push_back(random.below(static_cast<std::uint32_t>(mirror.rows())));
+    std::sort(items.begin(), items.end());
+    items.erase(std::unique(items.begin(), items.end()), items.end());
+    for (const std::uint32_t item : items) {
+      const auto kind = random.below(4);
+      if (kind != 0) wanted[item] = biases.edit(item) = bias();
+      if (kind >= 2) {
+        const auto values = row();
+        rows.set_row(item, values);
+        mirror.set_row(item, values);
+      }
+    }
+    return items;
+  }
+  void add(std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto values = row();
+      rows.push_back(values);
+      mirror.resize_rows(mirror.rows() + 1);
+      mirror.set_row(mirror.rows() - 1, values);
+      wanted.push_back(bias());
+      biases.push_back(wanted.back());
+    }
+  }
+
+  small_model::Random random;
+  std::size_t d;
+  float spread;
+  pz::ItemRows rows;
+  pz::PagedArray<float> biases;
+  pz::Matrix mirror;
+  std::vector<float> wanted;
+};
+
+}  // namespace
+
+TEST_CASE("a scorer of a changed catalogue answers as one made of it, and older ones as before") {
+  struct Answer {
+    pz::Scorer scorer;
+    std::vector<float> query;
+    std::vector<pz::ScoredItem> top;
+  };
+  constexpr std::size_t d = 20, items = 3000;
+  // All in 8 bits, all in 4, and across the border on the way.
+  for (const std::size_t largest_8bit : {2 * items * d, std::size_t{0}, (items + 150) * d})
+    for (const bool int8 : {true, false})
+      for (const float spread : {0.0f, 2.0f}) {
+        CAPTURE(largest_8bit);
+        CAPTURE(int8);
+        CAPTURE(spread);
+        Changing catalogue(largest_8bit + int8, items, d, int8, spread);
+        small_model::Random random{largest_8bit + 3};
+        pz::Scorer scorer(catalogue.rows, catalogue.biases, 4.0f, pz::kernels::chosen(),
+                          largest_8bit);
+        pz::Scorer::Workspace workspace;
+        std::vector<Answer> older;
+        for (int generation = 0; generation < 60; ++generation) {
+          CAPTURE(generation);
+          // Mostly a few; now and then so many that parts are made anew, or all.
+          const std::size_t few = random.below(6), some = random.below(150);
+          const auto changed = catalogue.change(generation % 10 == 9    ? some
+                                                : generation % 25 == 24 ? 3 * items
+                                                                        : few);
+          catalogue.add(generation % 7 == 6 ? some / 2 : random.below(3));
+          scorer = scorer.changed(catalogue.rows, catalogue.biases, changed);
+          const std::size_t count = catalogue.mirror.rows();
+          const pz::Scorer plain(catalogue.mirror, catalogue.wanted, 4.0f);
+          const auto query = random_query(random, d);
+          pz::ItemMask excluded(count);
+          for (std::size_t i = 0; i < count / 3; ++i)
+            excluded.set(random.below(static_cast<std::uint32_t>(count)));
+          for (const std::size_t k : {std::size_t{1}, std::size_t{25}, 2 * items})
+            for (const pz::Eligibility& which : {pz::Eligibility{}, {nullptr, &excluded}}) {
+              std::vector<pz::ScoredItem> top;
+              scorer.top_k(query, k, which, workspace, top);
+              same(top, full_sort(plain, count, query, k, which));
+            }
+          if (generation % 6 == 0) older.push_back({scorer, query, top_k(scorer, query, 40)});
+        }
+        for (const Answer& then : older) same(top_k(then.scorer, then.query, 40), then.top);
+      }
+}
+
+TEST_CASE("a catalogue that grows from nothing, item by item, and is then removed") {
+  constexpr std::size_t d = 7;
+  pz::ItemRows rows{std::make_shared<const pz::Matrix>(pz::Matrix::zeros(0, d))};
+  pz::PagedArray<float> biases;
+  pz::Scorer scorer(rows, biases, 3.0f);
+  small_model::Random random{51};
+  const auto query = random_query(random, d);
+  CHECK(top_k(scorer, query, 10).empty());
+  for (std::uint32_t i = 0; i < 400; ++i) {
+    const auto row = random_query(random, d);
+    rows.push_back(std::span(row).first(d));
+    biases = pz::PagedArray<float>(biases);
+    biases.push_back(random.symmetric());
+    scorer = scorer.changed(rows, biases, {});
+    if (i % 13 == 0) same(top_k(scorer, query, 10), full_sort(scorer, i + 1, query, 10, {}));
+  }
+  for (std::uint32_t i = 0; i < 400; ++i) {
+    biases = pz::PagedArray<float>(biases);
+    biases.edit(i) = std::numeric_limits<float>::quiet_NaN();
+    scorer = scorer.changed(rows, biases, {&i, 1});
+    if (i % 13 == 0) same(top_k(scorer, query, 10), full_sort(scorer, 400, query, 10, {}));
+  }
+  CHECK(top_k(scorer, query, 10).empty());
 }
