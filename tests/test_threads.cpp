@@ -225,7 +225,7 @@ TEST_CASE("every member function of a recommender may be called at any time from
                                               .remembered_slates = 100,
                                               .log = [&](const pz::LogEntry&) { ++logged; }});
   REQUIRE(shop);
-  MESSAGE("instruction set " << shop->instruction_set());
+  MESSAGE("instruction set " << std::string(shop->instruction_set()));
 
   Promises promises;
   std::atomic<std::uint64_t> calls{0};
@@ -241,6 +241,7 @@ TEST_CASE("every member function of a recommender may be called at any time from
     });
   for (std::thread& thread : threads) thread.join();
 
+  MESSAGE(calls.load() << " calls");
   const char* broken = promises.broken();
   CHECK_MESSAGE(!broken, std::string(broken ? broken : ""));
   CHECK(calls > 100);
