@@ -36,22 +36,64 @@
 //   if (!slate) return fail(slate.error().message);
 //   for (const pz::Pick& pick : slate->items) show(pick.item, pick.score, pz::name(pick.reason));
 //
+// How to think about it
+//
+//   A model file holds what training found: a vector and a bias for each item, and an encoder,
+//   which is a short program of layers. It is immutable; load it once and share it.
+//
+//   A recommender serves it. For each user it keeps a state of fixed size, the encoder's hidden
+//   vector. An event (record) moves that state by one step, whatever the length of the history. A
+//   request (recommend) takes the state's query vector h and finds the items with the largest
+//   u = h . v + b, exactly. Someone of whom nothing is known gets what is popular.
+//
+//   A session is a user without a name. It has a state of its own until merge_session, or an event
+//   that names both, makes its events the user's.
+//
+//   A slate is what recommend returns: picks in order. Its id lets later events say what they
+//   answer: that the slate was seen (impressions), and which pick was chosen (a positive event).
+//   From these the recommender learns how much better or worse an item does than the model expects
+//   (quality), who likes it (taste), and what this user passed over (discount): explain takes a
+//   score apart.
+//
+//   The pool are young items of which little is known. Each place of a slate may go to one of them,
+//   with a probability that exploration_weight sets and Pick::propensity tells. Where an item's
+//   impressions have taught enough, it leaves the pool and stands by its own score.
+//
+//   An update folds in what was learnt and takes in items that were put or removed. It builds a new
+//   generation of the catalogue, which shares with the old one what has not changed, and publishes
+//   it by one pointer; requests never wait for it. A thread runs updates, unless RecommenderOptions
+//   says otherwise; the model's weights change only by training.
+//
+//   Times are Unix seconds. Each event has its own, which concerns its user; everything that all
+//   users share goes by one clock, and what lies ahead of it is refused.
+//
+//   Memory has budgets in bytes (RecommenderOptions): users, slates, contexts, items that wait.
+//   Where one is used up the least recently used goes. memory() tells what was taken.
+//
+//   What comes from a client (ids, times, counts, lists) and from a file is hostile and checked;
+//   what the program itself passes (options, callbacks, masks) is not. Errors are values: Result<T>
+//   holds a T or an Error, a code and a sentence. Nothing is thrown or printed.
+//
+// clang-format off
 // Contents (each room uses only earlier rooms; its banner says which)
 //   0 preamble          version, macros, what a compiler must offer
 //   1 errors            Errc, Error, Result<T>
-//   2 basics            bytes and files, text and numbers, hashes, random numbers, tables of
-//   strings 3 instruction sets  integer products, scores and sums of each, scalar first 4 kernels
-//   row scoring, matrix-vector products, gates, norms; dispatch 5 container         checked,
-//   compressed sections of a file 6 model             item vectors, statistics, metadata, encoder
-//   operations: plain data, checks 7 model file        reading and writing; Model 8 encoder one
-//   event in, new user state out 9 filters           which items may be ranked
+//   2 basics            bytes and files, text and numbers, hashes, tables, locks
+//   3 instruction sets  integer products, scores and sums of each, scalar first
+//   4 kernels           row scoring, matrix-vector products, gates, norms; dispatch
+//   5 container         checked, compressed sections of a file
+//   6 model             item vectors, statistics, metadata, encoder operations: plain data, checks
+//   7 model file        reading and writing; Model
+//   8 encoder           one event in, new user state out
+//   9 filters           which items may be ranked
 //  10 scorer            exact top-k over the eligible items
 //  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
 //  12 exploration       calibration, posterior, vector correction, slots with propensities
 //  13 catalogue         the items as feedback has shaped them, and how the next generation is built
-//  14 users             users and sessions within a budget in bytes
-//  15 state             (reserved for what outlives the process: save, restore, journal)
+//  14 users             users and sessions within a budget in bytes; event ids
+//  15 state             options, time, what waits for an update, who runs updates
 //  16 recommender       record, recommend, rank, put_item, update
+// clang-format on
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
 
