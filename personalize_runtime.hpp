@@ -85,7 +85,7 @@
 //   6 model             item vectors, statistics, metadata, encoder operations: plain data, checks
 //   7 model file        reading and writing; Model
 //   8 encoder           one event in, new user state out
-//   9 filters           which items may be ranked
+//   9 filters and rows  which items may be ranked; their vectors, shared between generations
 //  10 scorer            exact top-k over the eligible items
 //  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
 //  12 exploration       calibration, posterior, vector correction, slots with propensities
@@ -5571,7 +5571,8 @@ class Encoder {
 };
 
 // ============================================================================================
-// Room 9: filters. Owns which items may be ranked. Uses nothing.
+// Room 9: filters and rows. Owns which items may be ranked, and their vectors, as generations of a
+// catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3, 4 and 6.
 // ============================================================================================
 
 // One bit an item.
@@ -5670,11 +5671,6 @@ struct Eligibility {
     return of_mask > unknown - excluded_items.size() ? unknown : of_mask + excluded_items.size();
   }
 };
-
-// ============================================================================================
-// Room 10: scorer. Owns the item vectors that generations of a catalogue share, and the exact top-k
-// over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
-// ============================================================================================
 
 // Vectors of items, [rows, columns], f32 or int8 with a scale a row. Copies share the pages of
 // page_rows rows that neither of them has changed since: a copy costs O(pages), a changed
@@ -5908,8 +5904,8 @@ void for_sixteens(const Element* row, std::size_t count, Function f) {
   f(last.data());
 }
 
-// |v| of a row, from above.
-inline float norm_above(const std::int8_t* row, float scale, std::size_t columns) noexcept {
+// |v| of a row, from above; not finite where one of its values is not.
+inline double norm_above(const std::int8_t* row, float scale, std::size_t columns) noexcept {
   std::array<std::int32_t, 16> sums{};
   std::int64_t squares = 0;
   std::size_t blocks = 0;
@@ -5922,18 +5918,16 @@ inline float norm_above(const std::int8_t* row, float scale, std::size_t columns
     if (++blocks % (1 << 16) == 0) flush();  // the sums fit 32 bits
   });
   flush();
-  return static_cast<float>(static_cast<double>(scale) * std::sqrt(static_cast<double>(squares))) *
-         (1 + 1e-6f);
+  return static_cast<double>(scale) * std::sqrt(static_cast<double>(squares)) * (1 + 1e-6);
 }
-inline float norm_above(const float* row, float scale, std::size_t columns) noexcept {
+inline double norm_above(const float* row, float scale, std::size_t columns) noexcept {
   std::array<double, 16> sums{};
   for_sixteens(row, columns, [&](const float* v) {
     for (std::size_t l = 0; l < 16; ++l)
       sums[l] += static_cast<double>(v[l]) * static_cast<double>(v[l]);
   });
-  return static_cast<float>(static_cast<double>(scale) *
-                            std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0))) *
-         (1 + 1e-6f);
+  return static_cast<double>(scale) * std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0)) *
+         (1 + 1e-6);
 }
 
 // The rows of some items in panels, by the largest score that they could have with a query of the
@@ -6133,6 +6127,10 @@ struct Panels {
 
 }  // namespace detail
 
+// ============================================================================================
+// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
+// ============================================================================================
+
 // Immutable; one for all threads, each with its own Workspace. The score of an item is
 //   f32(b_i + scale_i * sum_c q_c v_ic), summed in double as Kernels::dot says,
 // the same bits on every instruction set. top_k never returns anything but the head of a full sort
@@ -6296,9 +6294,9 @@ class Scorer {
     }
     scan(workspace.active);
     // While one query's candidates get exact scores, the next one's come from memory.
-    if (!queries.empty()) narrow(workspace.searches[0]);
+    if (!queries.empty()) complete(workspace.searches[0]);
     for (std::size_t i = 0; i < queries.size(); ++i) {
-      if (i + 1 < queries.size()) narrow(workspace.searches[i + 1]);
+      if (i + 1 < queries.size()) complete(workspace.searches[i + 1]);
       finish(workspace.searches[i], *queries[i].top);
     }
   }
@@ -6415,8 +6413,8 @@ class Scorer {
     std::size_t k = 0;
     // So many lower bounds make sure of k items that may be ranked: k, and as many as may turn out
     // to be excluded.
-    std::size_t enough = 0;
-    std::size_t wanted = 0;      // enough, or how many of the best so many a sample holds at most
+    std::size_t needed = 0;
+    std::size_t wanted = 0;      // needed, or how many of the best so many a sample holds at most
     std::size_t next_raise = 0;  // found, when the threshold is raised again
     // Candidates: bounds of their scores, positions; up to settled the places there, all of which
     // may be ranked. lower is -inf from found to the next multiple of kernels::lanes.
@@ -6436,7 +6434,7 @@ class Scorer {
     std::vector<Place> waiting_places;
 
     // Whether candidates go through the filter before their bounds are counted.
-    bool filtered() const noexcept { return enough == k && !eligibility.all(); }
+    bool filtered() const noexcept { return needed == k && !eligibility.all(); }
     std::size_t growth() const noexcept { return std::max<std::size_t>(wanted, 64); }
     void put_off_raise() noexcept { next_raise = std::max(wanted, found) + growth(); }
     void add(const Place& place, float low, float high) noexcept {
@@ -6459,7 +6457,7 @@ class Scorer {
       search.waiting_margins.resize(most_waiting);
       search.waiting_places.resize(most_waiting);
     }
-    // Of the most that `enough` may be, so that it does not grow with a user's history.
+    // Of the most that `needed` may be, so that it does not grow with a user's history.
     const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
     const std::size_t capacity = kernels::padded(3 * most + 2 * chunk_rows);
     if (search.places.size() < capacity) {
@@ -6478,8 +6476,8 @@ class Scorer {
 
   bool same_row(const ItemRows& rows, std::uint32_t item) const noexcept {
     const auto mine = rows_.stored(item), other = rows.stored(item);
-    return mine.data() == other.data() ||
-           (rows_.scale(item) == rows.scale(item) && std::ranges::equal(mine, other));
+    return mine.data() == other.data() || (rows_.scale(item) == rows.scale(item) &&
+                                           std::equal(mine.begin(), mine.end(), other.begin()));
   }
 
   // The scales of all items' rows in 4 bits, 0 where they have none; empty with 8 bits.
@@ -6508,15 +6506,15 @@ class Scorer {
   // Adds the item to `fresh`, if it may rank.
   void take_in(std::uint32_t item, std::uint16_t short_scale, std::vector<Source>& fresh) {
     const Place place = place_of(item);
-    if (!std::isfinite(place.bias)) return;
-    const float norm = norm_of(place);
-    if (std::isfinite(norm))
-      fresh.push_back({place, norm, short_scale});
+    const double norm = norm_of(place);
+    if (!std::isfinite(place.bias) || !std::isfinite(norm)) return;
+    if (norm < static_cast<double>(std::numeric_limits<float>::max()))
+      fresh.push_back({place, static_cast<float>(norm), short_scale});
     else
       unbounded_.insert(std::lower_bound(unbounded_.begin(), unbounded_.end(), item), item);
   }
 
-  float norm_of(const Place& place) const noexcept {
+  double norm_of(const Place& place) const noexcept {
     return rows_.type() == ElementType::i8
                ? detail::norm_above(rows_.i8(place.item), place.scale, rows_.columns())
                : detail::norm_above(rows_.f32(place.item), place.scale, rows_.columns());
@@ -6570,7 +6568,7 @@ class Scorer {
       if (!part.holds(position)) continue;
       const Place& place = panels.order[position];
       fresh.push_back(
-          {place, norm_of(place),
+          {place, static_cast<float>(norm_of(place)),
            bits == 4 && panels.bits == 4 ? panels.short_scales[position] : std::uint16_t{0}});
     }
     std::inplace_merge(
@@ -6607,12 +6605,12 @@ class Scorer {
   }
 
   void begin(const Query& query, Search& search) const {
-    search.k = search.enough = query.k;
+    search.k = search.needed = query.k;
     search.eligibility = query.eligibility;
     // A second look at rows of 4 bits filters them without further cost.
     if (const std::size_t excluded = query.eligibility.most_excluded();
         !query.eligibility.eligible && bits_ == 8 && excluded <= search.k)
-      search.enough += excluded;
+      search.needed += excluded;
     start(search);
     fit(search);
     widen(query.query, search.query);
@@ -6644,11 +6642,11 @@ class Scorer {
     search.found = search.settled = search.waiting = search.ready = 0;
     search.threshold = lowest;
     search.guessed = false;
-    search.wanted = search.next_raise = search.enough;
+    search.wanted = search.next_raise = search.needed;
   }
 
   // To what needs an exact score, which is fetched.
-  void narrow(Search& search) const {
+  void complete(Search& search) const {
     if (search.k == 0) return;
     catch_up(search);
     if (search.guessed) {
@@ -6657,10 +6655,10 @@ class Scorer {
       scan_parts({&one, 1}, 0);
       catch_up(search);
     }
-    settle(search);
-    if (search.enough > search.k) {
+    look_up(search);
+    if (search.needed > search.k) {
       search.wanted = search.k;
-      raise(search);
+      raise_threshold(search);
     }
     read_ahead(search);
   }
@@ -6736,7 +6734,7 @@ class Scorer {
         if (std::isfinite(scores[i]) && scores[i] >= search.threshold)
           search.add(some[i], scores[i], scores[i]);
       count = 0;
-      if (search.found >= search.next_raise) raise(search);
+      if (search.found >= search.next_raise) raise_threshold(search);
     };
     for (std::size_t w = 0; w < words / 64; ++w) {
       std::uint64_t allowed = search.eligibility.word(w);
@@ -6751,11 +6749,11 @@ class Scorer {
   }
 
   // First a sample of the chunks, from which each query guesses where its k-th best score will lie,
-  // on the low side: with that for a threshold a third fewer items become candidates. narrow()
+  // on the low side: with that for a threshold a third fewer items become candidates. complete()
   // finds out whether the guess was too high.
   void scan(std::span<Search*> active) const {
     if (active.empty() || parts_.empty()) return;
-    const std::size_t stride = sample_stride(active.front()->enough);
+    const std::size_t stride = sample_stride(active.front()->needed);
     if (stride != 0) scan_sample(active, stride);
     scan_parts(active, stride);
   }
@@ -6767,16 +6765,16 @@ class Scorer {
     const std::size_t count = (chunks - stride / 2 + stride - 1) / stride;
     for (Search* search : searches) {
       // Of the best so many are in the sample, and three standard deviations.
-      const double mean = static_cast<double>(search->enough * count) / static_cast<double>(chunks);
+      const double mean = static_cast<double>(search->needed * count) / static_cast<double>(chunks);
       const auto most = static_cast<std::size_t>(mean + 3 * std::sqrt(mean) + 3);
-      search->wanted = search->next_raise = std::min(search->enough, most);
+      search->wanted = search->next_raise = std::min(search->needed, most);
     }
     for (std::size_t chunk = stride / 2; chunk < chunks; chunk += stride)
-      visit(part, chunk, chunk + stride, searches);
+      scan_in_turn(part, chunk, chunk + stride, searches);
     for (Search* search : searches) {
       catch_up(*search);
-      search->guessed = search->wanted < search->enough && search->threshold > lowest;
-      search->wanted = search->enough;
+      search->guessed = search->wanted < search->needed && search->threshold > lowest;
+      search->wanted = search->needed;
       search->put_off_raise();
     }
   }
@@ -6797,7 +6795,7 @@ class Scorer {
     for (std::size_t visited = 0; chunk < part.panels->chunks.size(); ++visited) {
       if (visited % chunks_a_look == 0) {
         for (std::size_t i = 0; i < active.size();) {
-          if (reaches(*active[i], part.panels->from[chunk])) {
+          if (may_reach(*active[i], part.panels->from[chunk])) {
             ++i;
             continue;
           }
@@ -6807,7 +6805,7 @@ class Scorer {
         if (active.empty()) return;
       }
       const std::size_t next = first_from(chunk + 1);
-      visit(part, chunk, next, active);
+      scan_in_turn(part, chunk, next, active);
       chunk = next;
     }
   }
@@ -6816,13 +6814,13 @@ class Scorer {
   void catch_up(Search& search) const {
     make_ready(search);
     second_looks(search);
-    raise(search);
+    raise_threshold(search);
   }
 
   // Scans a chunk for those searches that it may concern. In a batch, `next`, the chunk that will
   // follow, comes from memory meanwhile.
-  void visit(const Part& part, std::size_t chunk, std::size_t next,
-             std::span<Search* const> searches) const {
+  void scan_in_turn(const Part& part, std::size_t chunk, std::size_t next,
+                    std::span<Search* const> searches) const {
     bool ahead = searches.size() >= least_to_fetch && (next + 1) * chunk_rows <= part.rows();
     while (!searches.empty()) {
       const std::size_t count = std::min(searches.size(), most_together);
@@ -6843,7 +6841,7 @@ class Scorer {
     return chunks / std::clamp<std::size_t>(6 * chunks / k, 4, chunks / 8);
   }
 
-  static bool reaches(const Search& search, const Bounds& b) noexcept {
+  static bool may_reach(const Search& search, const Bounds& b) noexcept {
     return search.norm * b.norm + b.bias + search.slack >= search.threshold;
   }
 
@@ -6872,7 +6870,7 @@ class Scorer {
       s.scan.margin = margin;
       some[count] = search;
       queries[count] = &s.scan;
-      count += reaches(s, bounds);
+      count += may_reach(s, bounds);
     }
     if (bytes) {
       kernels::PanelRows<float> after;
@@ -6881,7 +6879,7 @@ class Scorer {
                         count);
       for (Search* search : std::span(some.data(), count)) {
         search->found = search->scan.found;
-        if (search->found >= search->next_raise) raise(*search);
+        if (search->found >= search->next_raise) raise_threshold(*search);
       }
     } else {
       kernels::PanelRows<std::uint16_t> after;
@@ -6902,11 +6900,11 @@ class Scorer {
       search.waiting_margins[search.waiting] = margin;
     }
     if (search.ready >= second_look) second_looks(search);
-    if (search.found >= search.next_raise) raise(search);
+    if (search.found >= search.next_raise) raise_threshold(search);
   }
 
   // Candidates' positions become places, less those that may not be ranked.
-  void settle(Search& search) const noexcept {
+  void look_up(Search& search) const noexcept {
     std::size_t kept = search.settled;
     for (std::size_t i = kept; i < search.found; ++i) {
       search.lower[kept] = search.lower[i];
@@ -6967,8 +6965,8 @@ class Scorer {
 
   // Raises the threshold to the k-th largest lower bound and drops what stays below it. Where that
   // drops little (ties), exact scores do.
-  void raise(Search& search) const {
-    if (search.filtered()) settle(search);
+  void raise_threshold(Search& search) const {
+    if (search.filtered()) look_up(search);
     const auto reach = [&](float threshold) {
       if (threshold < search.threshold) return;
       search.threshold = threshold;
@@ -6995,8 +6993,8 @@ class Scorer {
       search.settled = keep(0, settled, search.places);
       search.found = keep(settled, search.found, search.positions);
     }
-    if (search.found > search.enough + search.growth()) {
-      settle(search);
+    if (search.found > search.needed + search.growth()) {
+      look_up(search);
       resolve(search);
       for (std::size_t i = 0; i < search.best.size(); ++i) {
         search.places[i] = place_of(item_of(search.best[i]));
