@@ -14,6 +14,7 @@
 #include "command/command.hpp"
 #include "command/json.hpp"
 #include "command/output.hpp"
+#include "data/csv.hpp"
 #include "data/random.hpp"
 #include "simulate/simulation.hpp"
 
