@@ -1,0 +1,251 @@
+// Every member function of a Recommender at once, from many threads. PERSONALIZE_STRESS_SECONDS
+// says for how long (default 3). The thread sanitizer sees a race where results would not show it.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "small_model.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+constexpr std::int64_t start = 1'700'000'000;
+constexpr std::size_t thread_count = 8;
+
+// The first promise that any thread saw broken; asserts that throw must not be used on threads.
+class Promises {
+ public:
+  void require(bool kept, const char* promise) noexcept {
+    if (!kept) broken_.store(promise);
+  }
+  const char* broken() const noexcept { return broken_; }
+
+ private:
+  std::atomic<const char*> broken_{nullptr};
+};
+
+std::shared_ptr<const pz::Model> young_model() {
+  pz::ModelParts parts = small_model::quantised(small_model::parts({.items = 200, .hidden = 16}));
+  for (std::size_t i = 0; i < parts.statistics.size(); ++i)
+    parts.statistics[i] = {i % 2 == 0 ? 0u : 100u, start - 86'400, start, start - 86'400};
+  auto model = pz::Model::from_parts(std::move(parts));
+  REQUIRE(model);
+  return *model;
+}
+
+// One thread's calls, drawn at random. Times are those of the caller, and go on.
+class Caller {
+ public:
+  Caller(pz::Recommender& shop, Promises& promises, std::uint64_t seed)
+      : shop_(shop), promises_(promises), random_(seed) {}
+
+  void call() {
+    now_ += random_.below(60);
+    switch (random_.below(14)) {
+      case 0:
+      case 1:
+      case 2:
+        return record();
+      case 3:
+        return record_impression();
+      case 4:
+      case 5:
+      case 6:
+        return recommend();
+      case 7:
+        return recommend_many();
+      case 8:
+        return rank();
+      case 9:
+        return explain();
+      case 10:
+        return change_items();
+      case 11:
+        return update();
+      case 12:
+        return change_users();
+      default:
+        return look();
+    }
+  }
+
+ private:
+  std::string user() { return "u" + std::to_string(random_.below(40)); }
+  std::string session() { return "s" + std::to_string(random_.below(40)); }
+  // One in ten is not in the catalogue, or only for a while.
+  std::string item() {
+    return random_.below(10) == 0 ? "new" + std::to_string(random_.below(20))
+                                  : "i" + std::to_string(random_.below(200));
+  }
+
+  void check(const pz::Slate& slate, std::size_t count) {
+    promises_.require(slate.items.size() <= count, "a slate is no longer than asked for");
+    std::set<std::string_view> items;
+    for (const pz::Pick& pick : slate.items) {
+      items.insert(pick.item);
+      promises_.require(std::isfinite(pick.score), "scores are finite");
+      promises_.require(pick.propensity > 0 && pick.propensity <= 1, "propensities are in (0, 1]");
+      promises_.require(slate.model->find_item(pick.item).has_value(),
+                        "picks are items of the slate's model");
+    }
+    promises_.require(items.size() == slate.items.size(), "items are distinct");
+  }
+
+  void record() {
+    const std::string user_id = user(), session_id = session(), item_id = item();
+    const auto recorded = shop_.record(
+        {.user = user_id,
+         .session = random_.below(4) == 0 ? std::string_view(session_id) : std::string_view{},
+         .item = item_id,
+         .event_type = random_.below(2) == 0 ? "click" : "view",
+         .timestamp = now_,
+         .recommendation_id = slate_.id});
+    promises_.require(recorded.has_value(), "a right event is recorded");
+  }
+
+  void record_impression() {
+    const std::string user_id = user(), first = item(), second = item();
+    const std::array<std::string_view, 2> items{first, second};
+    promises_.require(
+        shop_.record_impression({.user = user_id, .items = items, .timestamp = now_}).has_value(),
+        "a right impression is recorded");
+  }
+
+  void recommend() {
+    const std::string user_id = user();
+    const std::uint32_t count = 1 + random_.below(30);
+    const auto done = shop_.recommend({.user = user_id,
+                                       .count = count,
+                                       .exclude_interacted = random_.below(2) == 0,
+                                       .timestamp = now_},
+                                      slate_);
+    promises_.require(done.has_value(), "a right request is answered");
+    check(slate_, count);
+    if (slate_.items.empty()) return;
+    const pz::Interaction event{.user = user_id,
+                                .item = slate_.items[0].item,
+                                .event_type = "click",
+                                .timestamp = now_,
+                                .recommendation_id = slate_.id};
+    // Its slate may have been displaced, the user forgotten.
+    promises_.require(shop_.record(event).has_value(), "an answer to a slate is recorded");
+  }
+
+  void recommend_many() {
+    const std::string a = user(), b = user(), c = session();
+    const std::array<pz::Request, 3> requests{
+        pz::Request{.user = a, .count = 10, .timestamp = now_},
+        pz::Request{.user = b, .count = 3, .timestamp = now_},
+        pz::Request{.session = c, .count = 25, .timestamp = now_}};
+    promises_.require(shop_.recommend(requests, slates_).has_value(),
+                      "right requests are answered");
+    for (std::size_t i = 0; i < requests.size(); ++i) check(slates_[i], requests[i].count);
+  }
+
+  void rank() {
+    const std::string user_id = user(), first = item(), second = item();
+    const std::array<std::string_view, 3> items{first, second, "no such item"};
+    pz::Slate order;
+    promises_.require(shop_.rank({.user = user_id, .timestamp = now_}, items, order).has_value() &&
+                          order.items.size() == items.size(),
+                      "rank() keeps the number of items");
+  }
+
+  void explain() {
+    const std::string user_id = user();
+    const auto parts = shop_.explain({.user = user_id, .timestamp = now_},
+                                     "i" + std::to_string(random_.below(200)));
+    promises_.require(parts && std::isfinite(parts->score), "items of the model are explained");
+  }
+
+  void change_items() {
+    const std::string item_id = item();
+    promises_.require(shop_
+                          .put_item({.item = item_id,
+                                     .creation_timestamp = now_,
+                                     .fields = {{"GENRE", "bow|sword"}, {"PRICE", "2"}}})
+                          .has_value(),
+                      "a right item is put");
+  }
+
+  void update() {
+    promises_.require(shop_.update(now_).has_value(), "an update succeeds");
+    promises_.require(shop_.model()->item_count() >= 200, "an update loses no item");
+  }
+
+  void change_users() {
+    const std::string user_id = user(), session_id = session();
+    promises_.require(shop_.merge_session(session_id, user_id).has_value(),
+                      "a session can be merged");
+    if (random_.below(4) == 0) (void)shop_.forget(user_id);
+    if (random_.below(4) == 0) (void)shop_.forget({}, session_id);
+  }
+
+  void look() {
+    promises_.require(shop_.user_count() <= 64 + thread_count,
+                      "no more users are remembered than allowed");
+    promises_.require(!std::string_view(shop_.instruction_set()).empty(),
+                      "the instruction set has a name");
+  }
+
+  pz::Recommender& shop_;
+  Promises& promises_;
+  small_model::Random random_;
+  std::int64_t now_ = start;
+  pz::Slate slate_;
+  std::array<pz::Slate, 3> slates_;
+};
+
+std::chrono::duration<double> stress_time() {
+  const char* seconds = std::getenv("PERSONALIZE_STRESS_SECONDS");
+  return std::chrono::duration<double>(seconds ? std::atof(seconds) : 3);
+}
+
+}  // namespace
+
+TEST_CASE("every member function of a recommender may be called at any time from any thread") {
+  std::atomic<std::uint64_t> logged{0};
+  auto shop =
+      pz::Recommender::create(young_model(), {.history_length = 20,
+                                              .max_users = 64,
+                                              .update_interval = std::chrono::minutes{10},
+                                              .remembered_slates = 100,
+                                              .log = [&](const pz::LogEntry&) { ++logged; }});
+  REQUIRE(shop);
+  MESSAGE("instruction set " << std::string(shop->instruction_set()));
+
+  Promises promises;
+  std::atomic<std::uint64_t> calls{0};
+  const auto end = std::chrono::steady_clock::now() + stress_time();
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < thread_count; ++t)
+    threads.emplace_back([&, t] {
+      Caller caller(*shop, promises, t);
+      while (std::chrono::steady_clock::now() < end && !promises.broken()) {
+        caller.call();
+        ++calls;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+
+  MESSAGE(calls.load() << " calls");
+  const char* broken = promises.broken();
+  CHECK_MESSAGE(!broken, std::string(broken ? broken : ""));
+  CHECK(calls > 100);
+  CHECK(logged > 0);
+  CHECK(shop->user_count() <= 64);
+  CHECK(shop->model()->item_count() > 200);
+}
