@@ -8,7 +8,7 @@ folder=$3
 here=$(dirname "$0")
 
 "$python" -c 'import torch, numpy' 2>/dev/null || {
-  echo "skipped: $python has no torch and numpy; install python3-torch and python3-numpy"
+  echo "SKIPPED: $python has no torch and numpy; install python3-torch and python3-numpy"
   exit 77
 }
 # Several threads spin while they wait for one another: on a busy machine, ten times as long.

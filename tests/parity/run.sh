@@ -7,7 +7,7 @@ folder=$2
 shift 2
 
 "$python" -c 'import torch, numpy' 2>/dev/null || {
-  echo "skipped: $python has no torch and numpy; install python3-torch and python3-numpy"
+  echo "SKIPPED: $python has no torch and numpy; install python3-torch and python3-numpy"
   exit 77
 }
 rm -rf "$folder"
