@@ -1,0 +1,307 @@
+// What a server pays for updates and what it holds in memory. Prints one JSON line a figure, as
+// figures.cpp does. Not pinned: requests and updates share the machine's cores.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "../personalize_runtime.hpp"
+
+namespace pz = personalize;
+
+namespace {
+
+constexpr std::int64_t start = 1'700'000'000;
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point begin) {  // microseconds
+  return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
+}
+
+double quantile(std::vector<double>& values, double q) {
+  if (values.empty()) return 0;
+  const auto at =
+      std::min(values.size() - 1, static_cast<std::size_t>(q * static_cast<double>(values.size())));
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(at), values.end());
+  return values[at];
+}
+
+void line(const std::string& name, const std::string& data, double value, const char* unit,
+          const std::string& peer = {}, double peer_value = 0) {
+  std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "unit": "%s")", name.c_str(),
+              data.c_str(), value, unit);
+  if (!peer.empty())
+    std::printf(R"(, "peer": "%s", "peer_value": %.4g, "ratio": %.3g)", peer.c_str(), peer_value,
+                value / peer_value);
+  std::printf("}\n");
+  std::fflush(stdout);
+}
+
+double mebibytes(double bytes) { return bytes / (1 << 20); }
+
+// What the allocator has given and not got back.
+double allocated() {
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 33)
+  const auto info = ::mallinfo2();
+  return static_cast<double>(info.uordblks + info.hblkhd);
+#else
+  return 0;
+#endif
+}
+
+double resident() {
+  std::ifstream status("/proc/self/status");
+  for (std::string text; std::getline(status, text);)
+    if (text.rfind("VmRSS", 0) == 0) return std::stod(text.substr(6)) * 1024;
+  return 0;
+}
+
+std::shared_ptr<const pz::Model> model_of(std::size_t items, std::size_t d) {
+  using Kind = pz::EncoderOp::Kind;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto matrix = [&](std::size_t rows, std::size_t columns) {
+    pz::Matrix m = pz::Matrix::zeros(rows, columns);
+    const float scale = 1 / std::sqrt(static_cast<float>(columns));
+    for (float& v : m.f32()) v = normal(random) * scale;
+    return rows > 1 ? m.quantised() : m;
+  };
+  pz::ModelParts parts;
+  parts.metadata = "{}";
+  for (std::size_t i = 0; i < items; ++i) {
+    if (!parts.item_ids.add("i" + std::to_string(i))) std::abort();
+    parts.statistics.push_back(
+        {1 + 1'000'000 / (i + 1), start - 400 * 86'400, start, start - 400 * 86'400});
+  }
+  parts.item_vectors = matrix(items, d);
+  for (std::size_t i = 0; i < items; ++i) parts.biases.push_back(0.1f * normal(random));
+  pz::MetadataField field;
+  field.name = "GENRE";
+  if (!field.vocabulary.add("bow")) std::abort();
+  field.embedding = matrix(1, d);
+  parts.fields.push_back(std::move(field));
+  parts.operations = {{Kind::embed_sum}, {Kind::gru}};
+  for (const auto& [rows, columns] :
+       {std::pair{3 * d, d}, {3 * d, d}, {std::size_t{1}, 3 * d}, {1, 3 * d}})
+    parts.weights.push_back(matrix(rows, columns));
+  auto model = pz::Model::from_parts(std::move(parts));
+  if (!model) std::abort();
+  return *model;
+}
+
+pz::Recommender shop_of(const std::shared_ptr<const pz::Model>& model,
+                        pz::RecommenderOptions options = {}) {
+  options.recommendation_key = {{1, 2}};
+  auto shop = pz::Recommender::create(model, options);
+  if (!shop) {
+    std::fprintf(stderr, "service: %s\n", shop.error().message.c_str());
+    std::exit(1);
+  }
+  return std::move(*shop);
+}
+
+void require(bool done) {
+  if (!done) std::abort();
+}
+
+void update_one_item() {
+  auto shop = shop_of(model_of(1'000'000, 64), {.update_interval = {}});
+  std::vector<double> times, bytes;
+  for (int n = 0; n < 40; ++n) {
+    require(shop.put_item({.item = "new" + std::to_string(n),
+                           .creation_timestamp = start,
+                           .fields = {{"GENRE", "bow"}}})
+                .has_value());
+    const double before = allocated();
+    const auto begin = Clock::now();
+    require(shop.update(start).has_value());
+    times.push_back(since(begin) / 1000);
+    bytes.push_back(allocated() - before);
+  }
+  line("update_one_item", "one item with metadata into 1,000,000 x 64 int8", quantile(times, 0.5),
+       "ms");
+  line("update_one_item_slowest", "the slowest of 40", quantile(times, 1), "ms");
+  line("update_one_item_memory", "taken while readers hold the generation before",
+       mebibytes(quantile(bytes, 0.9)), "MiB");
+}
+
+void update_fold() {
+  constexpr std::size_t items = 100'000;
+  const auto model = model_of(items, 64);
+  auto shop = shop_of(model, {.update_interval = {}});
+  std::vector<std::string> ids;
+  for (std::size_t i = 0; i < items; ++i) ids.push_back("i" + std::to_string(i));
+  std::vector<double> times, again;
+  for (int round = 0; round < 12; ++round) {
+    for (std::size_t u = 0; u < 200; ++u) {
+      const std::string user = "u" + std::to_string(u + 1000 * static_cast<std::size_t>(round));
+      require(shop.record({.user = user, .item = ids[(u * 37) % items], .timestamp = start})
+                  .has_value());
+      std::vector<std::string_view> shown;
+      for (std::size_t i = 0; i < 500; ++i) shown.push_back(ids[(u * 500 + i) % items]);
+      require(
+          shop.record(
+                  {.user = user, .item = shown[u % 500], .timestamp = start, .impressions = shown})
+              .has_value());
+    }
+    const auto begin = Clock::now();
+    require(shop.update(start).has_value());
+    times.push_back(since(begin) / 1000);
+    require(shop.update_report().items_learnt >= 90'000);
+  }
+  times.erase(times.begin());
+  line("update_fold",
+       "counters and contexts of 100,000 x 64 items, each shown since the last update",
+       quantile(times, 0.5), "ms");
+}
+
+// Two threads at full speed; with updates, one after the other's end plus a pause.
+void update_beside_requests(std::size_t items) {
+  const auto model = model_of(items, 64);
+  const std::string data = std::to_string(items) + " x 64, 2 threads of requests, ";
+  std::array<std::array<std::vector<double>, 2>, 2> latencies;  // [updates][record, recommend]
+  std::atomic<std::int64_t> updates{0};
+  for (int round = 0; round < 6; ++round) {
+    const bool with_updates = round % 2 == 1;
+    auto shop = shop_of(model, {.updates = pz::Updates::by_caller});
+    std::atomic<bool> stop{false};
+    std::array<std::array<std::vector<double>, 2>, 2> mine;  // [thread]
+    std::vector<std::thread> threads;
+    for (std::size_t t = 0; t < 2; ++t)
+      threads.emplace_back([&, t] {
+        std::mt19937 random(static_cast<unsigned>(t + 1));
+        pz::Slate slate;
+        for (std::size_t n = 0; !stop; ++n) {
+          const std::string user = "u" + std::to_string(random() % 1000);
+          const std::string item = "i" + std::to_string(random() % items);
+          const std::int64_t now = start + static_cast<std::int64_t>(n);
+          auto begin = Clock::now();
+          require(
+              shop.record(
+                      {.user = user, .item = item, .timestamp = now, .recommendation_id = slate.id})
+                  .has_value());
+          mine[t][0].push_back(since(begin));
+          begin = Clock::now();
+          require(shop.recommend({.user = user, .count = 25, .timestamp = now}, slate).has_value());
+          mine[t][1].push_back(since(begin));
+          // Seen by the same user, next time round.
+          if (n % 4 == 0)
+            require(shop.record_impression(
+                            {.user = user, .recommendation_id = slate.id, .timestamp = now})
+                        .has_value());
+        }
+      });
+    if (with_updates)
+      threads.emplace_back([&] {
+        for (int n = 0; !stop; ++n) {
+          require(shop.put_item({.item = "new" + std::to_string(n),
+                                 .creation_timestamp = start,
+                                 .fields = {{"GENRE", "bow"}}})
+                      .has_value());
+          const auto begin = Clock::now();
+          require(shop.update(start + n).has_value());
+          ++updates;
+          // As the recommender's own thread does: a fifth of the time at most.
+          const auto pause =
+              std::chrono::duration_cast<std::chrono::microseconds>(4 * (Clock::now() - begin));
+          std::this_thread::sleep_for(
+              std::min<std::chrono::microseconds>(pause, std::chrono::seconds{1}));
+        }
+      });
+    std::this_thread::sleep_for(std::chrono::seconds{8});
+    stop = true;
+    for (std::thread& thread : threads) thread.join();
+    for (std::size_t t = 0; t < 2; ++t)
+      for (std::size_t call = 0; call < 2; ++call) {
+        auto& all = latencies[with_updates][call];
+        all.insert(all.end(), mine[t][call].begin(), mine[t][call].end());
+      }
+  }
+  for (std::size_t call = 0; call < 2; ++call)
+    for (const double q : {0.5, 0.99, 0.999})
+      line(std::string(call == 0 ? "record" : "recommend") + "_beside_updates",
+           data + std::to_string(updates.load()) + " updates in 24 s, quantile " +
+               std::to_string(q).substr(0, 5),
+           quantile(latencies[1][call], q), "us", "the same without updates",
+           quantile(latencies[0][call], q));
+}
+
+void memory() {
+  constexpr std::size_t items = 1'000'000, users = 1'000'000;
+  const auto model = model_of(items, 64);
+  const double before = resident(), given_before = allocated();
+  auto shop = shop_of(model, {.update_interval = {}});
+  std::mt19937 random(1);
+  std::vector<std::string> ids;
+  for (std::size_t i = 0; i < items; ++i) ids.push_back("i" + std::to_string(i));
+  const double names = resident() - before;
+  (void)names;
+  for (std::size_t u = 0; u < users; ++u) {
+    const std::string user = "user" + std::to_string(u);
+    for (int e = 0; e < 50; ++e)
+      require(
+          shop.record({.user = user, .item = ids[random() % items], .timestamp = start + e * 60})
+              .has_value());
+  }
+  pz::Slate slate;
+  for (std::size_t n = 0; n < 10'000'000; ++n)
+    require(shop.recommend(
+                    {.user = "cold" + std::to_string(n % 100'000), .count = 5, .timestamp = start},
+                    slate)
+                .has_value());
+  std::vector<std::string>().swap(ids);
+#if defined(__GLIBC__)
+  ::malloc_trim(0);
+#endif
+  const pz::MemoryUse use = shop.memory();
+  const pz::RecommenderOptions options;
+  const double budgets =
+      static_cast<double>(options.user_bytes + options.slate_log_bytes + options.context_bytes +
+                          options.pending_bytes + use.event_ids + use.catalogue + use.scratch);
+  const std::string data =
+      "1,000,000 users with 50 events, 1,000,000 items, 10 million slates asked";
+  line("resident_growth", data, mebibytes(resident() - before), "MiB",
+       "sum of the budgets, the catalogue and scratch", mebibytes(budgets));
+  line("memory_reported", data, mebibytes(static_cast<double>(use.total())), "MiB",
+       "given by the allocator", mebibytes(allocated() - given_before));
+  std::fprintf(stderr,
+               "users %zu: %.0f MiB, slates %.0f, contexts %.0f, event ids %.0f, catalogue %.0f, "
+               "scratch %.1f\n",
+               shop.user_count(), mebibytes(double(use.users)), mebibytes(double(use.slates)),
+               mebibytes(double(use.contexts)), mebibytes(double(use.event_ids)),
+               mebibytes(double(use.catalogue)), mebibytes(double(use.scratch)));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::vector<std::string_view> wanted(arguments + 1, arguments + count);
+  const std::vector<std::pair<std::string_view, std::function<void()>>> figures{
+      {"update_one_item", update_one_item},
+      {"update_fold", update_fold},
+      {"update_beside_requests",
+       [] {
+         for (const std::size_t items : {100'000u, 1'000'000u}) update_beside_requests(items);
+       }},
+      {"memory", memory},
+  };
+  for (const auto& [name, run] : figures)
+    if (wanted.empty() || std::find(wanted.begin(), wanted.end(), name) != wanted.end()) run();
+  return 0;
+}
