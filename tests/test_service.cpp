@@ -15,6 +15,9 @@
 
 #include "small_model.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace service_tests {
+
 namespace pz = personalize;
 
 namespace {
@@ -951,3 +954,5 @@ TEST_CASE("a pool without weight leaves the ranking as it is") {
     }
   }
 }
+
+}  // namespace service_tests
