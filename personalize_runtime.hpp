@@ -7629,9 +7629,7 @@ class SlateLog {
     const auto number = number_of(id, owner);
     if (!number) return SlateStatus::unknown;
     // Memory first, without the lock.
-    slate.query.resize(dimension_);
-    slate.picks.resize(most_picks());
-    slate.choices.resize(with_choices_ ? most_picks() : 0);
+    reserve(slate);
     Stripe& stripe = stripes_[*number % stripes_.size()];
     const std::lock_guard lock{stripe.mutex};
     Slot* slot = find(stripe, *number);
@@ -7681,10 +7679,8 @@ class SlateLog {
     std::partial_sort(newest.begin(), newest.begin() + static_cast<std::ptrdiff_t>(count),
                       newest.end(), std::greater<>{});
     LoggedSlate slate;
+    reserve(slate);
     for (std::size_t i = 0; i < count; ++i) {
-      slate.query.resize(dimension_);
-      slate.picks.resize(most_picks());
-      slate.choices.resize(with_choices_ ? most_picks() : 0);
       const Stripe& stripe = stripes_[newest[i].second % stripes_.size()];
       {
         const std::lock_guard lock{stripe.mutex};
@@ -7758,6 +7754,13 @@ class SlateLog {
     return stripe.ring.get() + slot.begin % ring_size_;
   }
 
+  // Room for the largest slate.
+  void reserve(LoggedSlate& slate) const {
+    slate.query.reserve(dimension_);
+    slate.picks.reserve(most_picks());
+    if (with_choices_) slate.choices.reserve(most_picks());
+  }
+
   template <class T>
   static std::byte* put(std::byte* at, const T* values, std::size_t count) noexcept {
     if (count > 0) std::memcpy(at, values, count * sizeof(T));
@@ -7766,7 +7769,7 @@ class SlateLog {
   template <class T>
   static const std::byte* take(const std::byte* at, std::vector<T>& values,
                                std::size_t count) noexcept {
-    values.resize(count);  // to what is smaller
+    values.resize(count);  // reserved
     if (count > 0) std::memcpy(values.data(), at, count * sizeof(T));
     return at + count * sizeof(T);
   }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <ctime>
 #include <random>
 #include <set>
 #include <string>
@@ -216,6 +217,21 @@ TEST_CASE("slates expire by age and by displacement") {
   for (int i = 0; i < 4; ++i) ids.push_back(add_slate(log, "u1", now));
   CHECK(status(log, first, "u1", now) == pz::SlateStatus::expired);
   for (const std::string& id : ids) CHECK(status(log, id, "u1", now) == pz::SlateStatus::found);
+}
+
+TEST_CASE("to read a slate takes as long as it has picks, whatever the log has room for") {
+  // Of a few dozen and of some hundred thousand picks.
+  const auto time_of_reads = [](std::size_t budget) {
+    pz::SlateLog log(1, day, {1, 2}, budget);
+    const std::string id = add_slate(log, "u1", now);
+    const std::clock_t begin = std::clock();
+    pz::LoggedSlate slate;
+    bool reported = false;
+    for (int i = 0; i < 2000; ++i) log.read(id, "u1", now, now, slate, reported);
+    CHECK(slate.picks.size() == 1);
+    return std::clock() - begin;
+  };
+  CHECK(time_of_reads(std::size_t{64} << 20) <= 20 * time_of_reads(std::size_t{1} << 16) + 1000);
 }
 
 TEST_CASE("slates of many threads all find their own picks") {
