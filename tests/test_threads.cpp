@@ -1,5 +1,6 @@
 // Every member function of a Recommender at once, from many threads. PERSONALIZE_STRESS_SECONDS
-// says for how long (default 3). The thread sanitizer sees a race where results would not show it.
+// says for how long each test does so (default 3). The thread sanitizer sees a race where results
+// would not show it.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <set>
 #include <string>
 #include <string_view>
@@ -24,6 +26,18 @@ namespace {
 
 constexpr std::int64_t start = 1'700'000'000;
 constexpr std::size_t thread_count = 8;
+
+// The recommender's clock, which all callers move on.
+class Clock {
+ public:
+  std::int64_t now() const noexcept { return now_.load(std::memory_order_relaxed); }
+  std::int64_t advance(std::int64_t seconds) noexcept {
+    return now_.fetch_add(seconds, std::memory_order_relaxed) + seconds;
+  }
+
+ private:
+  std::atomic<std::int64_t> now_{start};
+};
 
 // The first promise that any thread saw broken; asserts that throw must not be used on threads.
 class Promises {
@@ -46,14 +60,14 @@ std::shared_ptr<const pz::Model> young_model() {
   return *model;
 }
 
-// One thread's calls, drawn at random. Times are those of the caller, and go on.
+// One thread's calls, drawn at random, some of them dated a little back.
 class Caller {
  public:
-  Caller(pz::Recommender& shop, Promises& promises, std::uint64_t seed)
-      : shop_(shop), promises_(promises), random_(seed) {}
+  Caller(pz::Recommender& shop, Clock& clock, Promises& promises, std::uint64_t seed)
+      : shop_(shop), clock_(clock), promises_(promises), random_(seed) {}
 
   void call() {
-    now_ += random_.below(60);
+    now_ = clock_.advance(random_.below(20)) - random_.below(60);
     switch (random_.below(14)) {
       case 0:
       case 1:
@@ -98,8 +112,8 @@ class Caller {
       items.insert(pick.item);
       promises_.require(std::isfinite(pick.score), "scores are finite");
       promises_.require(pick.propensity > 0 && pick.propensity <= 1, "propensities are in (0, 1]");
-      promises_.require(slate.model->find_item(pick.item).has_value(),
-                        "picks are items of the slate's model");
+      promises_.require(pick.item.starts_with("i") || pick.item.starts_with("new"),
+                        "a slate holds the ids of its picks");
     }
     promises_.require(items.size() == slate.items.size(), "items are distinct");
   }
@@ -168,11 +182,15 @@ class Caller {
     const std::string user_id = user();
     const auto parts = shop_.explain({.user = user_id, .timestamp = now_},
                                      "i" + std::to_string(random_.below(200)));
-    promises_.require(parts && std::isfinite(parts->score), "items of the model are explained");
+    promises_.require(
+        parts ? std::isfinite(parts->score) : parts.error().code == pz::Errc::unknown_item,
+        "items of the catalogue are explained");
   }
 
   void change_items() {
     const std::string item_id = item();
+    if (random_.below(3) == 0)
+      return promises_.require(shop_.remove_item(item_id).has_value(), "an item can be removed");
     promises_.require(shop_
                           .put_item({.item = item_id,
                                      .creation_timestamp = now_,
@@ -182,8 +200,12 @@ class Caller {
   }
 
   void update() {
-    promises_.require(shop_.update(now_).has_value(), "an update succeeds");
-    promises_.require(shop_.model()->item_count() >= 200, "an update loses no item");
+    const bool due = shop_.update_due();
+    if (due || random_.below(4) == 0)
+      promises_.require(shop_.update().has_value(), "an update succeeds");
+    promises_.require(!shop_.update_report().error, "an update reports no error");
+    if (random_.below(8) == 0)
+      promises_.require(shop_.model()->item_count() >= 200, "an update loses no item");
   }
 
   void change_users() {
@@ -199,9 +221,13 @@ class Caller {
                       "no more users are remembered than allowed");
     promises_.require(!std::string_view(shop_.instruction_set()).empty(),
                       "the instruction set has a name");
+    promises_.require(shop_.item_count() >= 200, "the catalogue holds the model's items");
+    promises_.require(shop_.memory().catalogue > 0, "the catalogue takes memory");
+    promises_.require(shop_.restarted_states() == 0, "the states of users are finite");
   }
 
   pz::Recommender& shop_;
+  Clock& clock_;
   Promises& promises_;
   small_model::Random random_;
   std::int64_t now_ = start;
@@ -214,15 +240,16 @@ std::chrono::duration<double> stress_time() {
   return std::chrono::duration<double>(seconds ? std::atof(seconds) : 3);
 }
 
-}  // namespace
-
-TEST_CASE("every member function of a recommender may be called at any time from any thread") {
+void call_from_all_threads(pz::Updates updates) {
   std::atomic<std::uint64_t> logged{0};
+  Clock clock;
   auto shop =
       pz::Recommender::create(young_model(), {.history_length = 20,
                                               .max_users = 64,
                                               .update_interval = std::chrono::minutes{10},
+                                              .updates = updates,
                                               .remembered_slates = 100,
+                                              .clock = [&] { return clock.now(); },
                                               .log = [&](const pz::LogEntry&) { ++logged; }});
   REQUIRE(shop);
   MESSAGE("instruction set " << std::string(shop->instruction_set()));
@@ -233,7 +260,7 @@ TEST_CASE("every member function of a recommender may be called at any time from
   std::vector<std::thread> threads;
   for (std::size_t t = 0; t < thread_count; ++t)
     threads.emplace_back([&, t] {
-      Caller caller(*shop, promises, t);
+      Caller caller(*shop, clock, promises, t);
       while (std::chrono::steady_clock::now() < end && !promises.broken()) {
         caller.call();
         ++calls;
@@ -248,4 +275,19 @@ TEST_CASE("every member function of a recommender may be called at any time from
   CHECK(logged > 0);
   CHECK(shop->user_count() <= 64);
   CHECK(shop->model()->item_count() > 200);
+  CHECK(shop->update_report().items_learnt > 0);
+}
+
+}  // namespace
+
+TEST_CASE("every member function may be called at any time from any thread; a thread updates") {
+  call_from_all_threads(pz::Updates::by_thread);
+}
+
+TEST_CASE("every member function may be called at any time from any thread; callers update") {
+  call_from_all_threads(pz::Updates::by_caller);
+}
+
+TEST_CASE("every member function may be called at any time from any thread; requests update") {
+  call_from_all_threads(pz::Updates::in_requests);
 }
