@@ -2235,7 +2235,8 @@ float halve(std::size_t k, float low, float least, float high, Count count_at_le
 //   tanh     relative 5e-7
 //   sigmoid  absolute 3e-7; within [0, 1]
 //   gelu     absolute 1e-6 for x < 2, relative 5e-7 beyond
-// A NaN stays one. Arithmetic: Value, fma, and limited(v, m) for min(max(v, -m), m).
+// A NaN stays one. Arithmetic: Value, fma, limited(v, m) for min(max(v, -m), m), of a NaN anything,
+// and unless_nan(x, y): y, or x where it is a NaN.
 template <class Arithmetic>
 struct Curves {
   using Value = typename Arithmetic::Value;
@@ -2274,7 +2275,8 @@ struct Curves {
   static Value odd(const Value& x, float reach, const Terms<Count>& p,
                    const Terms<Count>& q) noexcept {
     const Value v = Arithmetic::limited(x, reach), t = v * v;
-    return Arithmetic::limited(v * polynomial(t, p) / polynomial(t, q), 1.0f);
+    const Value curve = Arithmetic::limited(v * polynomial(t, p) / polynomial(t, q), 1.0f);
+    return Arithmetic::unless_nan(x, curve);
   }
   template <std::size_t Count>
   static Value polynomial(const Value& t, const Terms<Count>& terms) noexcept {
@@ -2398,6 +2400,7 @@ struct Vectors<Scalar> {
     static float limited(float v, float most) noexcept {
       return v > most ? most : v < -most ? -most : v;
     }
+    static float unless_nan(float x, float y) noexcept { return x == x ? y : x; }
   };
   using Curve = Curves<Arithmetic>;
 };
@@ -2545,8 +2548,10 @@ struct Vectors {
       return xsimd::fma(a, b, c);
     }
     static Batch limited(const Batch& v, float most) noexcept {
-      const Batch inside = xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
-      return xsimd::select(v == v, inside, v);
+      return xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
+    }
+    static Batch unless_nan(const Batch& x, const Batch& y) noexcept {
+      return xsimd::select(x == x, y, x);
     }
   };
   using Curve = Curves<Arithmetic>;
