@@ -6452,8 +6452,9 @@ class Scorer {
 
   std::size_t padded() const noexcept { return kernels::padded(rows_.columns()); }
 
+  // Looks at what is taken last of each group: memory may have run out before.
   void fit(Search& search) const {
-    if (search.query.size() < padded()) {
+    if (search.quantised.size() < padded()) {
       search.query.resize(padded());
       search.quantised.resize(padded());
     }
@@ -6465,7 +6466,7 @@ class Scorer {
     // Of the most that `needed` may be, so that it does not grow with a user's history.
     const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
     const std::size_t capacity = kernels::padded(3 * most + 2 * chunk_rows);
-    if (search.places.size() < capacity) {
+    if (search.best.capacity() < capacity) {
       search.lower.resize(capacity);
       search.upper.resize(capacity);
       search.positions.resize(capacity);
