@@ -716,12 +716,6 @@ class StringTable {
   Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
     if (arrived < begin_) return {};
     std::size_t& next = numbering.strings;
-    if (next == 0) {
-      std::uint64_t end = begin_;
-      for (std::size_t i = 0; i < size(); ++i) end += length_of(i);
-      if (end != text_.size())
-        return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    }
     // A batch of slots comes out of memory while the next strings are hashed.
     constexpr std::size_t batch = 32;
     std::array<std::uint64_t, batch> hashes;
@@ -746,8 +740,11 @@ class StringTable {
                        "string " + std::to_string(next) + ": " + checked.error().message};
         slots_[slot] = entry(hashes[i], next + 1);
       }
-      if (count == 0) return {};
+      if (count == 0) break;
     }
+    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+    if (arrived == text_.size() && (next != size() || end != arrived))
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
     return {};
   }
 
