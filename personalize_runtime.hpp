@@ -2827,7 +2827,7 @@ struct LoadLimits {
 // tables of strings some 20 to 30 bytes a string more) and, for each thread, one chunk as it is
 // stored and one decompressed, at most 32 MiB (files of format version 1: the largest section). A
 // section's memory is taken when its first chunk has proved sound, and pages of it as the others
-// come.
+// come; with several threads, while one looks at a bad chunk, the others go on.
 struct LoadOptions {
   LoadLimits limits = {};
   // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
