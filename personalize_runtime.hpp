@@ -759,12 +759,6 @@ class StringTable {
   Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
     if (arrived < begin_) return {};
     std::size_t& next = numbering.strings;
-    if (next == 0) {
-      std::uint64_t end = begin_;
-      for (std::size_t i = 0; i < size(); ++i) end += length_of(i);
-      if (end != text_.size())
-        return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    }
     // A batch of slots comes out of memory while the next strings are hashed.
     constexpr std::size_t batch = 32;
     std::array<std::uint64_t, batch> hashes;
@@ -789,8 +783,11 @@ class StringTable {
                        "string " + std::to_string(next) + ": " + checked.error().message};
         slots_[slot] = entry(hashes[i], next + 1);
       }
-      if (count == 0) return {};
+      if (count == 0) break;
     }
+    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+    if (arrived == text_.size() && (next != size() || end != arrived))
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
     return {};
   }
 
@@ -3100,7 +3097,7 @@ struct LoadLimits {
 // tables of strings some 20 to 30 bytes a string more) and, for each thread, one chunk as it is
 // stored and one decompressed, at most 32 MiB (files of format version 1: the largest section). A
 // section's memory is taken when its first chunk has proved sound, and pages of it as the others
-// come.
+// come; with several threads, while one looks at a bad chunk, the others go on.
 struct LoadOptions {
   LoadLimits limits = {};
   // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
