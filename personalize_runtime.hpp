@@ -759,12 +759,6 @@ class StringTable {
   Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
     if (arrived < begin_) return {};
     std::size_t& next = numbering.strings;
-    if (next == 0) {
-      std::uint64_t end = begin_;
-      for (std::size_t i = 0; i < size(); ++i) end += length_of(i);
-      if (end != text_.size())
-        return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    }
     // A batch of slots comes out of memory while the next strings are hashed.
     constexpr std::size_t batch = 32;
     std::array<std::uint64_t, batch> hashes;
@@ -789,8 +783,11 @@ class StringTable {
                        "string " + std::to_string(next) + ": " + checked.error().message};
         slots_[slot] = entry(hashes[i], next + 1);
       }
-      if (count == 0) return {};
+      if (count == 0) break;
     }
+    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+    if (arrived == text_.size() && (next != size() || end != arrived))
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
     return {};
   }
 
@@ -2235,7 +2232,8 @@ float halve(std::size_t k, float low, float least, float high, Count count_at_le
 //   tanh     relative 5e-7
 //   sigmoid  absolute 3e-7; within [0, 1]
 //   gelu     absolute 1e-6 for x < 2, relative 5e-7 beyond
-// A NaN stays one. Arithmetic: Value, fma, and limited(v, m) for min(max(v, -m), m).
+// A NaN stays one. Arithmetic: Value, fma, limited(v, m) for min(max(v, -m), m), of a NaN anything,
+// and unless_nan(x, y): y, or x where it is a NaN.
 template <class Arithmetic>
 struct Curves {
   using Value = typename Arithmetic::Value;
@@ -2274,7 +2272,8 @@ struct Curves {
   static Value odd(const Value& x, float reach, const Terms<Count>& p,
                    const Terms<Count>& q) noexcept {
     const Value v = Arithmetic::limited(x, reach), t = v * v;
-    return Arithmetic::limited(v * polynomial(t, p) / polynomial(t, q), 1.0f);
+    const Value curve = Arithmetic::limited(v * polynomial(t, p) / polynomial(t, q), 1.0f);
+    return Arithmetic::unless_nan(x, curve);
   }
   template <std::size_t Count>
   static Value polynomial(const Value& t, const Terms<Count>& terms) noexcept {
@@ -2398,6 +2397,7 @@ struct Vectors<Scalar> {
     static float limited(float v, float most) noexcept {
       return v > most ? most : v < -most ? -most : v;
     }
+    static float unless_nan(float x, float y) noexcept { return x == x ? y : x; }
   };
   using Curve = Curves<Arithmetic>;
 };
@@ -2545,8 +2545,10 @@ struct Vectors {
       return xsimd::fma(a, b, c);
     }
     static Batch limited(const Batch& v, float most) noexcept {
-      const Batch inside = xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
-      return xsimd::select(v == v, inside, v);
+      return xsimd::max(Batch(-most), xsimd::min(Batch(most), v));
+    }
+    static Batch unless_nan(const Batch& x, const Batch& y) noexcept {
+      return xsimd::select(x == x, y, x);
     }
   };
   using Curve = Curves<Arithmetic>;
@@ -3095,7 +3097,7 @@ struct LoadLimits {
 // tables of strings some 20 to 30 bytes a string more) and, for each thread, one chunk as it is
 // stored and one decompressed, at most 32 MiB (files of format version 1: the largest section). A
 // section's memory is taken when its first chunk has proved sound, and pages of it as the others
-// come.
+// come; with several threads, while one looks at a bad chunk, the others go on.
 struct LoadOptions {
   LoadLimits limits = {};
   // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
@@ -6447,8 +6449,9 @@ class Scorer {
 
   std::size_t padded() const noexcept { return kernels::padded(rows_.columns()); }
 
+  // Looks at what is taken last of each group: memory may have run out before.
   void fit(Search& search) const {
-    if (search.query.size() < padded()) {
+    if (search.quantised.size() < padded()) {
       search.query.resize(padded());
       search.quantised.resize(padded());
     }
@@ -6460,7 +6463,7 @@ class Scorer {
     // Of the most that `needed` may be, so that it does not grow with a user's history.
     const std::size_t most = std::max<std::size_t>(2 * search.k, 64);
     const std::size_t capacity = kernels::padded(3 * most + 2 * chunk_rows);
-    if (search.places.size() < capacity) {
+    if (search.best.capacity() < capacity) {
       search.lower.resize(capacity);
       search.upper.resize(capacity);
       search.positions.resize(capacity);

@@ -146,6 +146,17 @@ TEST_CASE("strings of a file are numbered as they come, in pieces of any size") 
   fill(whole);
   REQUIRE(whole.number());
   equal(whole);
+  // Lengths that end before the text, or behind it.
+  for (const int wrong : {1, -1}) {
+    pz::StringTable table;
+    const auto [lengths, text] = table.make_room(1, 4);
+    const auto length = static_cast<std::uint16_t>(4 + wrong);
+    std::memcpy(lengths.data(), &length, 2);
+    std::memcpy(text.data(), "text", 4);
+    const auto refused = table.number();
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().message.find("do not add up") != std::string::npos);
+  }
   // A string that stands twice is noticed when it comes, not before.
   texts[2000] = texts[1000];
   bytes = 0;

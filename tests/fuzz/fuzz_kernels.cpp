@@ -39,9 +39,7 @@ class Input {
     return v;
   }
   float usual() { return static_cast<float>(static_cast<std::int8_t>(byte())) / 16; }
-  std::int8_t integer(int most) {
-    return static_cast<std::int8_t>(byte() % static_cast<unsigned>(2 * most + 1) - most);
-  }
+  std::int8_t integer(int most) { return static_cast<std::int8_t>(byte() % (2 * most + 1) - most); }
 
   template <class T, class Function>
   std::vector<T> vector(std::size_t count, Function next) {
@@ -201,9 +199,14 @@ void values(Input& input, const Table& table, const Table& reference) {
   if (numbers > 0) {
     const std::size_t k = 1 + input.byte() % numbers;
     const float low = -std::numeric_limits<float>::infinity();
-    require(same(table.kth_largest(stride, candidates.data(), k, low),
-                 reference.kth_largest(stride, candidates.data(), k, low)),
-            table, "kth_largest differs");
+    const float found = table.kth_largest(stride, candidates.data(), k, low);
+    const float want = reference.kth_largest(stride, candidates.data(), k, low);
+    require(static_cast<std::size_t>(std::count_if(candidates.begin(), candidates.end(),
+                                                   [&](float v) { return v >= found; })) >= k,
+            table, "fewer than k reach kth_largest");
+    // A half below the least normal float is exact only within a fused multiply-add.
+    require(same(found, want) || std::abs(found - want) <= std::numeric_limits<float>::min(), table,
+            "kth_largest differs");
   }
 
   const auto inputs = input.usuals(3 * stride), recurrent = input.usuals(3 * stride);
