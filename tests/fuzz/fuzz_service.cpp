@@ -1,6 +1,6 @@
 // A byte string as calls of a Recommender with hostile ids, times, lists and counts. Every call is
 // made on two recommenders that were created alike: both must give the same answers, and keep every
-// promise.
+// promise. Nothing in it depends on the system's clock or on a thread.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -24,7 +24,7 @@ using promises::require;
 
 namespace {
 
-constexpr std::int64_t start = 1'700'000'000;
+constexpr std::int64_t start = 1'700'000'000, hour = 3600;
 
 // Reads numbers from the front; zeros once the bytes have ended.
 class Input {
@@ -81,7 +81,7 @@ std::string_view user_id(Input& in) {
 }
 
 std::int64_t time_of(Input& in) {
-  if (!in.one_in(8)) return start + 3600 * static_cast<std::int64_t>(in.byte());
+  if (!in.one_in(8)) return start + hour * static_cast<std::int64_t>(in.byte());
   constexpr std::array<std::int64_t, 9> times{std::numeric_limits<std::int64_t>::min(),
                                               std::numeric_limits<std::int64_t>::min() + 1,
                                               -1,
@@ -94,8 +94,16 @@ std::int64_t time_of(Input& in) {
   return in.one_in(4) ? static_cast<std::int64_t>(in.word()) : times[in.below(times.size())];
 }
 
-pz::RecommenderOptions options_of(Input& in) {
+// now: what the recommender's clock says.
+pz::RecommenderOptions options_of(Input& in, const std::int64_t& now) {
   pz::RecommenderOptions options;
+  options.clock = [&now] { return now; };
+  options.user_bytes = std::uint64_t{1} << (16 + in.below(4));
+  options.slate_log_bytes = std::uint64_t{1} << (16 + in.below(4));
+  options.context_bytes = std::uint64_t{1} << (16 + in.below(4));
+  options.pending_bytes = std::uint64_t{1} << (12 + in.below(4));
+  options.remembered_event_ids = 64;
+  options.updates = in.one_in(2) ? pz::Updates::in_requests : pz::Updates::by_caller;
   options.history_length = 1 + in.below(6);
   options.max_users = 64;
   options.exploration_weight = static_cast<float>(in.below(5)) / 4;
@@ -140,13 +148,16 @@ bool agree(const pz::Result<void>& a, const pz::Result<void>& b) {
 
 class Service {
  public:
-  Service(std::shared_ptr<const pz::Model> model, const pz::RecommenderOptions& options)
+  Service(std::shared_ptr<const pz::Model> model, const pz::RecommenderOptions& options,
+          std::int64_t& now)
       : first_(create(model, options)),
         second_(create(std::move(model), options)),
-        max_users_(options.max_users) {}
+        max_users_(options.max_users),
+        now_(now) {}
 
   void call(Input& in) {
-    switch (in.below(12)) {
+    now_ += in.one_in(8) ? hour * in.byte() : 1;
+    switch (in.below(14)) {
       case 0:
       case 1:
       case 2:
@@ -165,7 +176,10 @@ class Service {
       case 9:
         return change_items(in);
       case 10:
+      case 11:
         return update(in);
+      case 12:
+        return remove_item(in);
       default:
         return change_users(in);
     }
@@ -174,6 +188,8 @@ class Service {
   void check() const {
     require(first_.user_count() <= max_users_, "no more users are remembered than allowed");
     require(first_.user_count() == second_.user_count(), "the same calls remember the same users");
+    require(first_.memory().total() == second_.memory().total(), "the same calls, the same memory");
+    require(first_.restarted_states() == 0, "states are finite");
   }
 
  private:
@@ -249,16 +265,17 @@ class Service {
   }
 
   // What an answer to a right request holds.
-  static void check(const pz::Request& request, const pz::Slate& slate) {
-    promises::check_slate(slate, request.count);
+  void check(const pz::Request& request, const pz::Slate& slate) const {
+    const auto model = first_.model();
+    promises::check_slate(slate, request.count, *model);
     if (request.eligible)
       for (const pz::Pick& pick : slate.items) {
-        const std::uint32_t item = *slate.model->find_item(pick.item);
+        const std::uint32_t item = *model->find_item(pick.item);
         require(item < request.eligible->size() && request.eligible->test(item),
                 "picks are eligible");
       }
-    else if (!request.exclude_interacted)
-      require(slate.items.size() == std::min<std::size_t>(request.count, slate.model->item_count()),
+    else if (!request.exclude_interacted && !removed_)
+      require(slate.items.size() == std::min<std::size_t>(request.count, model->item_count()),
               "a slate is full where items are left");
   }
 
@@ -322,12 +339,26 @@ class Service {
             "the same items, the same answers");
   }
 
+  void remove_item(Input& in) {
+    const std::string_view item = item_id(in);
+    require(agree(first_.remove_item(item), second_.remove_item(item)),
+            "the same items are removed");
+    removed_ = true;
+  }
+
   void update(Input& in) {
-    const std::int64_t now = time_of(in);
-    require(agree(first_.update(now), second_.update(now)), "the same updates, the same answers");
+    require(first_.update_due() == second_.update_due(), "the same updates are due");
+    const auto now = in.one_in(2) ? std::optional(time_of(in)) : std::nullopt;
+    const auto updated = first_.update(now);
+    require(agree(updated, second_.update(now)), "the same updates, the same answers");
+    require(updated || updated.error().code == pz::Errc::invalid_argument,
+            "an update fails where its time does");
+    require(!first_.update_report().error, "updates are made");
     const auto before = model_;
     model_ = first_.model();
+    require(model_ != nullptr, "what updates made is a model");
     require(model_->item_count() >= before->item_count(), "an update loses no item");
+    require(model_->item_count() == first_.item_count(), "the model has the catalogue's items");
     require(model_->item_count() == second_.model()->item_count(), "both take in the same items");
   }
 
@@ -343,6 +374,8 @@ class Service {
 
   pz::Recommender first_, second_;
   std::uint64_t max_users_;
+  std::int64_t& now_;
+  bool removed_ = false;  // an item, at some time
   std::shared_ptr<const pz::Model> model_ = first_.model();
   std::array<pz::Slate, 4> slates_;
   std::vector<std::unique_ptr<pz::ItemMask>> masks_;
@@ -355,7 +388,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
                                                                       make_model(false)};
   Input in(std::span(data, size));
   const auto& model = models[in.below(2)];
-  Service service(model, options_of(in));
+  std::int64_t now = start + 100 * hour;
+  Service service(model, options_of(in, now), now);
   for (int calls = 0; calls < 200 && !in.ended(); ++calls) {
     service.call(in);
     service.check();
