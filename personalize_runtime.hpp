@@ -4402,14 +4402,19 @@ inline Result<void> check_shapes(const ModelParts& parts, const Program& program
   return {};
 }
 
-// Errors: a value that is not finite or over max_magnitude; boundaries that do not ascend.
-inline Result<void> check_values(const ModelParts& parts) {
-  const auto check = [](float magnitude, const char* what) -> Result<void> {
-    if (!(magnitude < std::numeric_limits<float>::infinity()))
-      return Error{Errc::corrupt, std::string(what) + ": holds a value that is not finite"};
-    if (magnitude > max_magnitude)
+inline Result<void> check_finite(float magnitude, const std::string& what) {
+  if (!(magnitude < std::numeric_limits<float>::infinity()))
+    return Error{Errc::corrupt, what + ": holds a value that is not finite"};
+  return {};
+}
+
+// Errors: a value that is not finite, or boundaries that do not ascend; where served, one over
+// max_magnitude. What metadata adds up to is looked at when an item is put.
+inline Result<void> check_values(const ModelParts& parts, bool served) {
+  const auto check = [served](float magnitude, const char* what) -> Result<void> {
+    if (served && std::isfinite(magnitude) && magnitude > max_magnitude)
       return Error{Errc::corrupt, std::string(what) + ": holds a value over 1e18 in magnitude"};
-    return {};
+    return check_finite(magnitude, what);
   };
   if (auto r = check(parts.item_vectors.magnitude(), "section IVEC"); !r) return r;
   if (auto r = check(parts.input_vectors.magnitude(), "section IINP"); !r) return r;
@@ -4420,7 +4425,7 @@ inline Result<void> check_values(const ModelParts& parts) {
   for (const Matrix& weight : parts.weights)
     if (auto r = check(weight.magnitude(), "section ENCW"); !r) return r;
   for (const MetadataField& field : parts.fields) {
-    if (auto r = check(field.embedding.magnitude(), "section FEMB"); !r) return r;
+    if (auto r = check_finite(field.embedding.magnitude(), "section FEMB"); !r) return r;
     if (!all_finite(field.boundaries))
       return Error{Errc::corrupt, "section FBND: holds a value that is not finite"};
     if (!std::is_sorted(field.boundaries.begin(), field.boundaries.end()))
@@ -4429,8 +4434,10 @@ inline Result<void> check_values(const ModelParts& parts) {
   return {};
 }
 
-// What must hold between the parts, whether they come from a file or from a trainer.
-inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limits) {
+// What must hold between the parts, whether they come from a file or from a trainer. served: also
+// that no state can grow without bound, for which a file is written but not read.
+inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limits,
+                                bool served = true) {
   const std::size_t items = parts.item_ids.size(), d = parts.item_vectors.columns();
   const std::size_t e = parts.inputs().columns();
   if (items == 0 || d == 0) return Error{Errc::corrupt, "the model has no items or no dimensions"};
@@ -4442,7 +4449,7 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
   const auto program = check_program(parts, limits);
   if (!program) return program.error();
   if (auto checked = check_shapes(parts, *program); !checked) return checked;
-  if (auto checked = check_values(parts); !checked) return checked;
+  if (auto checked = check_values(parts, served); !checked || !served) return checked;
   return check_recurrences(parts, *program);
 }
 
@@ -4816,7 +4823,7 @@ inline Result<void> check_options(const WriteOptions& options) {
 inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& options,
                                 const LoadLimits& limits, ByteSink& sink) {
   if (auto checked = check_options(options); !checked) return checked;
-  if (auto checked = check_parts(parts, limits); !checked) return checked;
+  if (auto checked = check_parts(parts, limits, false); !checked) return checked;
   const auto chunk_log2 = static_cast<unsigned>(std::bit_width(options.chunk_bytes)) - 1;
   FileBuilder file{sink, options.zstd_level, chunk_log2};
   const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix,
@@ -7107,12 +7114,17 @@ class Decay {
   std::int64_t half_life_;
 };
 
-// Three decayed counters an item, 24 bytes together. Any number of threads may add and read; no
+// Four decayed counters an item, 32 bytes together. Any number of threads may add and read; no
 // increment is lost but for those made 52 half-lives and more before the newest. Nothing sweeps
 // over the items: a counter is aged when it is next touched.
 class ItemCounters {
  public:
-  enum class Kind : std::uint32_t { positive, expected, interactions };
+  enum class Kind : std::uint32_t {
+    positive,      // events attributed to an impression
+    expected,      // of its impressions
+    interactions,  // events of any kind
+    unconfirmed,   // of the positive ones, those whose impression only the event itself reported
+  };
 
   explicit ItemCounters(std::size_t items = 0) : items_(items) { grow(); }
 
@@ -7192,7 +7204,7 @@ class ItemCounters {
   static constexpr unsigned value_bits = 52;
   static constexpr std::uint64_t value_mask = (std::uint64_t{1} << value_bits) - 1;
   static constexpr double unit = 0x1p22;
-  static constexpr std::size_t block_items = 4096, kinds = 3;
+  static constexpr std::size_t block_items = 4096, kinds = 4;
   struct Block {
     std::array<std::atomic<std::uint64_t>, kinds * block_items> counts;
     std::array<std::atomic<std::uint64_t>, block_items / 64> touched;  // a bit an item
@@ -8506,6 +8518,17 @@ struct Catalogue {
     return {counters->value(ItemCounters::Kind::positive, item, moment),
             counters->value(ItemCounters::Kind::expected, item, moment)};
   }
+  // The same less what one user can say alone: of what events report with a list of their own, all
+  // but a quarter of the first waits for a second.
+  ItemFeedback confirmed_feedback_of(std::uint32_t item, const DecayMoment& moment) const noexcept {
+    ItemFeedback feedback = feedback_of(item, moment);
+    if (feedback.positive > 0)
+      feedback.positive = std::max(
+          0.0,
+          feedback.positive -
+              0.75 * std::min(1.0, counters->value(ItemCounters::Kind::unconfirmed, item, moment)));
+    return feedback;
+  }
   double interactions_since(std::uint32_t item, const DecayMoment& moment) const noexcept {
     return item < counters->size() ? counters->value(ItemCounters::Kind::interactions, item, moment)
                                    : 0;
@@ -8981,7 +9004,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   std::vector<bool> well_known(active.size());
   for (std::size_t a = 0; a < active.size(); ++a) {
     well_known[a] = next.is_well_known(active[a], moment);
-    counted[a] = next.feedback_of(active[a], moment);
+    counted[a] = next.confirmed_feedback_of(active[a], moment);
     if (counted[a].expected > 0)
       (well_known[a] ? well_known_items : cold_items).push_back(counted[a]);
   }
@@ -9111,7 +9134,7 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   contexts.for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
                                 std::span<const float> expected) {
     if (item >= next.size()) return;
-    const ItemFeedback feedback = next.feedback_of(item, moment);
+    const ItemFeedback feedback = next.confirmed_feedback_of(item, moment);
     if (feedback.expected < forgotten) faded.push_back(item);
     if (feedback.expected < least) return;
     const auto quality =
@@ -9951,8 +9974,6 @@ struct Scratch {
 struct Time {
   std::int64_t timestamp;
   std::int64_t now;
-  // What all share is counted at no later time than this.
-  std::int64_t counted() const noexcept { return std::min(timestamp, now); }
 };
 
 class ScratchLease;
@@ -9961,8 +9982,9 @@ class ScratchLease;
 struct State {
   // What one user adds to what all share, in a half-life.
   static constexpr float most_events = 1600, most_shown = 4096;
-  static constexpr std::size_t slate_repetitions = 4;  // of events on one item, from slates
-  static constexpr float offset_forgotten = 0.05f;     // of the user's offset, an event
+  static constexpr std::size_t slate_repetitions = 4;       // of events on one item, from slates
+  static constexpr float offset_forgotten = 0.05f;          // of the user's offset, an event
+  static constexpr std::int64_t largest_step = 7 * 86'400;  // of `latest`, see shared_time()
 
   using Mutex = RankedMutex<1>;
 
@@ -10077,10 +10099,27 @@ struct State {
   bool young(std::int64_t created) const noexcept {
     return Catalogue::young(created, latest.load(std::memory_order_relaxed), settings.cut_off);
   }
-  void raise_latest(std::int64_t timestamp) noexcept {
-    std::int64_t old = latest.load(std::memory_order_relaxed);
-    while (old < timestamp &&
-           !latest.compare_exchange_weak(old, timestamp, std::memory_order_relaxed)) {
+  // The time at which an event counts for what all share: its own, but no later than the clock and,
+  // where it lies in the clock's past as in a replay, no more than a week later than the latest
+  // event.
+  std::int64_t shared_time(const Time& time) const noexcept {
+    const std::int64_t t = std::min(time.timestamp, time.now);
+    const std::int64_t last = latest.load(std::memory_order_relaxed);
+    if (last == no_timestamp || elapsed(t, time.now) <= options.clock_skew.count()) return t;
+    return elapsed(last, t) > largest_step ? last + largest_step : t;
+  }
+  // By an event of a user (a hash), who alone moves it by no more than a week in a replay.
+  void raise_latest(const Time& time, std::uint64_t user) noexcept {
+    const std::int64_t t = shared_time(time);
+    std::int64_t last = latest.load(std::memory_order_relaxed);
+    if (t <= last) return;
+    if (latest_user.exchange(user, std::memory_order_relaxed) != user)
+      latest_before.store(last, std::memory_order_relaxed);
+    const std::int64_t before = latest_before.load(std::memory_order_relaxed);
+    const bool alone = before != no_timestamp && elapsed(before, t) > largest_step &&
+                       elapsed(t, time.now) > options.clock_skew.count();
+    const std::int64_t to = alone ? before + largest_step : t;
+    while (last < to && !latest.compare_exchange_weak(last, to, std::memory_order_relaxed)) {
     }
   }
 
@@ -10130,6 +10169,9 @@ struct State {
 
   std::atomic<bool> changed{false};                // events or impressions since the last learning
   std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
+  // Who moved it last, and where it was before.
+  std::atomic<std::uint64_t> latest_user{0};
+  std::atomic<std::int64_t> latest_before{no_timestamp};
   std::atomic<std::int64_t> next_update{no_timestamp};  // by the clock
   std::atomic<std::uint64_t> restarted{0};
 
@@ -10305,9 +10347,9 @@ inline void State::apply_event(const UserKey& key_of, std::string_view user,
       return shared ? Outcome::counted : Outcome::alone;
     });
   }
-  raise_latest(time.counted());
+  raise_latest(time, key_of.hash());
   if (outcome == Outcome::alone) return;
-  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(time.counted()));
+  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(shared_time(time)));
   changed.store(true, std::memory_order_relaxed);
 }
 
@@ -10856,8 +10898,9 @@ class Recommender {
   // The best `count` items for the user into `slate`, whose memory is reused: once warm, no memory
   // is taken. Fewer where fewer are eligible. One pass over the catalogue and, with exploration,
   // O(count x pool). A user without events gets popular items. Of a slate only the first places,
-  // some thousand, can be answered with its id. Errors (invalid_argument): as record, and a count
-  // or a mask outside its range.
+  // some thousand, can be answered with its id. Errors (invalid_argument): no user and no
+  // session, an id of over 256 bytes, a time ahead of the clock, a count or a mask outside its
+  // range.
   Result<void> recommend(const Request& request, Slate& slate);
   Result<Slate> recommend(const Request& request);
 
@@ -10941,7 +10984,8 @@ class Recommender {
 
   static Result<const kernels::Table*> find_kernels(const std::string& name);
   static Result<void> check_statistics(const Model& model, const State& state);
-  static Result<void> check_ids(std::string_view user, std::string_view session);
+  static Result<void> check_ids(std::string_view user, std::string_view session,
+                                bool recorded = true);
   static Result<void> check_request(const Request& request);
   static Result<void> check_mask(const Catalogue& catalogue, const Request& request);
 
@@ -11090,7 +11134,8 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
     State& state = *recommender.state_;
     if (auto checked = check_statistics(*model, state); !checked) return checked.error();
     for (const ItemStatistics& s : model->parts().statistics)
-      if (s.last_timestamp != no_timestamp) state.raise_latest(s.last_timestamp);
+      if (s.last_timestamp != no_timestamp)
+        state.latest = std::max(state.latest.load(), s.last_timestamp);
     const std::int64_t now = state.clock();
     state.publish(detail::CatalogueBuilder::first(model, state.settings, state.key, now,
                                                   state.latest.load()));
@@ -11111,13 +11156,16 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
   });
 }
 
-inline Result<void> Recommender::check_ids(std::string_view user, std::string_view session) {
+// recorded: as ids that are kept. A request for a user whom nothing can be recorded of is one for
+// an unknown user.
+inline Result<void> Recommender::check_ids(std::string_view user, std::string_view session,
+                                           bool recorded) {
   if (user.empty() && session.empty())
     return Error{Errc::invalid_argument, "neither a user nor a session is given"};
   for (const std::string_view id : {user, session}) {
     if (id.size() > max_id_bytes)
       return Error{Errc::invalid_argument, "a user or session id has more than 256 bytes"};
-    if (!detail::valid_id(id))
+    if (recorded && !detail::valid_id(id))
       return Error{Errc::invalid_argument,
                    "a user or session id is not UTF-8, or has control characters"};
   }
@@ -11127,7 +11175,7 @@ inline Result<void> Recommender::check_ids(std::string_view user, std::string_vi
 inline Result<void> Recommender::check_request(const Request& request) {
   if (request.count < 1 || request.count > 10'000)
     return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
-  return check_ids(request.user, request.session);
+  return check_ids(request.user, request.session, false);
 }
 
 inline Result<void> Recommender::check_mask(const Catalogue& catalogue, const Request& request) {
@@ -11446,7 +11494,7 @@ inline bool Recommender::read_user(const Catalogue& catalogue, const Request& re
 inline Result<void> Recommender::rank(const Request& request,
                                       std::span<const std::string_view> items, Slate& slate) const {
   return detail::catching_bad_alloc([&]() -> Result<void> {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked;
+    if (auto checked = check_ids(request.user, request.session, false); !checked) return checked;
     const auto time = state_->time_of(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
     Prepared prepared{*this, request, *time};
@@ -11481,7 +11529,8 @@ inline Result<void> Recommender::rank(const Request& request,
 
 inline Result<Explanation> Recommender::explain(const Request& request, std::string_view id) const {
   return detail::catching_bad_alloc([&]() -> Result<Explanation> {
-    if (auto checked = check_ids(request.user, request.session); !checked) return checked.error();
+    if (auto checked = check_ids(request.user, request.session, false); !checked)
+      return checked.error();
     const auto time = state_->time_of(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
     Prepared prepared{*this, request, *time};
@@ -11760,7 +11809,7 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
     });
     if (!done) state.users.prepare(key, 0, new_impressions, has_query, fresh);
   }
-  const DecayMoment moment = state.decay.at(time.counted());
+  const DecayMoment moment = state.decay.at(state.shared_time(time));
   for (const Scratch::Seen& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
   const std::span<const float> query(scratch.query);
   for (const Scratch::Seen& seen : scratch.seen) {
@@ -11773,6 +11822,7 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
     }
     if (pick.positive) {
       catalogue.counters->add(ItemCounters::Kind::positive, pick.item, 1, moment);
+      if (!owner) catalogue.counters->add(ItemCounters::Kind::unconfirmed, pick.item, 1, moment);
       if (has_query) state.contexts.add_positive(pick.item, query, moment);
     }
   }

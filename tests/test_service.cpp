@@ -632,7 +632,7 @@ TEST_CASE("ids that no table or log line could hold are refused") {
     CHECK_FALSE(shop.record({.user = id, .item = "i1", .timestamp = now}));
     CHECK_FALSE(shop.record({.session = id, .item = "i1", .timestamp = now}));
     CHECK_FALSE(shop.record({.user = "u", .item = "i1", .timestamp = now, .event_id = id}));
-    CHECK_FALSE(shop.recommend({.user = id}));
+    CHECK(slate_of(shop, {.user = id}) == slate_of(shop, {.user = "nobody"}));
     CHECK_FALSE(shop.merge_session(id, "u"));
     CHECK_FALSE(shop.put_item({.item = id}));
     CHECK_FALSE(shop.forget(id));
@@ -667,6 +667,44 @@ TEST_CASE("a user's choices of one item count once for others where they bring t
         {.user = "u" + std::to_string(n), .item = "i7", .timestamp = now, .impressions = shown}));
   CHECK(shop.explain({.user = "x", .timestamp = now}, "i7")->positive ==
         doctest::Approx(11).epsilon(0.01));
+}
+
+TEST_CASE("one user's own list moves an item by a quarter of a choice until a second confirms it") {
+  const std::vector<std::string_view> shown{"i49"};
+  const auto quality = [&](int users) {
+    auto shop = make();
+    for (int n = 0; n < users; ++n)
+      REQUIRE(shop.record({.user = "u" + std::to_string(n),
+                           .item = "i49",
+                           .timestamp = now,
+                           .impressions = shown}));
+    REQUIRE(shop.update());
+    const auto parts = shop.explain({.user = "x", .timestamp = now}, "i49");
+    // strength 10, mean 1 of well-known items, before the prior has moved much
+    const double shape = 10 + parts->positive - 0.75;
+    CHECK(static_cast<double>(parts->quality) ==
+          doctest::Approx(std::log(shape / (10 + parts->expected))).epsilon(0.3));
+    return static_cast<double>(parts->quality);
+  };
+  const double one = quality(1), ten = quality(10);
+  CHECK(one < 0.05);
+  CHECK(ten > 5 * one);
+}
+
+TEST_CASE("in a replay one user moves what ages are counted to by a week at most") {
+  auto shop = make(usual({.exploration_weight = 0, .clock = [] { return now + 400 * day; }}));
+  REQUIRE(shop.put_item({.item = "new", .creation_timestamp = now}));
+  REQUIRE(shop.update());
+  const auto age = [&] { return *shop.explain({.user = "x"}, "new")->age; };
+  learn(shop, "u", "i1", now);
+  CHECK(age() == 0);
+  for (int n = 0; n < 50; ++n) learn(shop, "evil", "i1", now + 40 * day);
+  CHECK(age() == 7 * day);
+  learn(shop, "v", "i1", now + 9 * day);
+  CHECK(age() == 9 * day);
+  // By the clock, nobody waits.
+  learn(shop, "w", "i1", now + 400 * day - 5);
+  CHECK(age() == 400 * day - 5);
 }
 
 TEST_CASE("a user's choices of one item from slates count a few times for others") {
