@@ -3838,7 +3838,7 @@ class FileBuilder {
 
 // ============================================================================================
 // Room 6: model. Owns what a model file holds, as plain data, and what must hold between its parts.
-// Uses rooms 1, 2, 4 and 5.
+// Uses rooms 1, 2, 3 and 5.
 //
 //   tag  index element  shape    content
 //   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range; at most
@@ -5162,7 +5162,7 @@ class Model {
 
 // ============================================================================================
 // Room 8: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
-// 2, 4, 6 and 7.
+// 2, 3, 4, 5, 6 and 7.
 // ============================================================================================
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
@@ -5581,7 +5581,8 @@ class Encoder {
 
 // ============================================================================================
 // Room 9: filters and rows. Owns which items may be ranked, and their vectors, as generations of a
-// catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3, 4 and 6.
+// catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3, 4, 5 and
+// 6.
 // ============================================================================================
 
 // One bit an item.
@@ -6137,7 +6138,7 @@ struct Panels {
 }  // namespace detail
 
 // ============================================================================================
-// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 4, 6, 7 and 9.
+// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 3, 4, 5, 6, 7 and 9.
 // ============================================================================================
 
 // Immutable; one for all threads, each with its own Workspace. The score of an item is
@@ -7083,7 +7084,7 @@ inline std::size_t Scorer::Workspace::bytes() const noexcept {
 // ============================================================================================
 // Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
 // contexts in which it was shown and chosen, each user's recent impressions, the slates behind
-// recommendation ids, and the log's entries. Uses rooms 2, 6 and 10.
+// recommendation ids, and the log's entries. Uses rooms 2 and 9.
 // ============================================================================================
 
 // A time on the scale of exponential decay: counts made at different times are comparable once each
@@ -7886,7 +7887,8 @@ inline void append_csv(const LogEntry& entry, std::string& line) {
 
 // ============================================================================================
 // Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction) and
-// the random choice of a slate with its probabilities. Uses rooms 2, 9, 10 and 11.
+// the random choice of a slate with its probabilities. Uses rooms 2, 3, 4, 9
+// and 11.
 // ============================================================================================
 
 // From relevance S to expected positive events of an examined impression: exp(slope S + intercept).
@@ -8317,7 +8319,7 @@ class SlotPolicy {
 
 // ============================================================================================
 // Room 13: catalogue. Owns the items: their ids beyond the model's, one published generation of
-// what is known of them, and how the next generation is built. Uses rooms 1, 2, 4 and 6 to 12.
+// what is known of them, and how the next generation is built. Uses all earlier rooms.
 // ============================================================================================
 
 // An item that enters the catalogue, or is changed in it, at the next update. What is left out
@@ -9170,7 +9172,7 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
 
 // ============================================================================================
 // Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
-// within a budget in bytes, and the window of event ids. Uses rooms 1, 2, 6, 8 and 11.
+// within a budget in bytes, and the window of event ids. Uses rooms 2, 6 and 11.
 // ============================================================================================
 
 namespace detail {
@@ -9258,7 +9260,7 @@ class alignas(16) User {
   }
   // Moves the tail to `memory`, of `capacity` bytes, which becomes the old one.
   void move_tail(void*& memory, std::size_t capacity) noexcept {
-    std::memcpy(memory, tail_, tail_bytes());
+    if (tail_) std::memcpy(memory, tail_, tail_bytes());
     std::swap(memory, tail_);
     tail_capacity_ = static_cast<std::uint32_t>(capacity);
   }
@@ -9794,10 +9796,11 @@ class EventIds {
 // journal, belongs here.)
 //
 // Locks, in the order in which a thread may take them (RankedMutex checks it):
-//   0  State::update_mutex   one update at a time; no request takes it (but with
-//   Updates::in_requests) 1  all others            a lane's catalogue and idle memory, a 64th of
-//   the users, of the event ids,
-//                            of the slates, of the context sums; what waits for an update
+//   0  State::update_mutex   one update at a time; no request takes it, but with
+//                            Updates::in_requests
+//   1  all others            a lane's catalogue and idle memory; a 64th of the users, of the
+//                            event ids, of the slates, of the context sums; what waits for an
+//                            update
 // So a request holds one lock at a time. Under it there are look-ups, copies and one step of the
 // encoder: no memory is taken (but for items and events that wait for an update), nothing is
 // solved, no foreign string is hashed, no callback is called.
@@ -10732,8 +10735,7 @@ inline void State::run_updater() {
 }  // namespace detail
 
 // ============================================================================================
-// Room 16: recommender. Owns options, requests and slates, and answers them. Uses all earlier
-// rooms.
+// Room 16: recommender. Owns requests, slates and events, and answers them. Uses all earlier rooms.
 // ============================================================================================
 
 // Why an item stands in a slate.
