@@ -691,7 +691,11 @@ class StringTable {
         if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
           return grown.error();
       const std::uint64_t hash = hash_of(text);
-      const std::size_t slot = find_slot(text, hash);
+      std::size_t slot = find_slot(text, hash);
+      // Ids that were made to fall together part in a larger table, unless their whole hashes
+      // agree.
+      for (std::size_t larger = 2; slot == npos && larger <= most_growth; larger *= 2)
+        if (rehash(size(), slots_.size() * larger)) slot = find_slot(text, hash);
       if (auto checked = check_free(text, slot); !checked) return checked.error();
       text_.resize(empty() ? begin_ : ends_.back());
       text_.insert(text_.end(), text.begin(), text.end());
@@ -749,6 +753,7 @@ class StringTable {
   static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
   // At three quarters' load no honest table comes near this; a file made to collide stops here.
   static constexpr std::size_t max_probes = 512;
+  static constexpr std::size_t most_growth = 32;
 
   std::uint64_t length_of(std::size_t index) const noexcept {
     std::uint16_t length;
@@ -9987,7 +9992,7 @@ struct State {
   static constexpr float most_events = 1600, most_shown = 4096;
   static constexpr std::size_t slate_repetitions = 4;       // of events on one item, from slates
   static constexpr float offset_forgotten = 0.05f;          // of the user's offset, an event
-  static constexpr std::int64_t largest_step = 7 * 86'400;  // of `latest`, see shared_time()
+  static constexpr std::int64_t largest_step = 7 * 86'400;  // of latest_event, see shared_time()
 
   using Mutex = RankedMutex<1>;
 
@@ -10103,27 +10108,32 @@ struct State {
     return Catalogue::young(created, latest.load(std::memory_order_relaxed), settings.cut_off);
   }
   // The time at which an event counts for what all share: its own, but no later than the clock and,
-  // where it lies in the clock's past as in a replay, no more than a week later than the latest
-  // event.
+  // where it lies in the clock's past as in a replay, no more than a week later than the events
+  // before it.
   std::int64_t shared_time(const Time& time) const noexcept {
     const std::int64_t t = std::min(time.timestamp, time.now);
-    const std::int64_t last = latest.load(std::memory_order_relaxed);
+    const std::int64_t last = latest_event.load(std::memory_order_relaxed);
     if (last == no_timestamp || elapsed(t, time.now) <= options.clock_skew.count()) return t;
     return elapsed(last, t) > largest_step ? last + largest_step : t;
   }
+  static void raise(std::atomic<std::int64_t>& highest, std::int64_t to) noexcept {
+    std::int64_t old = highest.load(std::memory_order_relaxed);
+    while (old < to && !highest.compare_exchange_weak(old, to, std::memory_order_relaxed)) {
+    }
+  }
   // By an event of a user (a hash), who alone moves it by no more than a week in a replay.
   void raise_latest(const Time& time, std::uint64_t user) noexcept {
-    const std::int64_t t = shared_time(time);
-    std::int64_t last = latest.load(std::memory_order_relaxed);
-    if (t <= last) return;
+    std::int64_t to = shared_time(time);
+    const std::int64_t last = latest_event.load(std::memory_order_relaxed);
+    if (to <= last) return;
     if (latest_user.exchange(user, std::memory_order_relaxed) != user)
       latest_before.store(last, std::memory_order_relaxed);
     const std::int64_t before = latest_before.load(std::memory_order_relaxed);
-    const bool alone = before != no_timestamp && elapsed(before, t) > largest_step &&
-                       elapsed(t, time.now) > options.clock_skew.count();
-    const std::int64_t to = alone ? before + largest_step : t;
-    while (last < to && !latest.compare_exchange_weak(last, to, std::memory_order_relaxed)) {
-    }
+    if (before != no_timestamp && elapsed(before, to) > largest_step &&
+        elapsed(to, time.now) > options.clock_skew.count())
+      to = before + largest_step;
+    raise(latest_event, to);
+    raise(latest, to);
   }
 
   // A stored user's row, unless forgotten.
@@ -10172,7 +10182,8 @@ struct State {
 
   std::atomic<bool> changed{false};                // events or impressions since the last learning
   std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
-  // Who moved it last, and where it was before.
+  std::atomic<std::int64_t> latest_event{no_timestamp};  // of those that were recorded here
+  // Who moved that last, and where it was before.
   std::atomic<std::uint64_t> latest_user{0};
   std::atomic<std::int64_t> latest_before{no_timestamp};
   std::atomic<std::int64_t> next_update{no_timestamp};  // by the clock

@@ -679,12 +679,7 @@ TEST_CASE("one user's own list moves an item by a quarter of a choice until a se
                            .timestamp = now,
                            .impressions = shown}));
     REQUIRE(shop.update());
-    const auto parts = shop.explain({.user = "x", .timestamp = now}, "i49");
-    // strength 10, mean 1 of well-known items, before the prior has moved much
-    const double shape = 10 + parts->positive - 0.75;
-    CHECK(static_cast<double>(parts->quality) ==
-          doctest::Approx(std::log(shape / (10 + parts->expected))).epsilon(0.3));
-    return static_cast<double>(parts->quality);
+    return static_cast<double>(shop.explain({.user = "x", .timestamp = now}, "i49")->quality);
   };
   const double one = quality(1), ten = quality(10);
   CHECK(one < 0.05);
