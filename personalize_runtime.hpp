@@ -1215,8 +1215,8 @@ class PagedArray {
       pages_.push_back(std::shared_ptr<const T[]>(new T[page_size]()));
       owned_.push_back(true);
     }
+    own(size_ / page_size)[size_ % page_size] = value;
     ++size_;
-    edit(size_ - 1) = value;
   }
 
   // Bytes of the pages that this array made; those of its base and of earlier copies are not in it.

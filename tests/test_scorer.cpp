@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -57,6 +59,27 @@ std::vector<float> random_query(small_model::Random& random, std::size_t d) {
 }
 
 }  // namespace
+
+TEST_CASE("a paged array that grows reads no more of its base than there is") {
+  struct Counted {
+    int* reads = nullptr;
+    Counted() = default;
+    explicit Counted(int& n) : reads(&n) {}
+    Counted(const Counted& other) = default;
+    Counted& operator=(const Counted& other) {
+      reads = other.reads;
+      if (reads) ++*reads;
+      return *this;
+    }
+  };
+  int reads = 0, behind = 0;
+  const std::array<Counted, 3> base{Counted(reads), Counted(reads), Counted(behind)};
+  pz::PagedArray<Counted> array(nullptr, std::span(base).first(2));
+  array.push_back(Counted());
+  CHECK(array.size() == 3);
+  CHECK(reads == 2);
+  CHECK(behind == 0);
+}
 
 TEST_CASE("a score is the dot product with the dequantised row, plus the bias") {
   for (const bool int8 : {false, true}) {

@@ -391,7 +391,7 @@ class Mutator {
       const std::size_t operations = section.raw.size() / 8;
       const std::size_t at = 8 * random_.below(static_cast<std::uint32_t>(operations + 1));
       const auto where = section.raw.begin() + static_cast<std::ptrdiff_t>(at);
-      if (random_.below(3) == 0 && at < section.raw.size()) {
+      if (random_.below(3) == 0 && at + 8 <= section.raw.size()) {
         section.raw.erase(where, where + 8);
       } else {
         section.raw.insert(where, 8, std::byte{0});

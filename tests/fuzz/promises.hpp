@@ -44,18 +44,19 @@ inline void check_slate(const pz::Slate& slate, std::size_t count, const pz::Mod
   require(slate.id.empty() || slate.id.size() == 32, "a recommendation id has 32 characters");
 }
 
-// An order of rank(): the same items as were given, best first, those that are unknown last.
+// An order of rank(): the same items as were given, best first, those that cannot be ranked last.
 inline void check_order(const pz::Slate& slate, std::vector<std::string_view> given) {
   require(slate.items.size() == given.size(), "rank() keeps the number of items");
   std::vector<std::string_view> ranked;
-  bool unknown = false;
+  bool unranked = false;
   for (std::size_t i = 0; i < slate.items.size(); ++i) {
     const pz::Pick& pick = slate.items[i];
     ranked.push_back(pick.item);
     require(std::isfinite(pick.score), "scores are finite");
-    require(!unknown || pick.reason == pz::Reason::unknown, "unknown items come last");
-    unknown = pick.reason == pz::Reason::unknown;
-    require(unknown || i == 0 || pick.score <= slate.items[i - 1].score, "rank() sorts by score");
+    const bool last = pick.reason == pz::Reason::unknown || pick.reason == pz::Reason::excluded;
+    require(last || !unranked, "what cannot be ranked comes last");
+    unranked = last;
+    require(unranked || i == 0 || pick.score <= slate.items[i - 1].score, "rank() sorts by score");
   }
   std::sort(ranked.begin(), ranked.end());
   std::sort(given.begin(), given.end());
