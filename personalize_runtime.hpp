@@ -1210,8 +1210,8 @@ class PagedArray {
 
   void push_back(const T& value) {
     if (size_ % page_size == 0) {
-      pages_.reserve(pages_.size() + 1);
-      owned_.reserve(pages_.size() + 1);
+      if (pages_.size() == pages_.capacity()) pages_.reserve(2 * pages_.size() + 1);
+      owned_.reserve(pages_.capacity());
       pages_.push_back(std::shared_ptr<const T[]>(new T[page_size]()));
       owned_.push_back(true);
     }
@@ -8578,29 +8578,36 @@ struct Catalogue {
       if (!show(popular_later[later])) return;
   }
 
-  // The model with the items of this generation. O(items x d).
+  // The model with the items of this generation, without those removed. O(items x d).
   Result<std::shared_ptr<const Model>> whole_model() const {
     ModelParts parts = base->parts();
-    std::vector<float> row(dimension()), input(input_rows.columns());
-    parts.item_vectors.resize_rows(size());
-    if (!parts.input_vectors.empty()) parts.input_vectors.resize_rows(size());
+    parts.item_ids = {};
+    parts.biases.clear();
+    parts.statistics.clear();
+    std::vector<std::uint32_t> items;
     for (std::uint32_t i = 0; i < size(); ++i) {
-      if (i >= base->item_count()) {
-        if (auto added = parts.item_ids.add((*ids)[i]); !added) return added.error();
-        parts.biases.push_back(0);
-        parts.statistics.emplace_back();
-      }
-      parts.biases[i] = offsets[i];
-      parts.statistics[i] = statistics[i];
-      if (replaced(rows, base->parts().item_vectors, i)) {
-        rows.row(i, row);
-        parts.item_vectors.set_row(i, row);
-      }
-      if (input.empty() || !replaced(input_rows, base->parts().input_vectors, i)) continue;
-      input_rows.row(i, input);
-      parts.input_vectors.set_row(i, input);
+      if (!available(i)) continue;
+      if (auto added = parts.item_ids.add((*ids)[i]); !added) return added.error();
+      parts.biases.push_back(offsets[i]);
+      parts.statistics.push_back(statistics[i]);
+      items.push_back(i);
     }
+    parts.item_vectors = matrix_of(rows, items);
+    if (!input_rows.empty()) parts.input_vectors = matrix_of(input_rows, items);
     return Model::from_parts(std::move(parts));
+  }
+  static Matrix matrix_of(const ItemRows& rows, std::span<const std::uint32_t> items) {
+    const std::size_t d = rows.columns();
+    Matrix matrix = Matrix::zeros(items.size(), d, rows.type());
+    for (std::size_t r = 0; r < items.size(); ++r) {
+      if (rows.type() == ElementType::i8) {
+        std::copy_n(rows.i8(items[r]), d, matrix.i8().data() + r * d);
+        matrix.scales()[r] = rows.scale(items[r]);
+      } else {
+        std::copy_n(rows.f32(items[r]), d, matrix.f32().data() + r * d);
+      }
+    }
+    return matrix;
   }
 
   std::size_t bytes() const {
@@ -9291,6 +9298,14 @@ class alignas(16) User {
     std::int64_t timestamp = first_remembered_;
     for (std::uint32_t e = 0; e < history_events_; ++e) visit(read_event(in, timestamp, e == 0));
   }
+  // Whether an event on the item may be remembered. Most often says no, and then quickly.
+  bool may_remember(std::uint32_t item) const noexcept {
+    std::array<std::byte, longest_varint> bytes;
+    const auto size = static_cast<std::size_t>(write_varint(bytes.data(), item) - bytes.data());
+    const std::string_view all(reinterpret_cast<const char*>(history()), history_bytes_);
+    return all.find(std::string_view(reinterpret_cast<const char*>(bytes.data()), size)) !=
+           std::string_view::npos;
+  }
   std::size_t events() const noexcept { return history_events_; }
   std::size_t history_bytes() const noexcept { return history_bytes_; }
 
@@ -9937,11 +9952,13 @@ struct Scratch {
   std::vector<float> input;             // [e], of an item that is none of the model's
   Encoder::Workspace encoding;
   Scorer::Workspace scoring;
-  std::vector<std::uint32_t> interacted;  // ascending
-  std::vector<ScoredItem> ignored;        // item and its discount, ascending by item
+  std::vector<std::uint32_t> interacted;
+  std::vector<ScoredItem> ignored;  // item and its discount, ascending by item
+  std::array<std::uint64_t, 16>
+      ignored_filter{};  // a bit set for each, by the item's last ten bits
   std::uint64_t request_number = 0;
   bool drawn_user = false, drawn_session = false;  // whose next number request_number is
-  ItemMask taken{0};                               // all zero between requests
+  ItemMask taken{0}, excluded{0};                  // all zero between requests
   std::vector<ScoredItem> top, pool;
   std::vector<float> pool_scores, pool_expected;
   float normaliser = 0;
@@ -9963,14 +9980,14 @@ struct Scratch {
     return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
            allocated(vector) + allocated(input) + allocated(encoding.values) +
            allocated(encoding.quantised) + scoring.bytes() + allocated(interacted) +
-           allocated(ignored) + allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
+           allocated(ignored) + 2 * allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
            allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
            allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
            allocated(listed) + allocated(seen) + policy.bytes();
   }
 
   float discount(std::uint32_t item) const noexcept {
-    if (ignored.empty()) return 0;
+    if ((ignored_filter[item % 1024 / 64] >> (item % 64) & 1) == 0) return 0;
     const auto found = std::lower_bound(
         ignored.begin(), ignored.end(), item,
         [](const ScoredItem& scored, std::uint32_t wanted) { return scored.item < wanted; });
@@ -10252,10 +10269,12 @@ class ScratchLease {
   ScratchLease& operator=(const ScratchLease&) = delete;
   ~ScratchLease() {
     if (!scratch_) return;
+    for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
     for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
     scratch_->choices.clear();
     scratch_->interacted.clear();
     scratch_->ignored.clear();
+    scratch_->ignored_filter = {};
     const std::lock_guard lock{lane_.mutex};
     lane_.idle.push_back(std::move(scratch_));
   }
@@ -10279,7 +10298,9 @@ class ScratchLease {
       each->resize(c.dimension());
     scratch.input.resize(c.base->parts().inputs().columns());
     if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
-    if (scratch.taken.size() < c.size()) scratch.taken = ItemMask(c.size());
+    if (scratch.taken.size() >= c.size()) return;
+    scratch.taken = ItemMask(c.size());
+    scratch.excluded = ItemMask(c.size());
   }
 
   // One more, and room among the idle ones for all there are.
@@ -10320,6 +10341,7 @@ inline void State::begin(const Catalogue& of, std::string_view user,
 inline std::size_t repetitions(const User& user, std::uint32_t item,
                                std::int64_t timestamp) noexcept {
   std::size_t count = 0;
+  if (!user.may_remember(item)) return 0;
   user.for_each_event([&](const RememberedEvent& event) {
     count += event.item == item &&
              elapsed(std::min(event.timestamp, timestamp), std::max(event.timestamp, timestamp)) <
@@ -11047,7 +11069,11 @@ struct Recommender::Prepared {
   void read(const Recommender& recommender) {
     const Catalogue& catalogue = scratch.catalogue();
     known = recommender.read_user(catalogue, request, time.timestamp, *scratch);
-    eligibility = {.eligible = request.eligible, .excluded_items = scratch->interacted};
+    eligibility = {.eligible = request.eligible};
+    if (scratch->interacted.empty()) return;
+    for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
+    eligibility.excluded = &scratch->excluded;
+    eligibility.excluded_count = scratch->interacted.size();
   }
   std::size_t best() const noexcept {
     return std::max<std::size_t>(request.count, normalising_items);
@@ -11498,7 +11524,8 @@ inline bool Recommender::read_user(const Catalogue& catalogue, const Request& re
                      (!request.session.empty() && read({}, request.session, scratch.drawn_session));
   std::sort(scratch.ignored.begin(), scratch.ignored.end(),
             [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
-  std::sort(scratch.interacted.begin(), scratch.interacted.end());
+  for (const ScoredItem& one : scratch.ignored)
+    scratch.ignored_filter[one.item % 1024 / 64] |= std::uint64_t{1} << (one.item % 64);
   if (known)
     for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
   return known && detail::all_finite(std::span<const float>(scratch.query).first(d));
@@ -11521,21 +11548,22 @@ inline Result<void> Recommender::rank(const Request& request,
     scratch.top.clear();
     for (std::uint32_t position = 0; position < items.size(); ++position) {
       const auto item = catalogue.find(items[position]);
-      if (!item || !prepared.eligibility.test(*item)) continue;
-      const float u = detail::undiscounted(catalogue, prepared.known, *item, scratch.query) -
-                      scratch.discount(*item);
-      if (std::isfinite(u)) scratch.top.push_back({position, u});
+      float u = std::numeric_limits<float>::quiet_NaN();
+      if (item && prepared.eligibility.test(*item))
+        u = detail::undiscounted(catalogue, prepared.known, *item, scratch.query) -
+            scratch.discount(*item);
+      if (std::isfinite(u))
+        scratch.top.push_back({position, u});
+      else  // behind those that are ranked
+        slate.items.push_back({items[position], 0.0f, item ? Reason::excluded : Reason::unknown});
     }
     std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
+    const std::size_t last = slate.items.size();
     for (const ScoredItem& scored : scratch.top)
       slate.items.push_back({items[scored.item], detail::shown_score(prepared.known, scored.score),
                              prepared.known ? Reason::relevance : Reason::popular});
-    for (const std::string_view id : items) {
-      const auto item = catalogue.find(id);
-      if (!item) slate.items.push_back({id, 0.0f, Reason::unknown});
-      if (item && !prepared.eligibility.test(*item))
-        slate.items.push_back({id, 0.0f, Reason::excluded});
-    }
+    std::rotate(slate.items.begin(), slate.items.begin() + static_cast<std::ptrdiff_t>(last),
+                slate.items.end());
     return {};
   });
 }

@@ -112,7 +112,8 @@ pz::ModelParts parts_of(std::size_t items, std::size_t d, pz::ElementType type, 
   };
   parts.item_vectors = stored(random_matrix(items, d, random, spread));
   parts.biases.resize(items);
-  parts.statistics.resize(items);
+  // Well known, and too old to be explored.
+  parts.statistics.assign(items, {100, 1'600'000'000, 1'690'000'000, 1'600'000'000});
   parts.operations = {{Kind::embed_sum}, {Kind::gru}};
   for (const auto& [rows, columns] :
        {std::pair{3 * d, d}, {3 * d, d}, {std::size_t{1}, 3 * d}, {1, 3 * d}})
@@ -383,18 +384,24 @@ void step_128_lookup() {
 }
 
 void event_and_slate() {
-  const auto model = model_of(10'000, 128, pz::ElementType::i8);
+  constexpr std::int64_t start = 1'700'000'000;
+  pz::ModelParts parts = parts_of(10'000, 128, pz::ElementType::i8);
+  for (std::size_t i = 0; i < 100; ++i)  // to be explored
+    parts.statistics[i] = {0, pz::no_timestamp, pz::no_timestamp, start - 86'400};
+  const auto made = pz::Model::from_parts(std::move(parts));
+  if (!made) std::abort();
+  const auto model = *made;
   for (const float weight : {0.0f, 0.3f}) {
     pz::RecommenderOptions options;
     options.exploration_weight = weight;
     auto shop = pz::Recommender::create(model, options);
     if (!shop) std::abort();
     pz::Slate slate;
-    std::int64_t now = 1'700'000'000;
+    std::int64_t now = start;
     std::uint32_t item = 0;
     measure(
         {.name = "event_and_slate_of_25",
-         .data = "10,000 items, d=128, seen items excluded, exploration weight " +
+         .data = "10,000 items, d=128, seen items excluded, 100 to explore, weight " +
                  std::to_string(weight).substr(0, 3),
          .calls = 200},
         [&] {

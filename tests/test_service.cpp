@@ -502,6 +502,14 @@ TEST_CASE("an item that was removed is nowhere, and comes back with what was lea
   CHECK(holds(slate_of(shop, {.user = "u", .count = 50}), "i7"));
   CHECK(slate_of(shop, {.user = "nobody", .count = 50}).size() == popular.size());
 
+  // Nor is it in the model that is saved meanwhile.
+  CHECK(shop.model()->find_item("i7"));
+  CHECK(*shop.remove_item("i7"));
+  REQUIRE(shop.update());
+  CHECK(shop.model()->item_count() == 49);
+  CHECK_FALSE(shop.model()->find_item("i7"));
+  CHECK(shop.item_count() == 50);
+
   // What was put and removed before an update never was.
   REQUIRE(shop.put_item({.item = "short"}));
   CHECK(*shop.remove_item("short"));
