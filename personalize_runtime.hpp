@@ -10124,6 +10124,12 @@ struct State {
   bool young(std::int64_t created) const noexcept {
     return Catalogue::young(created, latest.load(std::memory_order_relaxed), settings.cut_off);
   }
+  // Of the times that count as young, the earliest.
+  std::int64_t oldest_young() const noexcept {
+    const std::int64_t last = latest.load(std::memory_order_relaxed);
+    const std::int64_t first = no_timestamp + 1;
+    return last < first + settings.cut_off ? first : last - settings.cut_off;
+  }
   // The time at which an event counts for what all share: its own, but no later than the clock and,
   // where it lies in the clock's past as in a replay, no more than a week later than the events
   // before it.
@@ -11426,10 +11432,13 @@ inline void Recommender::collect_pool(const Catalogue& catalogue, bool known,
     for (std::size_t j = 0; j < items; ++j)
       scratch.pool_scores[j] = catalogue.popular_score(catalogue.pool[j].item);
   }
+  const std::int64_t oldest = state_->oldest_young();
+  const bool all = eligibility.all();
   for (std::size_t j = 0; j < items; ++j) {
     const detail::PoolItem& candidate = catalogue.pool[j];
     const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
-    if (!eligibility.test(candidate.item) || !state_->young(candidate.created) || !std::isfinite(u))
+    if (candidate.created < oldest || !std::isfinite(u) ||
+        (!all && !eligibility.test(candidate.item)))
       continue;
     scratch.pool_scores[scratch.pool.size()] = u;
     scratch.pool.push_back({candidate.item, u + candidate.bonus});
