@@ -131,15 +131,21 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 CHECK
 # Metadata that nests is not shown, and costs no more than its size.
 "$personalize" convert --from model.pzm --to safetensors -o model.safetensors >/dev/null
-python3 - <<'NEST'
-import json, struct
+nest() {  # nest DEPTH: a model whose metadata nests so deep
+  python3 - "$1" <<'NEST'
+import json, struct, sys
+depth = int(sys.argv[1])
 data = open("model.safetensors", "rb").read()
 length = struct.unpack("<Q", data[:8])[0]
 header = json.loads(data[8:8 + length])
-header["__metadata__"]["metadata"] = "[" * 20000 + "]" * 20000
+header["__metadata__"]["metadata"] = "[" * depth + "]" * depth
 text = json.dumps(header).encode()
 open("nested.safetensors", "wb").write(struct.pack("<Q", len(text)) + text + data[8 + length:])
 NEST
+}
+nest 20000
+refuses 1 'nests deeper than 64' "$personalize" convert --from nested.safetensors -o nested.pzm
+nest 60
 "$personalize" convert --from nested.safetensors -o nested.pzm >/dev/null
 "$personalize" inspect nested.pzm >nested.txt
 grep -q 'not shown: the metadata nests deeper than 32 levels' nested.txt || fail "nested metadata: $(head -c 300 nested.txt)"

@@ -79,25 +79,21 @@ TEST_CASE("an id is UTF-8 without control characters, wherever in it the fault s
 }
 
 TEST_CASE("a table survives strings that are made to fall together, and loses none") {
-  // Ids whose hashes agree in their last 20 bits: at any size of the table below 2^20 slots they
-  // want one slot.
+  // Ids whose hashes agree in their last 14 bits: they want one slot of a table of any usual size,
+  // and part in a larger one.
   std::vector<std::string> together;
-  for (std::uint64_t i = 0; together.size() < 600 && i < 2'000'000'000; ++i) {
+  for (std::uint64_t i = 0; together.size() < 600; ++i) {
     std::string id = std::to_string(i);
     if ((pz::xxh64(std::as_bytes(std::span(id))) & 0x3fff) == 0) together.push_back(std::move(id));
   }
   pz::StringTable table;
   std::size_t added = 0;
   for (const std::string& id : together) {
-    const auto result = table.add(id);
-    if (!result) {
-      CHECK(result.error().message.find("collide") != std::string::npos);
-      break;
-    }
+    REQUIRE(table.add(id));
     ++added;
   }
-  CHECK(added == 512);
-  // The table goes on and grows; what it cannot place, it refuses, and what it took, it has.
+  CHECK(added == 600);
+  // The table goes on and grows, and has what it took.
   std::vector<std::string> taken(together.begin(),
                                  together.begin() + static_cast<std::ptrdiff_t>(added));
   for (std::uint32_t i = 0; i < 20'000; ++i)
