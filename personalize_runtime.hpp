@@ -9905,6 +9905,38 @@ struct RecommenderOptions {
 
 namespace detail {
 
+inline std::optional<HashKey> random_key() {
+  HashKey key{};
+#if PERSONALIZE_HAS_POSIX
+  const File file(std::fopen("/dev/urandom", "rb"));
+  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
+#else
+  std::random_device device;
+  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
+#endif
+  return key;
+}
+
+// u before the discount.
+inline float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
+                          std::span<const float> query) noexcept {
+  return known ? catalogue.scorer->score(query, item) : catalogue.popular_score(item);
+}
+
+// As users see it: without events, the share of interactions and not its logarithm.
+inline float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
+
+// Quality and taste: what impressions taught, in units of score.
+inline float learnt_score(const Catalogue& catalogue, bool known, std::uint32_t item,
+                          std::span<const float> query) noexcept {
+  return catalogue.quality_of(item) + (known ? catalogue.taste(item, query) : 0.0f);
+}
+
+// Positive events expected of an examined impression with score u.
+inline float value_of(const Calibration& calibration, float u, float normaliser) noexcept {
+  return std::exp(std::min(calibration.slope * (u - normaliser) + calibration.intercept, 3.0f));
+}
+
 inline Result<void> check_options(const RecommenderOptions& options) {
   const auto error = [](const char* text) {
     return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
@@ -11092,42 +11124,6 @@ struct Recommender::Prepared {
   bool known = false;
   Eligibility eligibility;
 };
-
-namespace detail {
-
-inline std::optional<HashKey> random_key() {
-  HashKey key{};
-#if PERSONALIZE_HAS_POSIX
-  const File file(std::fopen("/dev/urandom", "rb"));
-  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
-#else
-  std::random_device device;
-  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
-#endif
-  return key;
-}
-
-// u before the discount.
-inline float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
-                          std::span<const float> query) noexcept {
-  return known ? catalogue.scorer->score(query, item) : catalogue.popular_score(item);
-}
-
-// As users see it: without events, the share of interactions and not its logarithm.
-inline float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
-
-// Quality and taste: what impressions taught, in units of score.
-inline float learnt_score(const Catalogue& catalogue, bool known, std::uint32_t item,
-                          std::span<const float> query) noexcept {
-  return catalogue.quality_of(item) + (known ? catalogue.taste(item, query) : 0.0f);
-}
-
-// Positive events expected of an examined impression with score u.
-inline float value_of(const Calibration& calibration, float u, float normaliser) noexcept {
-  return std::exp(std::min(calibration.slope * (u - normaliser) + calibration.intercept, 3.0f));
-}
-
-}  // namespace detail
 
 inline Result<const kernels::Table*> Recommender::find_kernels(const std::string& name) {
   if (name.empty()) return &kernels::chosen();
