@@ -454,8 +454,8 @@ TEST_CASE("a log of weight 1 whose pools run empty is evaluated at weight 1 as i
 }
 
 TEST_CASE("the doubly robust interval covers the truth in 90 of 100 simulated worlds") {
-  for (const auto& [logged_weight, target_weight] :
-       {std::pair{0.3f, 0.0f}, {0.3f, 0.4f}, {1.0f, 1.0f}}) {
+  for (const auto& weights : {std::pair{0.3f, 0.0f}, {0.3f, 0.4f}, {1.0f, 1.0f}}) {
+    const auto logged_weight = weights.first, target_weight = weights.second;
     int within = 0;
     for (std::uint64_t seed = 1; seed <= 100; ++seed)
       within += covered(seed, logged_weight, target_weight) ? 1 : 0;
