@@ -169,7 +169,6 @@
 #include <thread>
 #include <type_traits>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -7399,11 +7398,11 @@ class ContextSums {
 
   // The item's row; where it has none, a free one, a new one there is memory for, or the one added
   // to longest ago. The caller holds the lock. None where there is no memory.
-  float* row_in(Stripe& stripe, std::uint32_t item) noexcept {
+  std::optional<std::uint32_t> row_in(Stripe& stripe, std::uint32_t item) noexcept {
     auto row = find(stripe, item);
     if (row) {
       stripe.order.touch(*row, links_in(stripe));
-      return sums_of(stripe, *row);
+      return row;
     }
     if (stripe.free == RecencyList::none) {
       if (stripe.rows.size() < std::min(most_rows_, stripe.blocks.size() * block_rows)) {
@@ -7412,10 +7411,10 @@ class ContextSums {
       } else if (stripe.order.oldest() != RecencyList::none) {
         release(stripe, stripe.order.oldest());
       } else {
-        return nullptr;
+        return std::nullopt;
       }
     }
-    if (stripe.index.full()) return nullptr;
+    if (stripe.index.full()) return std::nullopt;
     row = stripe.free;
     stripe.free = stripe.rows[*row].links.older;
     stripe.rows[*row].item = item;
@@ -7423,7 +7422,7 @@ class ContextSums {
     std::fill_n(sums_of(stripe, *row), 2 * dimension_, 0.0f);
     stripe.index.insert(hash_of(item), *row);
     stripe.order.add(*row, links_in(stripe));
-    return sums_of(stripe, *row);
+    return row;
   }
 
   static void release(Stripe& stripe, std::uint32_t row) noexcept {
@@ -7438,9 +7437,10 @@ class ContextSums {
            const DecayMoment& moment) noexcept {
     Stripe& stripe = stripe_of(item);
     const std::lock_guard lock{stripe.mutex};
-    float* sums = row_in(stripe, item);
-    if (!sums) return;
-    Row& row = stripe.rows[*find(stripe, item)];
+    const auto number = row_in(stripe, item);
+    if (!number) return;
+    Row& row = stripe.rows[*number];
+    float* const sums = sums_of(stripe, *number);
     if (moment.half_lives > row.half_lives) {
       const float scale =
           std::ldexp(1.0f, static_cast<int>(row.half_lives) - static_cast<int>(moment.half_lives));
@@ -7857,16 +7857,25 @@ inline constexpr std::string_view log_csv_header =
     "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
     "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
 
+namespace detail {
+
+// Appends a field of a CSV, in quotes where it needs them (RFC 4180).
+inline void append_csv_field(std::string_view field, std::string& line) {
+  if (field.find_first_of(",\"\r\n") == std::string_view::npos) {
+    line += field;
+    return;
+  }
+  line += '"';
+  for (const char c : field) line.append(c == '"' ? 2 : 1, c);
+  line += '"';
+}
+
+}  // namespace detail
+
 // The entry as a line of CSV under log_csv_header, the same in every locale. Appends to `line`.
 inline void append_csv(const LogEntry& entry, std::string& line) {
   const auto quoted = [&line](std::string_view text) {
-    if (text.find_first_of(",\"\r\n") == std::string_view::npos) {
-      line += text;
-    } else {
-      line += '"';
-      for (const char c : text) line.append(c == '"' ? 2 : 1, c);
-      line += '"';
-    }
+    detail::append_csv_field(text, line);
     line += ',';
   };
   std::array<char, 32> digits;
@@ -8630,9 +8639,8 @@ inline Result<std::size_t> metadata_of(const Model& model,
   const std::vector<std::pair<std::string_view, std::string_view>> views(fields.begin(),
                                                                          fields.end());
   const std::size_t known = model.metadata_vector(views, vector);
-  constexpr float most = 1e18f;  // as of what a model file may hold
   for (const float v : vector)
-    if (!(std::abs(v) <= most))
+    if (!(std::abs(v) <= max_magnitude))
       return Error{Errc::invalid_argument,
                    "the embeddings of the item's metadata add up to a vector that is not finite"};
   return known;
@@ -9307,7 +9315,6 @@ class alignas(16) User {
            std::string_view::npos;
   }
   std::size_t events() const noexcept { return history_events_; }
-  std::size_t history_bytes() const noexcept { return history_bytes_; }
 
   std::span<const RecentImpressions::Entry> impressions() const noexcept {
     return {entries(), impressions_};
@@ -9486,13 +9493,6 @@ class Users {
     const std::lock_guard lock{shard.mutex};
     User* const user = find(shard, key, use);
     return apply(user);
-  }
-  template <class Apply>
-  auto with(const UserKey& key, Apply apply) const {
-    const Shard& shard = shards_[shard_number(key)];
-    const std::lock_guard lock{shard.mutex};
-    const auto number = number_of(shard, key);
-    return apply(number ? static_cast<const User*>(shard.users[*number].get()) : nullptr);
   }
 
   // Makes sure of a user and of the memory for so many more events and impressions and, where

@@ -5,9 +5,6 @@
 #include <pthread.h>
 #include <sched.h>
 #endif
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 #include <zstd.h>
 
 #include <algorithm>
@@ -31,6 +28,7 @@
 #include <thread>
 #include <vector>
 
+#include "measure.hpp"
 #include "personalize_runtime.hpp"
 #if defined(PERSONALIZE_BENCH_FAISS)
 #include <faiss/IndexFlat.h>
@@ -47,12 +45,6 @@ double microseconds(const Work& work) {
   work();
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
       .count();
-}
-
-double quantile(std::vector<double> values, double part) {
-  const auto at = static_cast<std::ptrdiff_t>(part * static_cast<double>(values.size() - 1));
-  std::nth_element(values.begin(), values.begin() + at, values.end());
-  return values[static_cast<std::size_t>(at)];
 }
 
 struct Figure {
@@ -87,38 +79,6 @@ void measure(const Figure& f, const Work& ours, const Work& peer = {}) {
   }
   line(f, quantile(all, 0.5), quantile(all, 0.99), peer ? quantile(peer_all, 0.5) : 0,
        peer ? quantile(ratios, 0.5) : 0);
-}
-
-pz::Matrix random_matrix(std::size_t rows, std::size_t columns, std::mt19937& random,
-                         float spread = 0) {
-  pz::Matrix m = pz::Matrix::zeros(rows, columns);
-  std::normal_distribution<float> normal;
-  for (std::size_t r = 0; r < rows; ++r) {
-    const float length = std::exp(spread * normal(random)) / std::sqrt(static_cast<float>(columns));
-    for (std::size_t c = 0; c < columns; ++c) m.f32()[r * columns + c] = normal(random) * length;
-  }
-  return m;
-}
-
-pz::ModelParts parts_of(std::size_t items, std::size_t d, pz::ElementType type, float spread = 0) {
-  using Kind = pz::EncoderOp::Kind;
-  std::mt19937 random(1);
-  pz::ModelParts parts;
-  parts.metadata = "{}";
-  for (std::size_t i = 0; i < items; ++i)
-    if (!parts.item_ids.add("i" + std::to_string(i))) std::abort();
-  const auto stored = [type](pz::Matrix m) {
-    return type == pz::ElementType::i8 && m.rows() > 1 ? m.quantised() : m;
-  };
-  parts.item_vectors = stored(random_matrix(items, d, random, spread));
-  parts.biases.resize(items);
-  // Well known, and too old to be explored.
-  parts.statistics.assign(items, {100, 1'600'000'000, 1'690'000'000, 1'600'000'000});
-  parts.operations = {{Kind::embed_sum}, {Kind::gru}};
-  for (const auto& [rows, columns] :
-       {std::pair{3 * d, d}, {3 * d, d}, {std::size_t{1}, 3 * d}, {1, 3 * d}})
-    parts.weights.push_back(stored(random_matrix(rows, columns, random)));
-  return parts;
 }
 
 std::shared_ptr<const pz::Model> model_of(std::size_t items, std::size_t d, pz::ElementType type,
@@ -251,16 +211,6 @@ void batch_of_64() {
         for (std::size_t i = 0; i < tops.size(); ++i)
           scorer.top_k(queries[i], 100, {}, workspace, tops[i]);
       });
-}
-
-// Bytes that the allocator has given out.
-[[maybe_unused]] double bytes_in_use() {
-#if defined(__GLIBC__)
-  const auto info = mallinfo2();
-  return static_cast<double>(info.uordblks + info.hblkhd);
-#else
-  return 0;
-#endif
 }
 
 // One item more in a catalogue of a million, and all biases of one of 100,000 changed, as an update

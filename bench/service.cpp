@@ -19,13 +19,8 @@
 #include <utility>
 #include <vector>
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
 #include "../personalize_runtime.hpp"
-
-namespace pz = personalize;
+#include "measure.hpp"
 
 namespace {
 
@@ -47,14 +42,6 @@ double processor_time() {
 #endif
 }
 
-double quantile(std::vector<double>& values, double q) {
-  if (values.empty()) return 0;
-  const auto at =
-      std::min(values.size() - 1, static_cast<std::size_t>(q * static_cast<double>(values.size())));
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(at), values.end());
-  return values[at];
-}
-
 void line(const std::string& name, const std::string& data, double value, const char* unit,
           const std::string& peer = {}, double peer_value = 0) {
   std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "unit": "%s")", name.c_str(),
@@ -68,16 +55,6 @@ void line(const std::string& name, const std::string& data, double value, const 
 
 double mebibytes(double bytes) { return bytes / (1 << 20); }
 
-// What the allocator has given and not got back.
-double allocated() {
-#if defined(__GLIBC__) && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 33)
-  const auto info = ::mallinfo2();
-  return static_cast<double>(info.uordblks + info.hblkhd);
-#else
-  return 0;
-#endif
-}
-
 double resident() {
   std::ifstream status("/proc/self/status");
   for (std::string text; std::getline(status, text);)
@@ -86,33 +63,19 @@ double resident() {
 }
 
 std::shared_ptr<const pz::Model> model_of(std::size_t items, std::size_t d) {
-  using Kind = pz::EncoderOp::Kind;
-  std::mt19937 random(1);
+  pz::ModelParts parts = parts_of(items, d, pz::ElementType::i8);
+  std::mt19937 random(3);
   std::normal_distribution<float> normal;
-  const auto matrix = [&](std::size_t rows, std::size_t columns) {
-    pz::Matrix m = pz::Matrix::zeros(rows, columns);
-    const float scale = 1 / std::sqrt(static_cast<float>(columns));
-    for (float& v : m.f32()) v = normal(random) * scale;
-    return rows > 1 ? m.quantised() : m;
-  };
-  pz::ModelParts parts;
-  parts.metadata = "{}";
   for (std::size_t i = 0; i < items; ++i) {
-    if (!parts.item_ids.add("i" + std::to_string(i))) std::abort();
-    parts.statistics.push_back(
-        {1 + 1'000'000 / (i + 1), start - 400 * 86'400, start, start - 400 * 86'400});
+    parts.statistics[i] = {1 + 1'000'000 / (i + 1), start - 400 * 86'400, start,
+                           start - 400 * 86'400};
+    parts.biases[i] = 0.1f * normal(random);
   }
-  parts.item_vectors = matrix(items, d);
-  for (std::size_t i = 0; i < items; ++i) parts.biases.push_back(0.1f * normal(random));
   pz::MetadataField field;
   field.name = "GENRE";
   if (!field.vocabulary.add("bow")) std::abort();
-  field.embedding = matrix(1, d);
+  field.embedding = random_matrix(1, d, random);
   parts.fields.push_back(std::move(field));
-  parts.operations = {{Kind::embed_sum}, {Kind::gru}};
-  for (const auto& [rows, columns] :
-       {std::pair{3 * d, d}, {3 * d, d}, {std::size_t{1}, 3 * d}, {1, 3 * d}})
-    parts.weights.push_back(matrix(rows, columns));
   auto model = pz::Model::from_parts(std::move(parts));
   if (!model) std::abort();
   return *model;
@@ -141,14 +104,14 @@ void update_one_item() {
                            .creation_timestamp = start,
                            .fields = {{"GENRE", "bow"}}})
                 .has_value());
-    const double before = allocated();
+    const double before = bytes_in_use();
     const double begin = processor_time();
     require(shop.update(start).has_value());
     times.push_back(processor_time() - begin);
-    bytes.push_back(allocated() - before);
+    bytes.push_back(bytes_in_use() - before);
   }
   line("update_one_item", "one item with metadata into 1,000,000 x 64 int8", quantile(times, 0.5),
-       "ms");
+       "ms of CPU");
   line("update_one_item_slowest", "the slowest of 40", quantile(times, 1), "ms of CPU");
   line("update_one_item_memory", "taken while readers hold the generation before",
        mebibytes(bytes[0]), "MiB");
@@ -160,7 +123,7 @@ void update_fold() {
   auto shop = shop_of(model, {.update_interval = {}});
   std::vector<std::string> ids;
   for (std::size_t i = 0; i < items; ++i) ids.push_back("i" + std::to_string(i));
-  std::vector<double> times, again;
+  std::vector<double> times;
   for (int round = 0; round < 12; ++round) {
     for (std::size_t u = 0; u < 200; ++u) {
       const std::string user = "u" + std::to_string(u + 1000 * static_cast<std::size_t>(round));
@@ -258,13 +221,11 @@ void update_beside_requests(std::size_t items) {
 void memory() {
   constexpr std::size_t items = 1'000'000, users = 1'000'000;
   const auto model = model_of(items, 64);
-  const double before = resident(), given_before = allocated();
+  const double before = resident(), given_before = bytes_in_use();
   auto shop = shop_of(model, {.update_interval = {}});
   std::mt19937 random(1);
   std::vector<std::string> ids;
   for (std::size_t i = 0; i < items; ++i) ids.push_back("i" + std::to_string(i));
-  const double names = resident() - before;
-  (void)names;
   for (std::size_t u = 0; u < users; ++u) {
     const std::string user = "user" + std::to_string(u);
     for (int e = 0; e < 50; ++e)
@@ -292,7 +253,7 @@ void memory() {
   line("resident_growth", data, mebibytes(resident() - before), "MiB",
        "sum of the budgets, the catalogue and scratch", mebibytes(budgets));
   line("memory_reported", data, mebibytes(static_cast<double>(use.total())), "MiB",
-       "given by the allocator", mebibytes(allocated() - given_before));
+       "given by the allocator", mebibytes(bytes_in_use() - given_before));
   std::fprintf(stderr,
                "users %zu: %.0f MiB, slates %.0f, contexts %.0f, event ids %.0f, catalogue %.0f, "
                "scratch %.1f\n",

@@ -308,13 +308,14 @@ TEST_CASE("random rows come back as they were written, from memory, from a file 
   }
 }
 
-TEST_CASE("is_utf8 accepts exactly the well-formed sequences of RFC 3629") {
+TEST_CASE("what is taken for UTF-8 is exactly the well-formed sequences of RFC 3629") {
   // Of one, two and three bytes: counted against the number of ways to put them together.
   constexpr std::uint64_t one = 0x80, two = 0x800 - 0x80, three = 0x10000 - 0x800 - 0x800;
   std::uint64_t valid1 = 0, valid2 = 0, valid3 = 0;
   char s[4] = {};
   const auto valid = [&s](std::size_t length) {
-    return is_utf8(std::string_view(s, length)) ? std::uint64_t{1} : std::uint64_t{0};
+    return personalize::detail::valid_utf8(std::string_view(s, length)) ? std::uint64_t{1}
+                                                                        : std::uint64_t{0};
   };
   for (int a = 0; a < 256; ++a) {
     s[0] = static_cast<char>(a);
@@ -346,8 +347,8 @@ TEST_CASE("is_utf8 accepts exactly the well-formed sequences of RFC 3629") {
         "\xF0\x90\x80", "\xF0\x90\x80\x41", "\xF0\x90\x41\x80", "\xF0\x41\x80\x80",
         "\xF0\x90\x80\xC0", "a\xED\xA0\x80\xED\xB0\x80", "\xC0\x80", "ok\xFF"}) {
     CAPTURE(bad);
-    CHECK_FALSE(is_utf8(bad));
+    CHECK_FALSE(personalize::detail::valid_utf8(bad));
   }
-  CHECK(is_utf8(""));
-  CHECK(is_utf8("ok \xC3\xA9 \xE2\x82\xAC \xF4\x8F\xBF\xBF"));
+  CHECK(personalize::detail::valid_utf8(""));
+  CHECK(personalize::detail::valid_utf8("ok \xC3\xA9 \xE2\x82\xAC \xF4\x8F\xBF\xBF"));
 }

@@ -9,6 +9,7 @@
 
 #include "command/command.hpp"
 #include "data/csv.hpp"
+#include "personalize_runtime.hpp"
 
 using namespace personalize::tools;
 
@@ -29,7 +30,8 @@ void read(std::span<const char> bytes) {
       for (std::size_t c = 0; c < reader.columns().size(); ++c) {
         const std::string_view field = reader.field(c);
         require(field.size() <= CsvReader::max_row_bytes);
-        require(is_utf8(field) && field.find('\0') == std::string_view::npos);
+        require(personalize::detail::valid_utf8(field) &&
+                field.find('\0') == std::string_view::npos);
       }
     } catch (const BadRow& bad) {
       require(bad.line > line && bad.line == reader.line());

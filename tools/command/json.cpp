@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "command/command.hpp"
-#include "data/csv.hpp"
-#include "data/fields.hpp"
+#include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace json_text {
@@ -67,12 +66,9 @@ std::string printable(std::string_view text) {
     out += digits[byte & 15];
   };
   while (!text.empty()) {
-    std::size_t size = 1;  // of the character, at most 4 bytes
-    while (size <= std::min<std::size_t>(4, text.size()) && !is_utf8(text.substr(0, size))) ++size;
-    const bool whole = size <= std::min<std::size_t>(4, text.size());
-    if (!whole) size = 1;
+    const std::size_t size = std::max<std::size_t>(detail::utf8_character(text), 1);
     const std::string_view character = text.substr(0, size);
-    if (!whole || has_control_character(character))
+    if (!detail::valid_id(character))
       for (const char c : character) escape(c);
     else
       out += character;

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "command/command.hpp"
+#include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 
@@ -17,42 +18,6 @@ BadRow::BadRow(std::uint64_t row_line, std::string row_column, std::string row_r
       line(row_line),
       column(std::move(row_column)),
       reason(std::move(row_reason)) {}
-
-bool is_utf8(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
-  for (std::size_t i = 0; i < text.size();) {
-    const unsigned lead = byte(i);
-    if (lead < 0x80) {
-      ++i;
-      continue;
-    }
-    const std::size_t length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
-    if (lead < 0xC2 || lead > 0xF4 || text.size() - i < length) return false;
-    std::uint32_t code = lead & (0x7Fu >> length);
-    for (std::size_t k = 1; k < length; ++k) {
-      if ((byte(i + k) & 0xC0) != 0x80) return false;
-      code = code << 6 | (byte(i + k) & 0x3Fu);
-    }
-    if ((length == 3 && (code < 0x800 || (code >= 0xD800 && code <= 0xDFFF))) ||
-        (length == 4 && (code < 0x10000 || code > 0x10FFFF)))
-      return false;
-    i += length;
-  }
-  return true;
-}
-
-void append_csv_field(std::string_view field, std::string& line) {
-  if (field.find_first_of(",\"\r\n") == std::string_view::npos) {
-    line += field;
-    return;
-  }
-  line += '"';
-  for (const char c : field) {
-    if (c == '"') line += '"';
-    line += c;
-  }
-  line += '"';
-}
 
 // Yields the decompressed bytes piece by piece.
 class CsvReader::Source {
@@ -226,7 +191,7 @@ bool CsvReader::read_row() {
     row_.push_back(static_cast<char>(c));
   }
   for (std::size_t c = 0; c < ends_.size(); ++c)
-    if (!is_utf8(field(c)))
+    if (!detail::valid_utf8(field(c)))
       throw BadRow(row_line_, c < columns_.size() ? columns_[c] : "",
                    "not valid UTF-8; convert the file to UTF-8");
   return true;

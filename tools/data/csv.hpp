@@ -69,10 +69,4 @@ class CsvReader {
   std::vector<std::size_t> ends_;  // of each field in row_
 };
 
-// Appends a field, in quotes where it needs them.
-void append_csv_field(std::string_view field, std::string& line);
-
-// Whether the bytes are well-formed UTF-8 (RFC 3629: no overlong forms, no surrogates).
-bool is_utf8(std::string_view text);
-
 }  // namespace personalize::tools

@@ -108,7 +108,7 @@ void add_column(RawColumn&& raw, std::size_t items, Dataset& data) {
     for (std::size_t begin = 0; begin <= value.size();) {
       const std::size_t end = std::min(value.find('|', begin), value.size());
       const std::string_view part = std::string_view(value).substr(begin, end - begin);
-      if (!part.empty() && part.size() <= max_id_bytes && !has_control_character(part))
+      if (!part.empty() && part.size() <= max_id_bytes && detail::valid_id(part))
         column.values[item].push_back(number_of(column.vocabulary, part));
       begin = end + 1;
     }
@@ -130,7 +130,7 @@ void read_items(const std::string& path, Dataset& data, StringTable& items) {
       throw Failure(path + ":" + std::to_string(reader.line()) +
                     ": a column name has 1 to 256 bytes, that of column " + std::to_string(c + 1) +
                     " has " + std::to_string(columns[c].name.size()));
-    if (has_control_character(columns[c].name))
+    if (!detail::valid_id(columns[c].name))
       throw Failure(path + ":" + std::to_string(reader.line()) + ": the name of column " +
                     std::to_string(c + 1) + " holds a control character");
   }

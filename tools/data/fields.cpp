@@ -31,21 +31,11 @@ std::string unit_hint(std::int64_t value, std::int64_t now) {
 
 }  // namespace fields
 
-bool has_control_character(std::string_view text) {
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto byte = static_cast<unsigned char>(text[i]);
-    if (byte < 0x20 || byte == 0x7F) return true;
-    if (byte == 0xC2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xA0)
-      return true;
-  }
-  return false;
-}
-
 std::string_view id_field(const CsvReader& reader, std::size_t column) {
   const std::string_view id = reader.field(column);
   if (id.empty()) reader.refuse(column, "is empty");
   if (id.size() > max_id_bytes) reader.refuse(column, "has more than 256 bytes");
-  if (has_control_character(id)) reader.refuse(column, "holds a control character");
+  if (!detail::valid_id(id)) reader.refuse(column, "holds a control character");
   return id;
 }
 

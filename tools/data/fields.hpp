@@ -16,9 +16,6 @@ namespace personalize::tools {
 // 1 to 256 bytes without control characters. Throws BadRow.
 std::string_view id_field(const CsvReader& reader, std::size_t column);
 
-// Whether well-formed UTF-8 holds a control character (U+0000 to U+001F, U+007F to U+009F).
-bool has_control_character(std::string_view text);
-
 // A clock that runs ahead, or a time zone, explains a day; more is another unit or a typing error.
 inline constexpr std::int64_t clock_skew = 86'400;  // seconds
 

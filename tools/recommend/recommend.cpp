@@ -108,15 +108,7 @@ void print_user(Recommender& recommender, const Dataset& data, const Options& op
   }
 }
 
-void require_csv_ids(const Model& model, const std::string& path) {
-  const StringTable& ids = model.parts().item_ids;
-  for (std::size_t i = 0; i < ids.size(); ++i)
-    if (!is_utf8(ids[i]) || has_control_character(ids[i]))
-      throw Failure(path + ": item id '" + printable(ids[i]) + "' cannot stand in a CSV file");
-}
-
 void write_all(Recommender& recommender, const Dataset& data, const Options& options) {
-  require_csv_ids(*recommender.model(), options.model);
   OutputFile out(options.output);
   Progress progress("recommending");
   out.append("USER_ID,RANK,ITEM_ID,SCORE,REASON\n");
@@ -139,9 +131,9 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
     for (std::size_t user = begin; user < end; ++user) {
       const Slate& slate = slates[user - begin];
       for (std::size_t i = 0; i < slate.items.size(); ++i) {
-        append_csv_field(data.user_ids[user], lines);
+        detail::append_csv_field(data.user_ids[user], lines);
         lines += ',' + std::to_string(i + 1) + ',';
-        append_csv_field(slate.items[i].item, lines);
+        detail::append_csv_field(slate.items[i].item, lines);
         lines += ',' + number_text(double{slate.items[i].score}) + ',';
         lines += name(slate.items[i].reason);
         lines += '\n';

@@ -195,7 +195,7 @@ void write_dataset(const SimulationOptions& options, const std::string& director
     if (item.second_genre != item.genre) items += "|" + std::string(genres[item.second_genre]);
     const std::string cents = std::to_string(100 + item.price % 100).substr(1);
     items += "," + std::to_string(item.price / 100) + "." + cents + ",";
-    append_csv_field(title(item), items);
+    detail::append_csv_field(title(item), items);
     items += '\n';
   }
   std::string interactions = interactions_header;
