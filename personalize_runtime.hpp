@@ -1211,7 +1211,7 @@ class PagedArray {
     if (size_ % page_size == 0) {
       if (pages_.size() == pages_.capacity()) pages_.reserve(2 * pages_.size() + 1);
       owned_.reserve(pages_.capacity());
-      pages_.push_back(std::shared_ptr<const T[]>(new T[page_size]()));
+      pages_.push_back(std::make_unique<T[]>(page_size));
       owned_.push_back(true);
     }
     own(size_ / page_size)[size_ % page_size] = value;
@@ -1231,7 +1231,7 @@ class PagedArray {
   T* own(std::size_t p) {
     assert(!owned_[p] || pages_[p].use_count() == 1);
     if (!owned_[p]) {
-      std::shared_ptr<T[]> copy(new T[page_size]());
+      auto copy = std::make_unique<T[]>(page_size);
       const auto from = page(p);
       std::copy(from.begin(), from.end(), copy.get());
       pages_[p] = std::move(copy);
@@ -10288,19 +10288,8 @@ struct Settle {
 // Scratch memory and the catalogue of one request, from the thread's lane and given back clean.
 class ScratchLease {
  public:
-  explicit ScratchLease(const State& state) : lane_(state.lane_of_thread()) {
-    bool make = false;
-    {
-      const std::lock_guard lock{lane_.mutex};
-      catalogue_ = lane_.catalogue;
-      if (lane_.idle.empty()) {
-        make = true;
-      } else {
-        scratch_ = std::move(lane_.idle.back());
-        lane_.idle.pop_back();
-      }
-    }
-    if (make) add();
+  explicit ScratchLease(const State& state) : ScratchLease(state.lane_of_thread()) {
+    if (!scratch_) add();
     fit();
   }
   ScratchLease(const ScratchLease&) = delete;
@@ -10328,6 +10317,15 @@ class ScratchLease {
   }
 
  private:
+  // The public one delegates to it, so that what it throws is no reason to lose the memory.
+  explicit ScratchLease(State::Lane& lane) : lane_(lane) {
+    const std::lock_guard lock{lane.mutex};
+    catalogue_ = lane.catalogue;
+    if (lane.idle.empty()) return;
+    scratch_ = std::move(lane.idle.back());
+    lane.idle.pop_back();
+  }
+
   void fit() {
     const Catalogue& c = *catalogue_;
     Scratch& scratch = *scratch_;
@@ -10336,7 +10334,7 @@ class ScratchLease {
       each->resize(c.dimension());
     scratch.input.resize(c.base->parts().inputs().columns());
     if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
-    if (scratch.taken.size() >= c.size()) return;
+    if (scratch.excluded.size() >= c.size()) return;
     scratch.taken = ItemMask(c.size());
     scratch.excluded = ItemMask(c.size());
   }
@@ -10911,7 +10909,8 @@ struct Request {
   std::string_view session = {};
   std::uint32_t count = 25;         // [1, 10000]
   bool exclude_interacted = false;  // leave out the items of the user's remembered events
-  // At most item_count() bits, items beyond its size are left out; null: every item.
+  // Bits by Recommender::find_item(), at most item_count() of them; items beyond its size are left
+  // out; null: every item.
   const ItemMask* eligible = nullptr;
   std::optional<std::int64_t> timestamp = {};
 };
@@ -11029,13 +11028,16 @@ class Recommender {
 
   std::size_t user_count() const;  // users and sessions remembered now
   std::size_t item_count() const;  // in the catalogue, with those removed
-  MemoryUse memory() const;        // O(slates + threads)
+  // An item's number, less than item_count(), which it keeps: its bit in Request::eligible. That of
+  // a removed item too. Differs from the number in model() once items were removed. O(1).
+  std::optional<std::uint32_t> find_item(std::string_view item) const;
+  MemoryUse memory() const;  // O(slates + threads)
   // Users whose state was not finite and began anew: a sign of a broken model.
   std::uint64_t restarted_states() const noexcept { return state_->restarted.load(); }
 
   // The model with the items that updates have added, which can be saved: the model itself where
   // there are none, else a copy, O(items x d), kept until the next update. With Updates::by_thread
-  // waits until what was put is in. Null where memory runs out.
+  // waits until what was put is in. Null where memory runs out, or all items were removed.
   std::shared_ptr<const Model> model() const;
 
  private:
@@ -11062,8 +11064,8 @@ class Recommender {
   static Result<void> check_request(const Request& request);
   static Result<void> check_mask(const Catalogue& catalogue, const Request& request);
 
-  bool read_user(const Catalogue& catalogue, const Request& request, std::int64_t timestamp,
-                 Scratch& scratch) const;
+  bool read_user(const Catalogue& catalogue, const Request& request, const UserKey& key,
+                 const UserKey& session_key, std::int64_t timestamp, Scratch& scratch) const;
   static void find_best(const Catalogue& catalogue, bool known, std::size_t count,
                         const Eligibility& eligibility, Scratch& scratch);
   static void normalise(const Catalogue& catalogue, bool known, Scratch& scratch);
@@ -11106,7 +11108,7 @@ struct Recommender::Prepared {
         scratch(*recommender.state_) {}
   void read(const Recommender& recommender) {
     const Catalogue& catalogue = scratch.catalogue();
-    known = recommender.read_user(catalogue, request, time.timestamp, *scratch);
+    known = recommender.read_user(catalogue, request, key, session_key, time.timestamp, *scratch);
     eligibility = {.eligible = request.eligible};
     if (scratch->interacted.empty()) return;
     for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
@@ -11472,7 +11474,9 @@ inline void Recommender::assess(const Catalogue& catalogue, bool known, std::siz
 
 // Copies what a request needs of the user; false where no event is known of them. A request with a
 // user and a session is answered from the user where there are events, else from the session.
+// key: of the user, or of the session where there is no user.
 inline bool Recommender::read_user(const Catalogue& catalogue, const Request& request,
+                                   const UserKey& key, const UserKey& session_key,
                                    std::int64_t timestamp, Scratch& scratch) const {
   scratch.request_number = static_cast<std::uint64_t>(timestamp);
   scratch.drawn_user = scratch.drawn_session = false;
@@ -11507,26 +11511,23 @@ inline bool Recommender::read_user(const Catalogue& catalogue, const Request& re
     std::copy(query.begin(), query.end(), scratch.query.begin());
     return true;
   };
-  const auto read = [&](std::string_view user, std::string_view session, bool& drawn) {
-    const UserKey key{user, session, state_->key};
-    bool there = false;
-    bool known = state_->users.with(
-        key,
-        [&](const User* found) {
-          there = found != nullptr;
-          return copy(found);
-        },
-        true);
-    drawn = there;
-    known = known || stored_query(user);
+  const auto read = [&](std::string_view user, const UserKey& of, bool& drawn) {
+    const bool known = state_->users.with(
+                           of,
+                           [&](const User* found) {
+                             drawn = found != nullptr;
+                             return copy(found);
+                           },
+                           true) ||
+                       stored_query(user);
     if (!known) {
       std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
       scratch.interacted.clear();
     }
     return known;
   };
-  const bool known = (!request.user.empty() && read(request.user, {}, scratch.drawn_user)) ||
-                     (!request.session.empty() && read({}, request.session, scratch.drawn_session));
+  const bool known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
+                     (!request.session.empty() && read({}, session_key, scratch.drawn_session));
   std::sort(scratch.ignored.begin(), scratch.ignored.end(),
             [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
   for (const ScoredItem& one : scratch.ignored)
@@ -11730,8 +11731,8 @@ inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catal
     std::copy(scratch.logged.query.begin(), scratch.logged.query.end(), scratch.query.begin());
     see_slate(scratch, shown.items.empty() && reported, !shown.items.empty(), chosen);
   } else {
-    has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, time.timestamp,
-                          scratch);
+    has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, key,
+                          session_key, time.timestamp, scratch);
     see_list(catalogue, has_query, attributed, chosen, scratch);
   }
   // Of the listed mask nothing is needed any more.
@@ -11975,6 +11976,11 @@ inline UpdateReport Recommender::update_report() const {
 
 inline std::size_t Recommender::user_count() const { return state_->users.count(); }
 inline std::size_t Recommender::item_count() const { return state_->current()->size(); }
+inline std::optional<std::uint32_t> Recommender::find_item(std::string_view item) const {
+  const auto catalogue = state_->current();
+  const auto number = catalogue->ids->find(item);
+  return number && *number < catalogue->size() ? number : std::nullopt;
+}
 
 inline MemoryUse Recommender::memory() const {
   const State& state = *state_;

@@ -78,6 +78,9 @@ void operator delete(void* pointer, std::align_val_t alignment) noexcept {
 }
 
 void operator delete(void* pointer, std::size_t) noexcept { operator delete(pointer); }
+void operator delete(void* pointer, std::size_t, std::align_val_t alignment) noexcept {
+  operator delete(pointer, alignment);
+}
 
 namespace {
 
@@ -266,6 +269,33 @@ TEST_CASE("writing survives the failure of any allocation, and leaves nothing be
       CHECK(fail_every_allocation([&] { return pz::write_file(path, *whole); }, unchanged) > 0);
       CHECK(fail_every_allocation([&] { return pz::list_sections(*whole); }, unchanged) > 0);
     }
+}
+
+// Of g++ 12 `shared_ptr<T[]>(new T[n]())` destroys the elements twice where the rest of it throws.
+TEST_CASE("a paged array destroys once what it made, whatever allocation fails") {
+  static int made, destroyed;
+  struct Counted {
+    Counted() { ++made; }
+    Counted(const Counted&) { ++made; }
+    Counted& operator=(const Counted&) = default;
+    ~Counted() { ++destroyed; }
+  };
+  made = destroyed = 0;
+  const auto balanced = [] { REQUIRE(made == destroyed); };
+  const Counted one;
+  --made;
+  CHECK(fail_every_allocation(
+            [&] {
+              return pz::detail::catching_bad_alloc([&]() -> pz::Result<void> {
+                pz::PagedArray<Counted> array;
+                array.push_back(one);
+                pz::PagedArray<Counted> copy = array;
+                copy.edit(0) = one;
+                return {};
+              });
+            },
+            balanced) > 5);
+  balanced();
 }
 
 TEST_CASE("a table of strings survives the failure of any allocation") {

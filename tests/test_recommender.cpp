@@ -178,7 +178,7 @@ TEST_CASE("an eligibility mask holds for known and unknown users") {
     const auto slate = shop.recommend({.user = user, .count = 50, .eligible = &even});
     REQUIRE(slate);
     CHECK(slate->items.size() == 25);
-    for (const auto& pick : slate->items) CHECK(*shop.model()->find_item(pick.item) % 2 == 0);
+    for (const auto& pick : slate->items) CHECK(*shop.find_item(pick.item) % 2 == 0);
   }
   pz::ItemMask shorter(30, true);  // items beyond it are left out
   const auto slate = shop.recommend({.user = "u", .count = 50, .eligible = &shorter});

@@ -510,12 +510,38 @@ TEST_CASE("an item that was removed is nowhere, and comes back with what was lea
   CHECK_FALSE(shop.model()->find_item("i7"));
   CHECK(shop.item_count() == 50);
 
+  // The numbers of masks stay what they were, while those of the saved model close up.
+  CHECK(*shop.model()->find_item("i8") == 7);
+  CHECK(*shop.find_item("i8") == 8);
+  CHECK(*shop.find_item("i7") == 7);
+  CHECK_FALSE(shop.find_item("i50"));
+  pz::ItemMask only(50);
+  only.set(*shop.find_item("i8"));
+  CHECK(slate_of(shop, {.user = "u", .count = 50, .eligible = &only}) ==
+        std::vector<std::string>{"i8"});
+
   // What was put and removed before an update never was.
   REQUIRE(shop.put_item({.item = "short"}));
   CHECK(*shop.remove_item("short"));
   REQUIRE(shop.update());
   CHECK(shop.item_count() == 50);
   CHECK_FALSE(shop.model()->find_item("short"));
+  CHECK_FALSE(shop.find_item("short"));
+}
+
+TEST_CASE("a catalogue of which every item was removed gives empty slates, and no model") {
+  std::int64_t now = start;
+  auto shop = make(small_model::parts({.items = 3}), at(now));
+  REQUIRE(shop.record({.user = "u", .item = "i1", .timestamp = now}));
+  for (const char* item : {"i0", "i1", "i2"}) CHECK(*shop.remove_item(item));
+  REQUIRE(shop.update());
+  for (const char* user : {"u", "nobody"})
+    CHECK(slate_of(shop, {.user = user, .count = 50}).empty());
+  CHECK(shop.model() == nullptr);
+  REQUIRE(shop.put_item({.item = "i1"}));
+  REQUIRE(shop.update());
+  CHECK(slate_of(shop, {.user = "u", .count = 50}) == std::vector<std::string>{"i1"});
+  CHECK(shop.model()->item_count() == 1);
 }
 
 TEST_CASE("an item that is explored leaves the pool when it is removed") {

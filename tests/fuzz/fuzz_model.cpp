@@ -133,7 +133,7 @@ class Round {
     for (const std::string_view user : {"u", "new"}) {
       const auto slate = shop_.recommend({.user = user, .count = 5, .timestamp = now_ + 400});
       require(slate.has_value(), "a right request is answered");
-      promises::check_slate(*slate, 5, *model_);
+      promises::check_slate(*slate, 5, shop_);
       if (slate->items.empty() || slate->id.empty()) continue;
       require(shop_
                   .record_impression(
@@ -155,7 +155,7 @@ class Round {
                                          .eligible = &every_second,
                                          .timestamp = now_ + 430});
     require(masked.has_value(), "a right request is answered");
-    promises::check_slate(*masked, 7, *model_);
+    promises::check_slate(*masked, 7, shop_);
     for (const pz::Pick& pick : masked->items)
       require(every_second.test(*model_->find_item(pick.item)), "picks are eligible");
   }
@@ -168,7 +168,7 @@ class Round {
     std::array<pz::Slate, 3> slates;
     require(shop_.recommend(requests, slates).has_value(), "right requests are answered");
     for (std::size_t i = 0; i < slates.size(); ++i)
-      promises::check_slate(slates[i], requests[i].count, *model_);
+      promises::check_slate(slates[i], requests[i].count, shop_);
   }
 
   void rank_and_explain() {

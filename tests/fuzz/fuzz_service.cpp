@@ -254,7 +254,7 @@ class Service {
                         .exclude_interacted = in.one_in(2),
                         .timestamp = time_of(in)};
     if (in.one_in(3)) {
-      const std::size_t items = model_->item_count();
+      const std::size_t items = first_.item_count();
       masks_.emplace_back(std::make_unique<pz::ItemMask>(
           in.one_in(8) ? items + 1 : in.byte() % (items + 1), in.one_in(2)));
       for (std::uint32_t i = 0; i < masks_.back()->size(); i += 1 + in.below(5))
@@ -266,16 +266,18 @@ class Service {
 
   // What an answer to a right request holds.
   void check(const pz::Request& request, const pz::Slate& slate) const {
+    promises::check_slate(slate, request.count, first_);
     const auto model = first_.model();
-    promises::check_slate(slate, request.count, *model);
+    for (const pz::Pick& pick : slate.items)
+      require(model && model->find_item(pick.item), "no pick is of a removed item");
     if (request.eligible)
       for (const pz::Pick& pick : slate.items) {
-        const std::uint32_t item = *model->find_item(pick.item);
+        const std::uint32_t item = *first_.find_item(pick.item);
         require(item < request.eligible->size() && request.eligible->test(item),
                 "picks are eligible");
       }
     else if (!request.exclude_interacted && !removed_)
-      require(slate.items.size() == std::min<std::size_t>(request.count, model->item_count()),
+      require(slate.items.size() == std::min<std::size_t>(request.count, first_.item_count()),
               "a slate is full where items are left");
   }
 
@@ -354,12 +356,19 @@ class Service {
     require(updated || updated.error().code == pz::Errc::invalid_argument,
             "an update fails where its time does");
     require(!first_.update_report().error, "updates are made");
-    const auto before = model_;
-    model_ = first_.model();
-    require(model_ != nullptr, "what updates made is a model");
-    require(model_->item_count() >= before->item_count(), "an update loses no item");
-    require(model_->item_count() == first_.item_count(), "the model has the catalogue's items");
-    require(model_->item_count() == second_.model()->item_count(), "both take in the same items");
+    require(first_.item_count() >= item_count_, "an update loses no item");
+    require(first_.item_count() == second_.item_count(), "both take in the same items");
+    item_count_ = first_.item_count();
+    const auto model = first_.model(), other = second_.model();
+    require(removed_ || model, "what updates made is a model");
+    require((model == nullptr) == (other == nullptr), "both made a model");
+    if (!model) return;
+    require(model->item_count() == other->item_count(), "both models have the same items");
+    require(removed_ ? model->item_count() <= item_count_ : model->item_count() == item_count_,
+            "the model has the catalogue's items");
+    for (std::uint32_t i = 0; i < model->item_count(); ++i)
+      require(first_.find_item(model->item_id(i)).has_value(), "the model's items are numbered");
+    model_ = model;
   }
 
   void change_users(Input& in) {
@@ -376,7 +385,8 @@ class Service {
   std::uint64_t max_users_;
   std::int64_t& now_;
   bool removed_ = false;  // an item, at some time
-  std::shared_ptr<const pz::Model> model_ = first_.model();
+  std::size_t item_count_ = first_.item_count();
+  std::shared_ptr<const pz::Model> model_ = first_.model();  // the newest that is one
   std::array<pz::Slate, 4> slates_;
   std::vector<std::unique_ptr<pz::ItemMask>> masks_;
 };

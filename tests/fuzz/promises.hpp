@@ -22,9 +22,9 @@ inline void require(bool kept, const char* promise) {
   std::abort();
 }
 
-// A slate of recommend(): at most `count` distinct items of the catalogue, which `model` is of,
-// with finite scores and a probability each.
-inline void check_slate(const pz::Slate& slate, std::size_t count, const pz::Model& model) {
+// A slate of shop.recommend(): at most `count` distinct items of the catalogue, with finite scores
+// and a probability each.
+inline void check_slate(const pz::Slate& slate, std::size_t count, const pz::Recommender& shop) {
   require(slate.items.size() <= count, "a slate is no longer than asked for");
   require(slate.ids != nullptr, "a slate holds the ids of its picks");
   double product = 1;
@@ -33,7 +33,7 @@ inline void check_slate(const pz::Slate& slate, std::size_t count, const pz::Mod
     require(std::isfinite(pick.score), "scores are finite");
     require(pick.propensity > 0 && pick.propensity <= 1, "propensities are in (0, 1]");
     require(pick.reason != pz::Reason::unknown, "recommend() knows its items");
-    require(model.find_item(pick.item).has_value(), "picks are items of the catalogue");
+    require(shop.find_item(pick.item).has_value(), "picks are items of the catalogue");
     product *= static_cast<double>(pick.propensity);
     items.push_back(pick.item);
   }
