@@ -557,8 +557,19 @@ inline float largest(std::span<const float> values) noexcept {
   return std::bit_cast<float>(std::min(most, 0x7f800000u));
 }
 
+// Two values a step: one added to an exponent of all ones carries into the sign.
 inline bool all_finite(std::span<const float> values) noexcept {
-  return largest(values) < std::numeric_limits<float>::infinity();
+  constexpr std::uint64_t magnitudes = 0x7fffffff'7fffffff, one = 0x00800000'00800000;
+  std::uint64_t carried = 0;
+  std::size_t i = 0;
+  for (; i + 2 <= values.size(); i += 2) {
+    std::uint64_t pair;
+    std::memcpy(&pair, values.data() + i, sizeof pair);
+    carried |= (pair & magnitudes) + one;
+  }
+  if (i < values.size())
+    carried |= (std::bit_cast<std::uint32_t>(values[i]) & magnitudes) + (one & 0xffffffff);
+  return (carried & ~magnitudes) == 0;
 }
 
 }  // namespace detail
@@ -9306,6 +9317,19 @@ class alignas(16) User {
     std::int64_t timestamp = first_remembered_;
     for (std::uint32_t e = 0; e < history_events_; ++e) visit(read_event(in, timestamp, e == 0));
   }
+  // Whether so many remembered events on the item lie within a half-life of the time.
+  bool has_events(std::uint32_t item, std::int64_t timestamp, std::size_t count,
+                  std::int64_t half_life) const noexcept {
+    if (!may_remember(item)) return count == 0;
+    const std::byte* in = history();
+    std::int64_t then = first_remembered_;
+    for (std::uint32_t e = 0; e < history_events_ && count > 0; ++e) {
+      const RememberedEvent event = read_event(in, then, e == 0);
+      count -= event.item == item &&
+               elapsed(std::min(then, timestamp), std::max(then, timestamp)) < half_life;
+    }
+    return count == 0;
+  }
   // Whether an event on the item may be remembered. Most often says no, and then quickly.
   bool may_remember(std::uint32_t item) const noexcept {
     std::array<std::byte, longest_varint> bytes;
@@ -9495,29 +9519,26 @@ class Users {
     return apply(user);
   }
 
-  // Makes sure of a user and of the memory for so many more events and impressions and, where
-  // offset, for the user's offset. fresh(state): what a new user begins with. True where the user
-  // is new.
-  template <class Fresh>
-  bool prepare(const UserKey& key, std::size_t events, std::size_t impressions, bool offset,
-               Fresh fresh) {
+  // Calls apply(User&) under the user's lock, with memory for so many more events and impressions
+  // and, where offset, for the user's offset; returns what it returns. fresh(state): what a new
+  // user begins with. grown: set where memory was taken or was to be, which asks for settle().
+  template <class Fresh, class Apply>
+  auto change(const UserKey& key, std::size_t events, std::size_t impressions, bool offset,
+              Fresh fresh, bool& grown, Apply apply) {
     Shard& shard = shard_of(key);
     const std::size_t dimension = offset ? dimension_ : 0;
-    bool added = false;
     for (;;) {
       std::size_t tail = 0;
-      bool missing = false;
       {
         const std::lock_guard lock{shard.mutex};
-        if (User* user = find(shard, key, true)) {
+        if (User* const user = find(shard, key, true)) {
           tail = user->tail_for(events, impressions, dimension);
-          if (tail == 0) return added;
-        } else {
-          missing = true;
+          if (tail == 0) return apply(*user);
         }
       }
-      if (missing)
-        added = add(shard, key, fresh) || added;
+      grown = true;
+      if (tail == 0)
+        add(shard, key, fresh);
       else
         grow_tail(shard, key, tail, events, impressions, dimension);
     }
@@ -9602,17 +9623,16 @@ class Users {
 
   // Adds the user unless another thread did. Memory is taken without the lock.
   template <class Fresh>
-  bool add(Shard& shard, const UserKey& key, Fresh fresh) {
+  void add(Shard& shard, const UserKey& key, Fresh fresh) {
     User::Owner user = User::make(key, state_size_);
     fresh(user->state());
     for (;;) {
       std::size_t room = 0;
       {
         const std::lock_guard lock{shard.mutex};
-        if (number_of(shard, key)) return false;
+        if (number_of(shard, key)) return;
         if (!shard.index.full() && (!shard.free.empty() || has_room(shard))) {
-          insert(shard, std::move(user));
-          return true;
+          return insert(shard, std::move(user));
         }
         room = shard.index.full() ? shard.index.capacity() : 0;
       }
@@ -9990,6 +10010,7 @@ struct Scratch {
       ignored_filter{};  // a bit set for each, by the item's last ten bits
   std::uint64_t request_number = 0;
   bool drawn_user = false, drawn_session = false;  // whose next number request_number is
+  bool grown = false;                              // users have: Settle looks at their budget
   ItemMask taken{0}, excluded{0};                  // all zero between requests
   std::vector<ScoredItem> top, pool;
   std::vector<float> pool_scores, pool_expected;
@@ -10282,7 +10303,10 @@ struct State {
 struct Settle {
   Users& users;
   const UserKey& key;
-  ~Settle() { users.settle(key); }
+  bool& grown;  // whether there is anything to give back
+  ~Settle() {
+    if (std::exchange(grown, false)) users.settle(key);
+  }
 };
 
 // Scratch memory and the catalogue of one request, from the thread's lane and given back clean.
@@ -10373,19 +10397,6 @@ inline void State::begin(const Catalogue& of, std::string_view user,
   if (const auto row = stored_user(*of.base, user)) of.encoder->load(*row, state);
 }
 
-// The user's remembered events on an item, within a half-life of a time.
-inline std::size_t repetitions(const User& user, std::uint32_t item,
-                               std::int64_t timestamp) noexcept {
-  std::size_t count = 0;
-  if (!user.may_remember(item)) return 0;
-  user.for_each_event([&](const RememberedEvent& event) {
-    count += event.item == item &&
-             elapsed(std::min(event.timestamp, timestamp), std::max(event.timestamp, timestamp)) <
-                 Catalogue::half_life;
-  });
-  return count;
-}
-
 // One event more, under the user's lock; there is memory for it.
 inline void State::step(User& user, const RememberedEvent& event, Scratch& scratch,
                         const Catalogue& of) noexcept {
@@ -10407,20 +10418,17 @@ inline void State::step(User& user, const RememberedEvent& event, Scratch& scrat
 inline void State::apply_event(const UserKey& key_of, std::string_view user,
                                const RememberedEvent& event, const Time& time, Scratch& scratch,
                                const Catalogue& of) {
-  enum class Outcome : std::uint8_t { no_memory, counted, alone };
-  Outcome outcome = Outcome::no_memory;
-  while (outcome == Outcome::no_memory) {  // again where others have filled or displaced it
-    users.prepare(key_of, 1, 0, false, [&](std::span<float> fresh) { begin(of, user, fresh); });
-    outcome = users.with(key_of, [&](User* found) {
-      if (!found || found->tail_for(1, 0, 0) != 0) return Outcome::no_memory;
-      const bool shared = repetitions(*found, event.item, event.timestamp) < slate_repetitions &&
-                          found->spend(found->spent_events, 1, most_events, time.now);
-      step(*found, event, scratch, of);
-      return shared ? Outcome::counted : Outcome::alone;
-    });
-  }
+  const bool shared = users.change(
+      key_of, 1, 0, false, [&](std::span<float> fresh) { begin(of, user, fresh); }, scratch.grown,
+      [&](User& found) {
+        const bool counts = !found.has_events(event.item, event.timestamp, slate_repetitions,
+                                              Catalogue::half_life) &&
+                            found.spend(found.spent_events, 1, most_events, time.now);
+        step(found, event, scratch, of);
+        return counts;
+      });
   raise_latest(time, key_of.hash());
-  if (outcome == Outcome::alone) return;
+  if (!shared) return;
   of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(shared_time(time)));
   changed.store(true, std::memory_order_relaxed);
 }
@@ -10437,14 +10445,16 @@ inline bool State::merge(std::string_view session, std::string_view user) {
       false);
   if (!before) return false;
   ScratchLease scratch{*this};
-  Settle settle{users, user_key};
+  Settle settle{users, user_key, scratch->grown};
   std::vector<RememberedEvent> events;
   events.reserve(options.history_length);
-  const auto prepare = [&](std::size_t more_events, std::size_t more_impressions) {
-    users.prepare(user_key, more_events, more_impressions, true,
-                  [&](std::span<float> fresh) { begin(scratch.catalogue(), user, fresh); });
+  const auto change = [&](std::size_t more_events, std::size_t more_impressions, auto apply) {
+    users.change(
+        user_key, more_events, more_impressions, true,
+        [&](std::span<float> fresh) { begin(scratch.catalogue(), user, fresh); }, scratch->grown,
+        apply);
   };
-  prepare(before->first, before->second);
+  change(before->first, before->second, [](User&) {});  // memory first
   const User::Owner visitor = users.take(visitor_key);
   if (!visitor) return false;
   scratch.use(current());
@@ -10452,16 +10462,11 @@ inline bool State::merge(std::string_view session, std::string_view user) {
   visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
   std::fill(scratch->gradient.begin(), scratch->gradient.end(), 0.0f);
   visitor->add_offset_to(scratch->gradient);
-  const auto join = [&](User* found) {
-    if (!found ||
-        found->tail_for(events.size(), visitor->impressions().size(), of.dimension()) != 0)
-      return false;
-    for (const RememberedEvent& event : events) step(*found, event, *scratch, of);
-    found->add_impressions(visitor->impressions());
-    if (visitor->has_offset()) found->move_offset(scratch->gradient);
-    return true;
-  };
-  while (!users.with(user_key, join)) prepare(events.size(), visitor->impressions().size());
+  change(events.size(), visitor->impressions().size(), [&](User& found) {
+    for (const RememberedEvent& event : events) step(found, event, *scratch, of);
+    found.add_impressions(visitor->impressions());
+    if (visitor->has_offset()) found.move_offset(scratch->gradient);
+  });
   return true;
 }
 
@@ -10651,7 +10656,7 @@ inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& it
     for (const PendingEvent& event : item.events) {
       const auto applied = catching_bad_alloc([&]() -> Result<void> {
         const UserKey user{event.user, event.session, key};
-        Settle settle{users, user};
+        Settle settle{users, user, scratch->grown};
         const auto type = catalogue->base->parts().event_types.find(event.event_type);
         apply_event(user, event.user, {*number, type.value_or(no_event_type), event.timestamp},
                     {event.timestamp, clock()}, *scratch, *catalogue);
@@ -11400,13 +11405,16 @@ inline void Recommender::find_best(const Catalogue& catalogue, bool known, std::
 // Of scratch.top: the normaliser, and the discounts of what the user ignored.
 inline void Recommender::normalise(const Catalogue& catalogue, bool known, Scratch& scratch) {
   // logsumexp of the model's own scores of the best
-  const auto relevance = [&](const ScoredItem& scored) {
-    return scored.score - detail::learnt_score(catalogue, known, scored.item, scratch.query);
-  };
+  std::array<float, normalising_items> relevance;
   const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
   float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-  for (std::size_t i = 0; i < best; ++i) largest = std::max(largest, relevance(scratch.top[i]));
-  for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance(scratch.top[i]) - largest);
+  for (std::size_t i = 0; i < best; ++i) {
+    const ScoredItem& scored = scratch.top[i];
+    relevance[i] =
+        scored.score - detail::learnt_score(catalogue, known, scored.item, scratch.query);
+    largest = std::max(largest, relevance[i]);
+  }
+  for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance[i] - largest);
   scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
   if (scratch.ignored.empty()) return;
   for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
@@ -11648,7 +11656,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
       }
     }
     const Catalogue& catalogue = scratch.catalogue();
-    detail::Settle settle{state.users, key};
+    detail::Settle settle{state.users, key, scratch->grown};
     Recorded recorded = Recorded::learned;
     bool reported = false;
     if (state.options.feedback) {
@@ -11685,7 +11693,7 @@ inline Result<Recorded> Recommender::record_impression(const Impression& impress
     if (!state.options.feedback) return Recorded::learned;
     const UserKey key{impression.user, impression.session, state.key};
     detail::ScratchLease scratch{state};
-    detail::Settle settle{state.users, key};
+    detail::Settle settle{state.users, key, scratch->grown};
     return learn_from(*scratch, scratch.catalogue(), key, impression, *time, std::nullopt);
   });
 }
@@ -11821,8 +11829,13 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
                                     const UserKey* owner) {
   State& state = *state_;
   const std::size_t new_impressions = scratch.seen.size();
-  const auto fresh = [&](std::span<float> begin) { state.begin(catalogue, shown.user, begin); };
-  state.users.prepare(key, 0, new_impressions, has_query, fresh);
+  const auto change = [&](auto apply) {
+    state.users.change(
+        key, 0, new_impressions, has_query,
+        [&](std::span<float> begin) { state.begin(catalogue, shown.user, begin); }, scratch.grown,
+        apply);
+  };
+  change([](User&) {});  // memory first
   if (owner) {
     std::size_t next = 0;
     state.slates.mark(shown.recommendation_id, owner->text(),
@@ -11838,24 +11851,18 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
   }
   if (has_query) pull(catalogue, scratch);
   const std::size_t allowed = owner ? State::slate_repetitions : 1;
-  for (bool done = false; !done;) {
-    done = state.users.with(key, [&](User* user) {
-      if (!user || user->tail_for(0, new_impressions, has_query ? catalogue.dimension() : 0) != 0)
-        return false;
-      for (Scratch::Seen& seen : scratch.seen) {
-        LoggedPick& pick = seen.pick;
-        seen.shared =
-            detail::repetitions(*user, pick.item, time.timestamp) < allowed &&
-            (pick.seen || user->spend(user->spent_impressions, 1, State::most_shown, time.now));
-        // What was shown and not chosen is held against the item for this user.
-        if (!pick.seen && chosen != pick.item) user->add_impression(pick.item, time.timestamp);
-      }
-      if (chosen) user->remove_impression(*chosen);
-      if (has_query) user->move_offset(scratch.gradient);
-      return true;
-    });
-    if (!done) state.users.prepare(key, 0, new_impressions, has_query, fresh);
-  }
+  change([&](User& user) {
+    for (Scratch::Seen& seen : scratch.seen) {
+      LoggedPick& pick = seen.pick;
+      seen.shared =
+          !user.has_events(pick.item, time.timestamp, allowed, detail::Catalogue::half_life) &&
+          (pick.seen || user.spend(user.spent_impressions, 1, State::most_shown, time.now));
+      // What was shown and not chosen is held against the item for this user.
+      if (!pick.seen && chosen != pick.item) user.add_impression(pick.item, time.timestamp);
+    }
+    if (chosen) user.remove_impression(*chosen);
+    if (has_query) user.move_offset(scratch.gradient);
+  });
   const DecayMoment moment = state.decay.at(state.shared_time(time));
   for (const Scratch::Seen& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
   const std::span<const float> query(scratch.query);

@@ -530,9 +530,8 @@ TEST_CASE("an item that was removed is nowhere, and comes back with what was lea
 }
 
 TEST_CASE("a catalogue of which every item was removed gives empty slates, and no model") {
-  std::int64_t now = start;
-  auto shop = make(small_model::parts({.items = 3}), at(now));
-  REQUIRE(shop.record({.user = "u", .item = "i1", .timestamp = now}));
+  auto shop = make(usual(), model_of(small_model::parts({.items = 3})));
+  learn(shop, "u", "i1");
   for (const char* item : {"i0", "i1", "i2"}) CHECK(*shop.remove_item(item));
   REQUIRE(shop.update());
   for (const char* user : {"u", "nobody"})
