@@ -557,19 +557,22 @@ inline float largest(std::span<const float> values) noexcept {
   return std::bit_cast<float>(std::min(most, 0x7f800000u));
 }
 
-// Two values a step: one added to an exponent of all ones carries into the sign.
+// One added to an exponent of all ones carries into the sign. Four values a step: compilers do not
+// make vectors of it by themselves at -O2.
 inline bool all_finite(std::span<const float> values) noexcept {
-  constexpr std::uint64_t magnitudes = 0x7fffffff'7fffffff, one = 0x00800000'00800000;
-  std::uint64_t carried = 0;
+  using Four = std::uint32_t __attribute__((vector_size(16)));
+  constexpr std::uint32_t magnitude = 0x7fffffff, one = 0x00800000;
+  Four carries{};
   std::size_t i = 0;
-  for (; i + 2 <= values.size(); i += 2) {
-    std::uint64_t pair;
-    std::memcpy(&pair, values.data() + i, sizeof pair);
-    carried |= (pair & magnitudes) + one;
+  for (; i + 4 <= values.size(); i += 4) {
+    Four bits;
+    std::memcpy(&bits, values.data() + i, sizeof bits);
+    carries |= (bits & magnitude) + one;
   }
-  if (i < values.size())
-    carried |= (std::bit_cast<std::uint32_t>(values[i]) & magnitudes) + (one & 0xffffffff);
-  return (carried & ~magnitudes) == 0;
+  std::uint32_t carry = carries[0] | carries[1] | carries[2] | carries[3];
+  for (; i < values.size(); ++i)
+    carry |= (std::bit_cast<std::uint32_t>(values[i]) & magnitude) + one;
+  return carry <= magnitude;
 }
 
 }  // namespace detail
@@ -5215,7 +5218,8 @@ class Encoder {
       const auto shape =
           shape_of(op, dimension,
                    more ? OpShape::Weight{weights->rows(), weights->columns()} : OpShape::Weight{});
-      Step step{op, shape->inputs, shape->outputs, {}, shape->state, recurrent_size_};
+      Step step{op,           shape->inputs,   shape->outputs,     {},
+                shape->state, recurrent_size_, shape->weight_count};
       for (std::size_t l = 0; l < shape->layer_count; ++l)
         step.layers.push_back(make_layer(shape->layers[l], weights));
       weights += shape->weight_count;
@@ -5224,6 +5228,7 @@ class Encoder {
       width_ = std::max(width_, kernels::padded(dimension));
       steps_.push_back(std::move(step));
     }
+    can_overflow_ = can_overflow();
     if (gate_lookup) build_lookup();
   }
 
@@ -5363,7 +5368,7 @@ class Encoder {
     const std::size_t d = parts_->item_vectors.columns();
     std::copy_n(x, d, state.data() + recurrent_size_);
     std::fill(state.begin() + static_cast<std::ptrdiff_t>(recurrent_size_ + d), state.end(), 0.0f);
-    return detail::all_finite(state);
+    return !can_overflow_ || detail::all_finite(state);
   }
 
  private:
@@ -5379,6 +5384,7 @@ class Encoder {
     std::size_t inputs, outputs;
     std::vector<Layer> layers;
     std::size_t state, state_offset;  // values in a user's state, and where they lie
+    std::size_t weights;              // how many of the model's are its own
   };
   // Of a workspace: two vectors, the two halves of a GRU's gates, the slots.
   static constexpr std::size_t areas = 2 + 6 + detail::encoder_slots;
@@ -5393,6 +5399,54 @@ class Encoder {
     detail::LineVector<float> items, event_types, gaps;  // [rows][3 * padded(hidden)]
     detail::LineVector<float> constant;                  // [3 * padded(hidden)]
   };
+
+  // Whether values may grow beyond what floats can hold: bounds on them, operation by operation. Of
+  // an LRU and a decay, whose states are sums over all events, nothing is known.
+  bool can_overflow() const noexcept {
+    using Kind = EncoderOp::Kind;
+    constexpr double large = 1e15;  // its square is summed, too
+    const ModelParts& p = *parts_;
+    double x = static_cast<double>(p.inputs().magnitude()) +
+               static_cast<double>(p.event_type_embedding.magnitude()) +
+               static_cast<double>(p.time_gap_embedding.magnitude());
+    // A GRU's state lies between the one before and 1.
+    const double hidden = std::max(1.0, static_cast<double>(p.user_states.magnitude()));
+    std::array<double, detail::encoder_slots> saved{};
+    const Matrix* weights = p.weights.data();
+    for (const Step& step : steps_) {
+      double most = 0;
+      for (std::size_t w = step.weights; w > 0; --w, ++weights)
+        most = std::max(most, static_cast<double>(weights->magnitude()));
+      const auto inputs = static_cast<double>(std::max(step.inputs, step.outputs));
+      switch (step.op.kind) {
+        case Kind::lru:
+        case Kind::decay:
+          return true;
+        case Kind::linear:
+          x = most * (x * inputs + 1);
+          break;
+        case Kind::gru:
+          if (!(x + most * ((x + hidden) * inputs + 2) < large)) return true;
+          x = hidden;
+          break;
+        case Kind::layer_norm:
+          x = most * (std::sqrt(inputs) + 1);
+          break;
+        case Kind::save:
+          saved[step.op.argument] = x;
+          break;
+        case Kind::add:
+          x += saved[step.op.argument];
+          break;
+        case Kind::embed_sum:
+        case Kind::activation:  // at most 1 or its input
+          x = std::max(x, 1.0);
+          break;
+      }
+      if (!(x < large)) return true;
+    }
+    return false;
+  }
 
   void build_lookup() {
     using Kind = EncoderOp::Kind;
@@ -5591,6 +5645,7 @@ class Encoder {
   std::vector<Step> steps_;
   std::optional<GateLookup> lookup_;
   std::size_t recurrent_size_ = 0;
+  bool can_overflow_ = true;
   std::size_t width_ = 0;
 };
 

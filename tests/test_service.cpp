@@ -775,16 +775,32 @@ TEST_CASE("a state that overflows begins anew, and is told") {
   auto parts = small_model::parts();
   using Kind = pz::EncoderOp::Kind;
   const std::size_t d = parts.item_vectors.columns();
-  parts.operations = {{Kind::embed_sum}, {Kind::decay}};
-  parts.weights.clear();
-  for (const float w : {1.0f, 1e18f}) {
-    parts.weights.push_back(pz::Matrix::zeros(1, d));
+  const auto weigh = [&](std::size_t rows, float w) {
+    parts.weights.push_back(pz::Matrix::zeros(rows, d));
     for (float& v : parts.weights.back().f32()) v = w;
+  };
+  const auto weigh_layers = [&](int layers) {
+    for (int layer = 0; layer < layers; ++layer)
+      for (const std::size_t rows : {d, std::size_t{1}}) weigh(rows, 1e18f);
+  };
+  SUBCASE("a decay, after many events") {
+    parts.operations = {{Kind::embed_sum}, {Kind::decay}};
+    parts.weights.clear();
+    for (const float w : {1.0f, 1e18f}) weigh(1, w);
+  }
+  SUBCASE("linear layers, at once") {
+    for (int layer = 0; layer < 3; ++layer) parts.operations.push_back({Kind::linear});
+    weigh_layers(3);
+  }
+  SUBCASE("what was saved between them, added") {
+    for (const auto kind : {Kind::linear, Kind::linear, Kind::save, Kind::linear, Kind::add})
+      parts.operations.push_back({kind});
+    weigh_layers(3);
   }
   for (float& v : parts.item_vectors.f32()) v = 1e17f;
   for (auto& s : parts.statistics) s = {0, pz::no_timestamp, now, now};
   const auto model = pz::Model::from_parts(std::move(parts));
-  if (!model) return;  // a stricter loader refuses it, which is as good
+  REQUIRE_MESSAGE(model, (model ? "" : model.error().message));
   auto shop = make(usual({.exploration_weight = 1}), *model);
   for (int n = 0; n < 5000; ++n)
     REQUIRE(shop.record({.user = "u", .item = "i3", .timestamp = now}));
