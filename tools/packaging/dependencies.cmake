@@ -3,7 +3,11 @@
 include(CMakeFindDependencyMacro)
 
 if(NOT TARGET personalize::xsimd)
-  find_dependency(xsimd 8.1)
+  # Without a version: xsimd's package accepts only its own major one, and every later one will do.
+  find_dependency(xsimd)
+  if(xsimd_VERSION VERSION_LESS 8.1)
+    message(FATAL_ERROR "personalize_runtime needs xsimd 8.1 or newer, found ${xsimd_VERSION}")
+  endif()
   # Only its headers: xsimd 8.1's own target also names xtl, which is optional and often not there.
   get_target_property(personalize_xsimd_include xsimd INTERFACE_INCLUDE_DIRECTORIES)
   add_library(personalize::xsimd INTERFACE IMPORTED)
