@@ -406,7 +406,7 @@ class Mutator {
   // Lengths and bytes of ids: empty, too long, repeated, no UTF-8.
   void mutate_strings(Section& section) {
     const std::uint64_t count = section.shape[0];
-    if (section.element_type != 5 || count == 0 || 2 * count > section.raw.size()) return;
+    if (section.element_type != 5 || count == 0 || count > section.raw.size() / 2) return;
     const std::size_t length = 2 * random_.below(static_cast<std::uint32_t>(count));
     switch (random_.below(3)) {
       case 0:

@@ -7,7 +7,7 @@ header=$(cd "$(dirname "$0")/../.." && pwd)/personalize_runtime.hpp
 refused() {  # refused SENTENCE FLAG...: the compiler's first error
   local sentence=$1 errors
   shift
-  if errors=$("$compiler" -std=c++20 -fsyntax-only -x c++ "$@" "$header" 2>&1); then
+  if errors=$("$compiler" -std=c++20 -fsyntax-only -Wfatal-errors -x c++ "$@" "$header" 2>&1); then
     echo "compiles with $*" >&2
     exit 1
   fi
