@@ -159,6 +159,8 @@ TEST_CASE("a user's impressions of an item add up, fade, and end when the item i
   recent.add(2, now);
   CHECK(recent.count(1, now) == doctest::Approx(2));
   CHECK(recent.count(1, now + pz::RecentImpressions::half_life) == doctest::Approx(1));
+  // Looked at from before it was shown, it has not faded.
+  CHECK(recent.count(1, now - pz::RecentImpressions::half_life) == doctest::Approx(2));
   CHECK(recent.count(3, now) == 0);
   recent.remove(1);
   CHECK(recent.count(1, now) == 0);
@@ -217,6 +219,71 @@ TEST_CASE("slates expire by age and by displacement") {
   for (int i = 0; i < 4; ++i) ids.push_back(add_slate(log, "u1", now));
   CHECK(status(log, first, "u1", now) == pz::SlateStatus::expired);
   for (const std::string& id : ids) CHECK(status(log, id, "u1", now) == pz::SlateStatus::found);
+}
+
+TEST_CASE("a slate is read whole or as expired, however many newer ones fill the log's bytes") {
+  pz::SlateLog log(500, day, {1, 2}, 1 << 16, 8, true);
+  REQUIRE(log.most_picks() > 20);
+  struct Added {
+    std::string id;
+    std::uint32_t first;
+    std::size_t picks;
+  };
+  std::vector<Added> added;
+  pz::LoggedSlate read;
+  bool reported = false;
+  for (std::uint32_t n = 0; n < 400; ++n) {
+    pz::LoggedSlate slate;
+    slate.timestamp = now;
+    slate.query.assign(n % 3 == 0 ? 0 : 8, static_cast<float>(n));
+    slate.picks.resize(1 + n * 7 % 20);
+    slate.choices.resize(slate.picks.size());
+    for (std::uint32_t p = 0; p < slate.picks.size(); ++p) slate.picks[p].item = 100 * n + p;
+    Added& one = added.emplace_back();
+    one.first = 100 * n;
+    one.picks = std::min(slate.picks.size(), log.most_picks());
+    log.add("u1", slate, now, one.id);
+    // The newest ones are there; each that is has its own picks and query, in the same memory.
+    std::size_t found = 0;
+    for (std::size_t back = 0; back < added.size(); ++back) {
+      const Added& of = added[added.size() - 1 - back];
+      const auto is = log.read(of.id, "u1", now, now, read, reported);
+      if (is != pz::SlateStatus::found) {
+        CHECK(is == pz::SlateStatus::expired);
+        continue;
+      }
+      ++found;
+      REQUIRE(read.picks.size() == of.picks);
+      REQUIRE(read.choices.size() == of.picks);
+      const std::uint32_t number = of.first / 100;
+      REQUIRE(read.query ==
+              std::vector<float>(number % 3 == 0 ? 0 : 8, static_cast<float>(number)));
+      for (std::uint32_t p = 0; p < of.picks; ++p) REQUIRE(read.picks[p].item == of.first + p);
+    }
+    CHECK(found >= std::min<std::size_t>(added.size(), 16));
+  }
+  CHECK(log.read(added[0].id, "u1", now, now, read, reported) == pz::SlateStatus::expired);
+}
+
+TEST_CASE("a line of the log names time, user, recommendation and item, in quotes where it must") {
+  pz::LogEntry entry{};
+  entry.timestamp = now;
+  entry.user = "a \"user\", one";
+  entry.recommendation_id = "r";
+  entry.item = "two\nlines";
+  entry.position = 3;
+  entry.positive = true;
+  entry.choice.propensity = 0.5f;
+  entry.choice.pick = entry.choice.best = {7, 1.5f};
+  entry.choice.pool_share = 0.25f;
+  entry.choice.pool_logit = -2;
+  entry.choice.pool_value = 0.125f;
+  entry.expected = 4;
+  entry.best_expected = 8;
+  std::string line = "before;";
+  pz::append_csv(entry, line);
+  CHECK(line ==
+        "before;1700000000,\"a \"\"user\"\", one\",r,\"two\nlines\",3,1,0.5,1,0.25,-2,4,8,0.125\n");
 }
 
 TEST_CASE("to read a slate takes as long as it has picks, whatever the log has room for") {

@@ -153,6 +153,12 @@ TEST_CASE("a few excluded items, the best or any, known how many or not, are exa
           for (const pz::ItemMask* excluded : {&first, &any})
             for (const std::size_t known : {count, count + 3, pz::Eligibility::unknown})
               filters.push_back({nullptr, excluded, known});
+          // Beside a mask without the best items, whose scores are no threshold then.
+          pz::ItemMask others(items, true);
+          for (const pz::ScoredItem& one :
+               full_sort(scorer, items, query, std::min<std::size_t>(3 * k + 10, items / 2), {}))
+            others.reset(one.item);
+          filters.push_back({&others, &any, count});
           std::vector<std::vector<pz::ScoredItem>> tops(filters.size());
           std::vector<pz::Scorer::Query> batch;
           for (std::size_t f = 0; f < filters.size(); ++f) {

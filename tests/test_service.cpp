@@ -375,6 +375,7 @@ TEST_CASE(
   for (std::size_t i = 0; i < 300; ++i)
     for (std::size_t c = 0; c < d; ++c)
       parts.item_vectors.f32()[i * d + c] = genres.at(i % 3, c) + 0.4f * random.normal();
+  for (std::size_t i = 0; i < 300; ++i) parts.biases[i] = i % 3 == 0 ? -2.0f : 3.0f;
   auto shop = make(usual(), model_of(std::move(parts)));
   REQUIRE(shop.put_item({.item = "bow", .fields = {{"GENRE", "bow"}}}));
   REQUIRE(shop.put_item({.item = "cheap bow", .fields = {{"GENRE", "bow"}, {"PRICE", "0.5"}}}));
@@ -398,6 +399,19 @@ TEST_CASE(
   for (int n = 0; n < 50; ++n) CHECK(order[static_cast<std::size_t>(n)].second % 3 == 0);
   CHECK(distance(cheap, dear) > 0.1 * distance(0, 1));
   CHECK(distance(bow, cheap) > 0);
+  // It is as long as its like at most, and its bias is the mean of theirs.
+  const auto square = [&](std::uint32_t item) {
+    double sum = 0;
+    for (std::size_t c = 0; c < d; ++c) {
+      const auto v = static_cast<double>(model->parts().item_vectors.at(item, c));
+      sum += v * v;
+    }
+    return sum;
+  };
+  double longest = 0;
+  for (std::uint32_t i = 0; i < 300; i += 3) longest = std::max(longest, square(i));
+  CHECK(square(bow) <= longest);
+  CHECK(model->parts().biases[bow] == doctest::Approx(-2));
 }
 
 TEST_CASE("an item that waits remembers its events, which count when it is in") {
@@ -527,6 +541,63 @@ TEST_CASE("an item that was removed is nowhere, and comes back with what was lea
   CHECK(shop.item_count() == 50);
   CHECK_FALSE(shop.model()->find_item("short"));
   CHECK_FALSE(shop.find_item("short"));
+}
+
+// Half of the items are new: they are explored.
+std::shared_ptr<const pz::Model> half_new() {
+  auto parts = small_model::parts();
+  for (std::size_t i = 0; i < parts.statistics.size(); i += 2)
+    parts.statistics[i] = {0, pz::no_timestamp, now, now - day};
+  return model_of(std::move(parts));
+}
+
+TEST_CASE("a batch gives each request what it gets alone, also where one user asks several times") {
+  auto together = make(usual({.exploration_weight = 1}), half_new());
+  auto alone = make(usual({.exploration_weight = 1}), half_new());
+  for (pz::Recommender* shop : {&together, &alone})
+    for (const char* user : {"u", "v"}) learn(*shop, user, "i3");
+  std::vector<pz::Request> requests;
+  for (const char* user : {"u", "u", "v", "nobody", "u", "nobody", "v"})
+    requests.push_back({.user = user, .count = 20, .timestamp = now});
+  std::vector<pz::Slate> slates(requests.size());
+  REQUIRE(together.recommend(requests, slates));
+  std::vector<std::vector<std::string>> of_u;
+  for (std::size_t r = 0; r < requests.size(); ++r) {
+    CAPTURE(r);
+    std::vector<std::string> ids;
+    for (const pz::Pick& pick : slates[r].items) ids.emplace_back(pick.item);
+    CHECK(ids == slate_of(alone, requests[r]));
+    if (requests[r].user == "u") of_u.push_back(ids);
+  }
+  CHECK(of_u[0] != of_u[1]);
+  CHECK(of_u[1] != of_u[2]);
+}
+
+TEST_CASE(
+    "a pick's score, an item's rank and its explanation are one number, ignored or explored") {
+  auto shop = make(usual({.exploration_weight = 1}), half_new());
+  learn(shop, "u", "i3");
+  const std::vector<std::string_view> given{"i4", "i5", "i8", "i9"};
+  const double before = score_of(shop, "u", "i5");
+  for (int n = 0; n < 3; ++n)
+    REQUIRE(shop.record_impression({.user = "u", .items = given, .timestamp = now}));
+  CHECK(score_of(shop, "u", "i5") < before);
+  pz::Slate ranked;
+  REQUIRE(shop.rank({.user = "u", .timestamp = now}, given, ranked));
+  for (const pz::Pick& pick : ranked.items)
+    CHECK(static_cast<double>(pick.score) ==
+          doctest::Approx(score_of(shop, "u", pick.item)).epsilon(1e-5));
+  std::size_t explored = 0;
+  for (int n = 0; n < 10; ++n) {
+    const auto slate = shop.recommend({.user = "u", .count = 20, .timestamp = now});
+    REQUIRE(slate);
+    for (const pz::Pick& pick : slate->items) {
+      explored += pick.reason == pz::Reason::exploration;
+      CHECK(static_cast<double>(pick.score) ==
+            doctest::Approx(score_of(shop, "u", pick.item)).epsilon(1e-5));
+    }
+  }
+  CHECK(explored > 20);
 }
 
 TEST_CASE("a catalogue of which every item was removed gives empty slates, and no model") {
