@@ -152,6 +152,30 @@ TEST_CASE("context sums add up and decay as the counters do") {
   CHECK(visits == 1);
 }
 
+TEST_CASE("context sums keep to their budget: those added to longest ago give way") {
+  const pz::Decay decay(14 * day);
+  const std::vector<float> query{1, -2};
+  // Four rows in each of the 64 parts, which items fall into by their remainder.
+  pz::ContextSums sums(2, 64 * 4 * (2 * 2 * sizeof(float) + 32));
+  const auto add = [&](std::uint32_t item) {
+    sums.prepare(item);
+    sums.add_expected(item, query, 0.25, decay.at(now));
+  };
+  const auto kept = [&] {
+    std::set<std::uint32_t> items;
+    sums.for_each(decay.at(now), [&](std::uint32_t item, auto, auto) { items.insert(item); });
+    return items;
+  };
+  for (const std::uint32_t item : {0u, 64u, 128u, 192u}) add(item);
+  add(0);
+  add(256);
+  CHECK(kept() == std::set<std::uint32_t>{0, 128, 192, 256});
+  add(1);
+  sums.add_positive(128, query, decay.at(now));
+  add(320);
+  CHECK(kept() == std::set<std::uint32_t>{0, 1, 128, 256, 320});
+}
+
 TEST_CASE("a user's impressions of an item add up, fade, and end when the item is chosen") {
   pz::RecentImpressions recent;
   recent.add(1, now);

@@ -543,6 +543,27 @@ TEST_CASE("an item that was removed is nowhere, and comes back with what was lea
   CHECK_FALSE(shop.find_item("short"));
 }
 
+TEST_CASE("popular items are ordered by interactions and by what impressions taught") {
+  auto parts = small_model::parts({.items = 30});
+  for (auto& s : parts.statistics) s = {50, now - 90 * day, now - day, now - 90 * day};
+  auto shop = make(usual({.exploration_weight = 0}), model_of(std::move(parts)));
+  const auto place_of = [&](std::string_view item) {
+    const auto slate = slate_of(shop, {.user = "nobody", .count = 30});
+    return std::find(slate.begin(), slate.end(), item) - slate.begin();
+  };
+  CHECK(place_of("i2") < place_of("i9"));
+  // As many interactions with each; only one is chosen where both are shown.
+  const std::vector<std::string_view> both{"i2", "i9"};
+  for (int n = 0; n < 40; ++n) {
+    const std::string user = "u" + std::to_string(n), other = "v" + std::to_string(n);
+    learn(shop, user, "i5");
+    REQUIRE(shop.record({.user = user, .item = "i9", .timestamp = now, .impressions = both}));
+    learn(shop, other, "i2");
+  }
+  REQUIRE(shop.update());
+  CHECK(place_of("i9") < place_of("i2"));
+}
+
 // Half of the items are new: they are explored.
 std::shared_ptr<const pz::Model> half_new() {
   auto parts = small_model::parts();
