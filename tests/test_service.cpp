@@ -564,6 +564,51 @@ TEST_CASE("popular items are ordered by interactions and by what impressions tau
   CHECK(place_of("i9") < place_of("i2"));
 }
 
+TEST_CASE("a new item takes after trained items, however near the others are") {
+  auto parts = small_model::parts({.items = 60});
+  small_model::Random random{5};
+  const pz::Matrix& genres = parts.fields[0].embedding;
+  const std::size_t d = parts.item_vectors.columns();
+  for (std::size_t i = 0; i < 60; ++i) {
+    const bool trained = i % 2 == 0;
+    for (std::size_t c = 0; c < d; ++c)
+      parts.item_vectors.f32()[i * d + c] = genres.at(0, c) + (trained ? random.normal() : 0.0f);
+    parts.statistics[i] = {trained ? 20u : 0u, now - 90 * day, now - day, now - 90 * day};
+    parts.biases[i] = trained ? -2.0f : 7.0f;
+  }
+  auto shop = make(usual(), model_of(std::move(parts)));
+  REQUIRE(shop.put_item({.item = "bow", .fields = {{"GENRE", "bow"}}}));
+  REQUIRE(shop.update());
+  CHECK(shop.model()->parts().biases[*shop.find_item("bow")] == doctest::Approx(-2));
+}
+
+TEST_CASE("an item without any time is new until somebody interacts with it, and then it ages") {
+  auto parts = small_model::parts({.items = 30});
+  for (std::size_t i = 0; i < 30; ++i)
+    parts.statistics[i] = {20, now - 90 * day, now - day, now - 90 * day};
+  for (const std::size_t i : {std::size_t{4}, std::size_t{5}})
+    parts.statistics[i] = {0, pz::no_timestamp, pz::no_timestamp, pz::no_timestamp};
+  std::int64_t clock = now;
+  auto shop = make(usual({.exploration_weight = 1, .clock = [&] { return clock; }}),
+                   model_of(std::move(parts)));
+  const auto explorable = [&](std::string_view item) {
+    const auto explanation = shop.explain({.user = "u"}, item);
+    REQUIRE(explanation);
+    return explanation->explorable;
+  };
+  CHECK(explorable("i4"));
+  CHECK(explorable("i5"));
+  CHECK_FALSE(explorable("i6"));
+  learn(shop, "u", "i4", clock);
+  REQUIRE(shop.update());
+  CHECK(explorable("i4"));
+  clock += 60 * day;
+  learn(shop, "v", "i7", clock);
+  REQUIRE(shop.update());
+  CHECK_FALSE(explorable("i4"));
+  CHECK(explorable("i5"));
+}
+
 // Half of the items are new: they are explored.
 std::shared_ptr<const pz::Model> half_new() {
   auto parts = small_model::parts();
