@@ -267,7 +267,7 @@ TEST_CASE("a column without a name is refused") {
         "items.csv:1: a column name has 1 to 256 bytes, that of column 2 has 0");
 }
 
-TEST_CASE("categorical metadata is split at '|'; empty values are none") {
+TEST_CASE("categorical metadata is split at '|', and empty values are none") {
   const Dataset data = Files(two_users,
                              "ITEM_ID,GENRES,NOTHING,BARS,STARS\n"
                              "a,Drama|War,,|,3\nb,War,,,5\nc,,,,3\nd,|Drama||Comedy|,,|,\n")

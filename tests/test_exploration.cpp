@@ -460,7 +460,7 @@ TEST_CASE("weight 1 explores every place while the pool lasts, for cold users to
   }
 }
 
-TEST_CASE("items older than the cut-off are not explored; age runs to the latest interaction") {
+TEST_CASE("items older than the cut-off are not explored, and age runs to the latest interaction") {
   auto shop = make({.exploration_weight = 1, .exploration_item_age_cut_off = std::chrono::days{2}});
   learn(shop, "u", "i3");
   const auto explored = [&] {
