@@ -77,22 +77,22 @@
 // clang-format off
 // Contents (each room uses only earlier rooms; its banner says which)
 //   0 preamble          version, macros, what a compiler must offer
-//   1 errors            Errc, Error, Result<T>
-//   2 basics            bytes and files, text and numbers, hashes, tables, locks
+//   1 interface         Errc, Error, Result<T>; options, items, events, requests, slates
+//   2 basics            bytes and files, text and numbers, hashes, locks
 //   3 instruction sets  integer products, scores and sums of each, scalar first
 //   4 kernels           row scoring, matrix-vector products, gates, norms; dispatch
 //   5 container         checked, compressed sections of a file
-//   6 model             item vectors, statistics, metadata, encoder operations: plain data, checks
+//   6 model             ids, item vectors, statistics, metadata, encoder operations; checks
 //   7 model file        reading and writing; Model
 //   8 encoder           one event in, new user state out
-//   9 filters and rows  which items may be ranked; their vectors, shared between generations
+//   9 filters and rows  which items may be ranked; ids and vectors, shared between generations
 //  10 scorer            exact top-k over the eligible items
 //  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
-//  12 exploration       calibration, posterior, vector correction, slots with propensities
-//  13 catalogue         the items as feedback has shaped them, and how the next generation is built
-//  14 users             users and sessions within a budget in bytes; event ids
-//  15 state             options, time, what waits for an update, who runs updates
-//  16 recommender       record, recommend, rank, put_item, update
+//  12 exploration       calibration, posterior, vector correction, slots with propensities; scratch
+//  13 catalogue         the items as feedback has shaped them; how generations are built and read
+//  14 users             users and sessions within a budget in bytes; event ids; the gate of time
+//  15 state             what waits for an update, who runs updates; how items rank for a user
+//  16 recommender       Recommender: record, recommend, rank, put_item, update
 // clang-format on
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
@@ -115,8 +115,8 @@
 //   PERSONALIZE_HAS_EXCEPTIONS  0 under -fno-exceptions: then memory that cannot be had ends the
 //                               program, as the standard library's containers do; 1: it is an Error
 //   PERSONALIZE_HAS_POSIX       1 where files have descriptors, modes and links, and /dev/urandom
-//   is PERSONALIZE_AVX512_VNNI     1 where the flags allow the AVX-512 kernels PERSONALIZE_INLINE,
-//   PERSONALIZE_UNROLL  hints to the compiler
+//   PERSONALIZE_AVX512_VNNI     1 where the flags allow the AVX-512 kernels
+//   PERSONALIZE_INLINE, PERSONALIZE_UNROLL  hints to the compiler
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #error "personalize_runtime.hpp needs GCC or Clang; with Visual Studio, its clang-cl toolset does."
@@ -225,7 +225,8 @@ inline namespace v1 {
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
 
 // ============================================================================================
-// Room 1: errors. Owns Errc, Error and Result. Uses nothing.
+// Room 1: interface. Owns what goes into a recommender and what comes out of it, as plain data:
+// errors, options, items, events, requests and slates. Uses nothing.
 // ============================================================================================
 
 enum class Errc : std::uint8_t {
@@ -333,6 +334,234 @@ class [[nodiscard]] Result<void> {
   std::optional<Error> error_;
 };
 
+class ItemMask;
+struct LogEntry;
+
+// Of a time that is not known.
+inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
+
+// Who runs automatic updates.
+enum class Updates : std::uint8_t {
+  by_thread,    // a thread that create() starts and the destructor joins
+  by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
+  in_requests,  // the record or recommend that finds one due, which then takes that much longer
+};
+
+struct RecommenderOptions {
+  std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
+  // Users and sessions remembered: at most so many, [64, 2^40], in so many bytes, [2^16, 2^50]; the
+  // least recently used go. At a hidden dimension of 128 a user with 50 events takes 2 KiB.
+  std::uint64_t max_users = 10'000'000;
+  std::uint64_t user_bytes = std::uint64_t{256} << 20;
+  // Probability that a place of a slate may go to an item with little feedback, [0, 1].
+  float exploration_weight = 0.3f;
+  // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
+  // first interaction) to the latest interaction of all.
+  std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
+  // Learn from impressions. Off: the slate is the model's own ranking, without exploration, which
+  // could not end, and has no id.
+  bool feedback = true;
+  // Event types that count as a choice of the item; empty: all of them.
+  std::vector<std::string> positive_event_types = {};
+  // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
+  // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
+  // 2002).
+  std::vector<float> examination = {};
+  // An automatic update falls due so long after the last one, by the clock; 0: never, whoever
+  // `updates` names. [0, 2^32]. Items that were put come in at once where a thread runs updates.
+  std::chrono::seconds update_interval = std::chrono::hours{2};
+  Updates updates = Updates::by_thread;
+  // Slates whose recommendation ids are known: at most so many, [1, 2^28], in so many bytes,
+  // [2^16, 2^50], which are taken at once, for so long, > 0 and at most 2^32.
+  std::uint32_t remembered_slates = 65'536;
+  std::uint64_t slate_log_bytes = std::uint64_t{64} << 20;
+  std::chrono::seconds slate_expiry = std::chrono::days{1};
+  std::uint32_t remembered_event_ids = 262'144;  // [64, 2^28]
+  // Of the contexts in which items were shown and chosen, 8 d + 32 an item. [2^16, 2^50]
+  std::uint64_t context_bytes = std::uint64_t{64} << 20;
+  // Of items that were put and wait for an update, and of events on them. [2^12, 2^50]
+  std::uint64_t pending_bytes = std::uint64_t{16} << 20;
+  // Unix seconds now; empty: the system's clock. For replays and simulations; called in every
+  // request, from any thread.
+  std::function<std::int64_t()> clock = {};
+  // Times so much ahead of the clock are taken; later ones are an error. [0, 2^40]
+  std::chrono::seconds clock_skew = std::chrono::days{1};
+  std::uint64_t seed = 0;  // of exploration: the same seed, calls and timestamps, the same slates
+  // Makes recommendation ids unforgeable, and users' and items' hashes unforeseeable. Missing:
+  // taken from the system's random source.
+  std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
+  // Called for every impression and positive event of a remembered slate, on the recording thread,
+  // which holds no lock. Must not throw.
+  std::function<void(const LogEntry&)> log = {};
+  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
+  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
+  // programs.
+  bool gate_lookup = false;
+  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
+  // program and run on this processor. Empty: kernels::chosen(), the best, or with
+  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
+  std::string instruction_set = {};
+};
+
+// An item that enters the catalogue, or is changed in it, at the next update. What is left out
+// stays as it is: a creation timestamp that is missing, fields that are not named.
+struct NewItem {
+  std::string_view item = {};  // 1 to 256 bytes of UTF-8 without control characters
+  std::optional<std::int64_t> creation_timestamp = {};  // of a new item: the time of the call
+  // Name and value of metadata fields, categories separated by '|'. At most 64 KiB together.
+  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
+};
+
+// What the last update did. An update that had nothing to do leaves the report of the one before.
+struct UpdateReport {
+  std::int64_t timestamp = no_timestamp;  // it learnt for
+  std::chrono::microseconds duration{0};
+  std::size_t items_added = 0, items_changed = 0, items_removed = 0;
+  std::size_t items_learnt = 0;     // with feedback, whose scores it set anew
+  std::size_t events_replayed = 0;  // that came for items which were put and not in yet
+  std::size_t events_lost = 0;      // of those, where memory ran out
+  std::size_t values_unknown = 0;   // of the fields of items: no embedding in the model
+  std::size_t items_refused = 0;
+  std::vector<std::pair<std::string, Error>> refused = {};  // the first 100 of them, and why
+  std::optional<Error> error = {};  // of an update that could not be made; the catalogue stayed
+};
+
+// Why an item stands in a slate.
+enum class Reason : std::uint8_t {
+  relevance,    // the model's score for this user, with what feedback taught
+  exploration,  // drawn from the items with little feedback
+  popular,      // nothing is known of this user: most interactions first
+  unknown,      // rank() only: not in the catalogue, so it could not be ranked
+  excluded,     // rank() only: not eligible, or an item that was to be left out
+};
+
+constexpr std::string_view name(Reason reason) noexcept {
+  switch (reason) {
+    case Reason::relevance:
+      return "relevance";
+    case Reason::exploration:
+      return "exploration";
+    case Reason::popular:
+      return "popular";
+    case Reason::unknown:
+      return "unknown item";
+    case Reason::excluded:
+      return "excluded";
+  }
+  return "";
+}
+
+// `item` is valid as long as the slate holds it: until the slate is used again, or ends. From
+// rank() it is the caller's own.
+struct Pick {
+  std::string_view item;
+  float score;  // u, see Recommender; popular: exp(u), the share of all interactions, times what
+                // feedback taught
+  Reason reason;
+  float propensity = 1;  // probability of this pick at its place, given the picks above it
+};
+
+struct Slate {
+  std::vector<Pick> items;
+  std::string id;         // the recommendation id; empty with feedback off, and from rank()
+  double propensity = 1;  // probability of the whole slate: the product over its picks
+  std::shared_ptr<const void> ids;  // what `items` point into
+};
+
+// Times are Unix seconds; where missing, the clock's. One more than RecommenderOptions::clock_skew
+// ahead of the clock is an error: invalid_argument, and nothing is changed.
+struct Interaction {
+  std::string_view user = {};     // empty for an anonymous visitor, who then needs a session
+  std::string_view session = {};  // with a user: this session's events become the user's
+  std::string_view item = {};
+  std::string_view event_type = {};
+  std::optional<std::int64_t> timestamp = {};
+  // Slate::id of the slate that the event answers: without `impressions`, all its picks count as
+  // seen. An event without it is attributed to the user's remembered impression of the item.
+  std::string_view recommendation_id = {};
+  // The items that were shown, first place first, at most 10,000; what they say wins over the
+  // recommendation id. An item that is listed again counts once.
+  std::span<const std::string_view> impressions = {};
+  // The same id of the same user counts once, among the last remembered_event_ids of all users.
+  std::string_view event_id = {};
+};
+
+// Items that a user was shown, first place first, without an event.
+struct Impression {
+  std::string_view user = {};
+  std::string_view session = {};
+  std::string_view recommendation_id = {};       // the slate that they came from, if any
+  std::span<const std::string_view> items = {};  // empty: all picks of that slate
+  std::optional<std::int64_t> timestamp = {};
+};
+
+// What became of a recorded event.
+enum class Recorded : std::uint8_t {
+  learned,        // the user's state has advanced (an impression: it was counted)
+  unknown_item,   // the item is not in the catalogue; the state is as it was
+  duplicate,      // an event with this event_id came before; nothing was changed
+  unknown_slate,  // learned, but the recommendation id is none that this user was given
+  expired_slate,  // learned, but the slate is no longer remembered
+  pending_item,   // the item was put and is not in yet: the event counts when it is
+};
+
+constexpr std::string_view name(Recorded recorded) noexcept {
+  switch (recorded) {
+    case Recorded::learned:
+      return "learned";
+    case Recorded::unknown_item:
+      return "unknown item";
+    case Recorded::duplicate:
+      return "duplicate";
+    case Recorded::unknown_slate:
+      return "unknown slate";
+    case Recorded::expired_slate:
+      return "expired slate";
+    case Recorded::pending_item:
+      return "pending item";
+  }
+  return "";
+}
+
+struct Request {
+  std::string_view user = {};
+  std::string_view session = {};
+  std::uint32_t count = 25;         // [1, 10000]
+  bool exclude_interacted = false;  // leave out the items of the user's remembered events
+  // Bits by Recommender::find_item(), at most item_count() of them; items beyond its size are left
+  // out; null: every item.
+  const ItemMask* eligible = nullptr;
+  std::optional<std::int64_t> timestamp = {};
+};
+
+// What a pick's score is made of. In units of score: score = relevance + quality + taste -
+// discount.
+struct Explanation {
+  float score;                // u; of a user without events Pick::score shows exp(u)
+  float relevance;            // h . v + b of the model; without events, log share of interactions
+  float quality;              // m: more or less chosen than the model expects, over all users
+  float taste;                // h . delta + g . v: by users like this one, and by this user
+  float discount;             // for impressions that this user ignored
+  float uncertainty;          // standard deviation of the log of the item's quality
+  double positive, expected;  // decayed counters: events, and what the model expected
+  std::optional<std::int64_t> age;  // seconds, to the latest interaction of all
+  bool explorable;                  // in the pool of items with little feedback
+};
+
+// Bytes that a recommender has taken, beside the model and what its callers hold.
+struct MemoryUse {
+  std::size_t users = 0;      // users and sessions: RecommenderOptions::user_bytes
+  std::size_t event_ids = 0;  // at most some 30 bytes x remembered_event_ids
+  std::size_t slates = 0;     // slate_log_bytes
+  std::size_t contexts = 0;   // context_bytes
+  std::size_t pending = 0;    // pending_bytes, and the fields of items that were put and are in
+  std::size_t catalogue = 0;  // the present generation and those that readers still hold
+  std::size_t scratch = 0;    // of requests: one a thread that asks at the same time
+  std::size_t total() const noexcept {
+    return users + event_ids + slates + contexts + pending + catalogue + scratch;
+  }
+};
+
 namespace detail {
 
 // What `call` returns, a Result; where it runs out of memory, that as an error. The message is
@@ -350,6 +579,45 @@ auto catching_bad_alloc(Call call) -> decltype(call()) {
 #else
   return call();
 #endif
+}
+
+inline Result<void> check_options(const RecommenderOptions& options) {
+  const auto error = [](const char* text) {
+    return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
+  };
+  const auto outside = [](std::uint64_t value, unsigned low, unsigned high) {
+    return value < std::uint64_t{1} << low || value > std::uint64_t{1} << high;
+  };
+  const auto within = [](std::chrono::seconds value, std::int64_t low, std::int64_t high) {
+    return value.count() >= low && value.count() <= high;
+  };
+  if (options.history_length < 1 || options.history_length > 65535)
+    return error("history_length is outside [1, 65535]");
+  if (outside(options.max_users, 6, 40)) return error("max_users is outside [64, 2^40]");
+  if (outside(options.user_bytes, 16, 50)) return error("user_bytes is outside [2^16, 2^50]");
+  if (!(options.exploration_weight >= 0 && options.exploration_weight <= 1))
+    return error("exploration_weight is outside [0, 1]");
+  if (options.exploration_item_age_cut_off.count() <= 0)
+    return error("exploration_item_age_cut_off is not above 0");
+  for (const float probability : options.examination)
+    if (!(probability > 0 && probability <= 1))
+      return error("examination has a probability outside (0, 1]");
+  if (!within(options.update_interval, 0, std::int64_t{1} << 32))
+    return error("update_interval is outside [0, 2^32] seconds");
+  if (options.updates > Updates::in_requests) return error("updates is none of the three");
+  if (outside(options.remembered_slates, 0, 28))
+    return error("remembered_slates is outside [1, 2^28]");
+  if (outside(options.slate_log_bytes, 16, 50))
+    return error("slate_log_bytes is outside [2^16, 2^50]");
+  if (!within(options.slate_expiry, 1, std::int64_t{1} << 32))
+    return error("slate_expiry is not above 0, or above 2^32 seconds");
+  if (outside(options.remembered_event_ids, 6, 28))
+    return error("remembered_event_ids is outside [64, 2^28]");
+  if (outside(options.context_bytes, 16, 50)) return error("context_bytes is outside [2^16, 2^50]");
+  if (outside(options.pending_bytes, 12, 50)) return error("pending_bytes is outside [2^12, 2^50]");
+  if (!within(options.clock_skew, 0, std::int64_t{1} << 40))
+    return error("clock_skew is outside [0, 2^40] seconds");
+  return {};
 }
 
 }  // namespace detail
@@ -575,10 +843,6 @@ inline bool all_finite(std::span<const float> values) noexcept {
   return carry <= magnitude;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // A decimal number, `1.5` or `-2e-3`, correct but for the last bit of a rare one.
 inline std::optional<double> parse_decimal(std::string_view text) noexcept {
   const bool negative = text.starts_with('-');
@@ -689,199 +953,6 @@ inline bool valid_id(std::string_view text) noexcept {
 }  // namespace detail
 
 inline constexpr std::size_t max_id_bytes = 256;
-
-// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
-// text.
-class StringTable {
- public:
-  // The index of the new string. Errors: empty, over 256 bytes, not UTF-8 or with a control
-  // character (invalid_argument); already there, or made to fall together with others (corrupt);
-  // out of memory. The table is then as it was.
-  Result<std::uint32_t> add(std::string_view text) {
-    return detail::catching_bad_alloc([&]() -> Result<std::uint32_t> {
-      if (auto checked = check_text(text); !checked) return checked.error();
-      if ((size() + 1) * 4 > slots_.size() * 3)
-        if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
-          return grown.error();
-      const std::uint64_t hash = hash_of(text);
-      std::size_t slot = find_slot(text, hash);
-      // Ids that were made to fall together part in a larger table, unless their whole hashes
-      // agree.
-      for (std::size_t larger = 2; slot == npos && larger <= most_growth; larger *= 2)
-        if (rehash(size(), slots_.size() * larger)) slot = find_slot(text, hash);
-      if (auto checked = check_free(text, slot); !checked) return checked.error();
-      text_.resize(empty() ? begin_ : ends_.back());
-      text_.insert(text_.end(), text.begin(), text.end());
-      ends_.push_back(text_.size());
-      slots_[slot] = entry(hash, size());
-      return static_cast<std::uint32_t>(size() - 1);
-    });
-  }
-
-  std::optional<std::uint32_t> find(std::string_view text) const noexcept {
-    if (slots_.empty()) return std::nullopt;
-    const std::size_t slot = find_slot(text, hash_of(text));
-    if (slot == npos || slots_[slot] == 0) return std::nullopt;
-    return number_in(slots_[slot]);
-  }
-
-  // Valid until the next add.
-  std::string_view operator[](std::size_t index) const noexcept {
-    const std::uint64_t begin = index == 0 ? begin_ : ends_[index - 1];
-    return {text_.data() + begin, ends_[index] - begin};
-  }
-
-  std::size_t size() const noexcept { return ends_.size(); }
-  bool empty() const noexcept { return ends_.empty(); }
-
-  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together,
-  // which takes pages only as it is written. Their u16 lengths go to [0], their text to [1], which
-  // lies directly behind; then number() makes a table of them.
-  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
-    begin_ = count * sizeof(std::uint16_t);
-    ends_.resize(count);
-    text_.resize(begin_ + bytes);
-    const auto raw = std::as_writable_bytes(std::span(text_));
-    return {raw.first(begin_), raw.subspan(begin_)};
-  }
-
-  // How far number() has come.
-  struct Numbering {
-    std::size_t strings = 0;
-  };
-
-  // Numbers the strings that lie in the first `arrived` bytes of what make_room() gave, from where
-  // the last call stopped: so a file is refused at its first bad string, for memory in proportion
-  // to the good ones. Errors (corrupt): lengths that do not add up to the text; a string that add()
-  // would refuse. The table can then only be destroyed.
-  Result<void> number(Numbering& numbering, std::uint64_t arrived) {
-    return detail::catching_bad_alloc([&] { return number_strings(numbering, arrived); });
-  }
-  Result<void> number() {
-    Numbering all;
-    return number(all, text_.size());
-  }
-
- private:
-  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
-  // At three quarters' load no honest table comes near this; a file made to collide stops here.
-  static constexpr std::size_t max_probes = 512;
-  static constexpr std::size_t most_growth = 32;
-
-  std::uint64_t length_of(std::size_t index) const noexcept {
-    std::uint16_t length;
-    std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
-    return length;
-  }
-
-  Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
-    if (arrived < begin_) return {};
-    std::size_t& next = numbering.strings;
-    // A batch of slots comes out of memory while the next strings are hashed.
-    constexpr std::size_t batch = 32;
-    std::array<std::uint64_t, batch> hashes;
-    for (std::size_t begin = next; begin < size(); begin = next) {
-      if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
-      std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
-      std::size_t count = 0;
-      for (; count < std::min(batch, size() - begin); ++count) {
-        end += length_of(begin + count);
-        if (end > arrived) break;
-        ends_[begin + count] = end;
-        hashes[count] = hash_of((*this)[begin + count]);
-        prefetch(hashes[count]);
-      }
-      for (std::size_t i = 0; i < count; ++i, ++next) {
-        const std::string_view text = (*this)[next];
-        const std::size_t slot = find_slot(text, hashes[i]);
-        auto checked = check_text(text);
-        if (checked) checked = check_free(text, slot);
-        if (!checked)
-          return Error{Errc::corrupt,
-                       "string " + std::to_string(next) + ": " + checked.error().message};
-        slots_[slot] = entry(hashes[i], next + 1);
-      }
-      if (count == 0) break;
-    }
-    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
-    if (arrived == text_.size() && (next != size() || end != arrived))
-      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    return {};
-  }
-
-  // Room for `wanted` strings, of which the first `numbered` have their slots. Grows in large
-  // steps, at most to what all strings of a file need.
-  Result<void> make_slots(std::size_t numbered, std::size_t wanted) {
-    if (wanted * 4 <= slots_.size() * 3) return {};
-    std::size_t most = 16;
-    while (size() * 4 > most * 3) most *= 2;
-    return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
-  }
-
-  static std::uint64_t hash_of(std::string_view text) noexcept {
-    return xxh64(std::as_bytes(std::span(text)));
-  }
-  // Half of the hash, so that other strings are seldom looked at, and the number + 1.
-  static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
-    return (hash >> 32) << 32 | number;
-  }
-  static std::uint32_t number_in(std::uint64_t entry) noexcept {
-    return static_cast<std::uint32_t>(entry) - 1;
-  }
-
-  static Result<void> check_text(std::string_view text) {
-    if (text.empty() || text.size() > max_id_bytes)
-      return Error{Errc::invalid_argument,
-                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
-    if (!detail::valid_id(text))
-      return Error{Errc::invalid_argument,
-                   "an id is UTF-8 without control characters, this one is not"};
-    return {};
-  }
-
-  Result<void> check_free(std::string_view text, std::size_t slot) const {
-    if (slot == npos)
-      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
-    return {};
-  }
-
-  PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
-    __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
-  }
-
-  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
-    const std::size_t mask = slots_.size() - 1;
-    std::size_t slot = static_cast<std::size_t>(hash) & mask;
-    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
-      const std::uint64_t there = slots_[slot];
-      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
-        return slot;
-    }
-    return npos;
-  }
-
-  // For the first `count` strings. Where they do not fit, the slots are as they were.
-  Result<void> rehash(std::size_t count, std::size_t slots) {
-    std::vector<std::uint64_t> old(slots);
-    old.swap(slots_);
-    for (std::size_t i = 0; i < count; ++i) {
-      const std::uint64_t hash = hash_of((*this)[i]);
-      const std::size_t slot = find_slot((*this)[i], hash);
-      if (slot == npos) {
-        slots_.swap(old);
-        return check_free((*this)[i], slot);
-      }
-      slots_[slot] = entry(hash, i + 1);
-    }
-    return {};
-  }
-
-  std::uint64_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
-  detail::BareVector<char> text_;
-  detail::BareVector<std::uint64_t> ends_;
-  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
-};
 
 namespace detail {
 
@@ -1179,85 +1250,6 @@ inline Result<void> write_file(const std::string& path, std::span<const std::byt
     return file.commit();
   });
 }
-
-// An array whose copies share their pages: a copy costs O(pages), a changed element one page.
-// Copies may be read by any number of threads; one that is being changed belongs to one thread. The
-// pages of an array made over a `base` lie in it.
-template <class T>
-class PagedArray {
- public:
-  static constexpr std::size_t page_size = 1024;  // elements
-
-  PagedArray() = default;
-  // base: kept alive by owner.
-  PagedArray(const std::shared_ptr<const void>& owner, std::span<const T> base) {
-    size_ = base.size();
-    pages_.reserve(page_count(size_));
-    for (std::size_t begin = 0; begin < size_; begin += page_size)
-      pages_.push_back(std::shared_ptr<const T[]>(owner, base.data() + begin));
-    owned_.resize(pages_.size());
-  }
-  PagedArray(const PagedArray& other) : size_(other.size_), pages_(other.pages_) {
-    owned_.resize(pages_.size());
-  }
-  PagedArray(PagedArray&&) noexcept = default;
-  PagedArray& operator=(PagedArray other) noexcept {
-    size_ = other.size_;
-    pages_.swap(other.pages_);
-    owned_.swap(other.owned_);
-    return *this;
-  }
-
-  std::size_t size() const noexcept { return size_; }
-  bool empty() const noexcept { return size_ == 0; }
-  const T& operator[](std::size_t i) const noexcept { return pages_[i / page_size][i % page_size]; }
-  // The elements of page p that there are.
-  std::span<const T> page(std::size_t p) const noexcept {
-    return {pages_[p].get(), std::min(page_size, size_ - p * page_size)};
-  }
-  std::size_t pages() const noexcept { return pages_.size(); }
-
-  // To change element i: copies its page where that is shared. References stay valid until the
-  // array is copied.
-  T& edit(std::size_t i) { return own(i / page_size)[i % page_size]; }
-
-  void push_back(const T& value) {
-    if (size_ % page_size == 0) {
-      if (pages_.size() == pages_.capacity()) pages_.reserve(2 * pages_.size() + 1);
-      owned_.reserve(pages_.capacity());
-      pages_.push_back(std::make_unique<T[]>(page_size));
-      owned_.push_back(true);
-    }
-    own(size_ / page_size)[size_ % page_size] = value;
-    ++size_;
-  }
-
-  // Bytes of the pages that this array made; those of its base and of earlier copies are not in it.
-  std::size_t owned_bytes() const noexcept {
-    return static_cast<std::size_t>(std::count(owned_.begin(), owned_.end(), true)) * page_size *
-           sizeof(T);
-  }
-
- private:
-  static std::size_t page_count(std::size_t size) noexcept {
-    return (size + page_size - 1) / page_size;
-  }
-  T* own(std::size_t p) {
-    assert(!owned_[p] || pages_[p].use_count() == 1);
-    if (!owned_[p]) {
-      auto copy = std::make_unique<T[]>(page_size);
-      const auto from = page(p);
-      std::copy(from.begin(), from.end(), copy.get());
-      pages_[p] = std::move(copy);
-      owned_[p] = true;
-    }
-    return const_cast<T*>(pages_[p].get());  // made by this array, and not const
-  }
-
-  std::size_t size_ = 0;
-  std::vector<std::shared_ptr<const T[]>> pages_;
-  std::vector<bool> owned_;  // pages that no other array has seen
-};
 
 namespace detail {
 
@@ -3887,7 +3879,198 @@ class FileBuilder {
 // stand anywhere.
 // ============================================================================================
 
-inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::min();
+// Distinct strings, numbered in the order they were added. Lookup O(1); one allocation for the
+// text.
+class StringTable {
+ public:
+  // The index of the new string. Errors: empty, over 256 bytes, not UTF-8 or with a control
+  // character (invalid_argument); already there, or made to fall together with others (corrupt);
+  // out of memory. The table is then as it was.
+  Result<std::uint32_t> add(std::string_view text) {
+    return detail::catching_bad_alloc([&]() -> Result<std::uint32_t> {
+      if (auto checked = check_text(text); !checked) return checked.error();
+      if ((size() + 1) * 4 > slots_.size() * 3)
+        if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
+          return grown.error();
+      const std::uint64_t hash = hash_of(text);
+      std::size_t slot = find_slot(text, hash);
+      // Ids that were made to fall together part in a larger table, unless their whole hashes
+      // agree.
+      for (std::size_t larger = 2; slot == npos && larger <= most_growth; larger *= 2)
+        if (rehash(size(), slots_.size() * larger)) slot = find_slot(text, hash);
+      if (auto checked = check_free(text, slot); !checked) return checked.error();
+      text_.resize(empty() ? begin_ : ends_.back());
+      text_.insert(text_.end(), text.begin(), text.end());
+      ends_.push_back(text_.size());
+      slots_[slot] = entry(hash, size());
+      return static_cast<std::uint32_t>(size() - 1);
+    });
+  }
+
+  std::optional<std::uint32_t> find(std::string_view text) const noexcept {
+    if (slots_.empty()) return std::nullopt;
+    const std::size_t slot = find_slot(text, hash_of(text));
+    if (slot == npos || slots_[slot] == 0) return std::nullopt;
+    return number_in(slots_[slot]);
+  }
+
+  // Valid until the next add.
+  std::string_view operator[](std::size_t index) const noexcept {
+    const std::uint64_t begin = index == 0 ? begin_ : ends_[index - 1];
+    return {text_.data() + begin, ends_[index] - begin};
+  }
+
+  std::size_t size() const noexcept { return ends_.size(); }
+  bool empty() const noexcept { return ends_.empty(); }
+
+  // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together,
+  // which takes pages only as it is written. Their u16 lengths go to [0], their text to [1], which
+  // lies directly behind; then number() makes a table of them.
+  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
+    begin_ = count * sizeof(std::uint16_t);
+    ends_.resize(count);
+    text_.resize(begin_ + bytes);
+    const auto raw = std::as_writable_bytes(std::span(text_));
+    return {raw.first(begin_), raw.subspan(begin_)};
+  }
+
+  // How far number() has come.
+  struct Numbering {
+    std::size_t strings = 0;
+  };
+
+  // Numbers the strings that lie in the first `arrived` bytes of what make_room() gave, from where
+  // the last call stopped: so a file is refused at its first bad string, for memory in proportion
+  // to the good ones. Errors (corrupt): lengths that do not add up to the text; a string that add()
+  // would refuse. The table can then only be destroyed.
+  Result<void> number(Numbering& numbering, std::uint64_t arrived) {
+    return detail::catching_bad_alloc([&] { return number_strings(numbering, arrived); });
+  }
+  Result<void> number() {
+    Numbering all;
+    return number(all, text_.size());
+  }
+
+ private:
+  static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
+  // At three quarters' load no honest table comes near this; a file made to collide stops here.
+  static constexpr std::size_t max_probes = 512;
+  static constexpr std::size_t most_growth = 32;
+
+  std::uint64_t length_of(std::size_t index) const noexcept {
+    std::uint16_t length;
+    std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
+    return length;
+  }
+
+  Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
+    if (arrived < begin_) return {};
+    std::size_t& next = numbering.strings;
+    // A batch of slots comes out of memory while the next strings are hashed.
+    constexpr std::size_t batch = 32;
+    std::array<std::uint64_t, batch> hashes;
+    for (std::size_t begin = next; begin < size(); begin = next) {
+      if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
+      std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
+      std::size_t count = 0;
+      for (; count < std::min(batch, size() - begin); ++count) {
+        end += length_of(begin + count);
+        if (end > arrived) break;
+        ends_[begin + count] = end;
+        hashes[count] = hash_of((*this)[begin + count]);
+        prefetch(hashes[count]);
+      }
+      for (std::size_t i = 0; i < count; ++i, ++next) {
+        const std::string_view text = (*this)[next];
+        const std::size_t slot = find_slot(text, hashes[i]);
+        auto checked = check_text(text);
+        if (checked) checked = check_free(text, slot);
+        if (!checked)
+          return Error{Errc::corrupt,
+                       "string " + std::to_string(next) + ": " + checked.error().message};
+        slots_[slot] = entry(hashes[i], next + 1);
+      }
+      if (count == 0) break;
+    }
+    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+    if (arrived == text_.size() && (next != size() || end != arrived))
+      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
+    return {};
+  }
+
+  // Room for `wanted` strings, of which the first `numbered` have their slots. Grows in large
+  // steps, at most to what all strings of a file need.
+  Result<void> make_slots(std::size_t numbered, std::size_t wanted) {
+    if (wanted * 4 <= slots_.size() * 3) return {};
+    std::size_t most = 16;
+    while (size() * 4 > most * 3) most *= 2;
+    return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
+  }
+
+  static std::uint64_t hash_of(std::string_view text) noexcept {
+    return xxh64(std::as_bytes(std::span(text)));
+  }
+  // Half of the hash, so that other strings are seldom looked at, and the number + 1.
+  static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
+    return (hash >> 32) << 32 | number;
+  }
+  static std::uint32_t number_in(std::uint64_t entry) noexcept {
+    return static_cast<std::uint32_t>(entry) - 1;
+  }
+
+  static Result<void> check_text(std::string_view text) {
+    if (text.empty() || text.size() > max_id_bytes)
+      return Error{Errc::invalid_argument,
+                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+    if (!detail::valid_id(text))
+      return Error{Errc::invalid_argument,
+                   "an id is UTF-8 without control characters, this one is not"};
+    return {};
+  }
+
+  Result<void> check_free(std::string_view text, std::size_t slot) const {
+    if (slot == npos)
+      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
+    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+    return {};
+  }
+
+  PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
+    __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
+  }
+
+  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
+    const std::size_t mask = slots_.size() - 1;
+    std::size_t slot = static_cast<std::size_t>(hash) & mask;
+    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
+      const std::uint64_t there = slots_[slot];
+      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
+        return slot;
+    }
+    return npos;
+  }
+
+  // For the first `count` strings. Where they do not fit, the slots are as they were.
+  Result<void> rehash(std::size_t count, std::size_t slots) {
+    std::vector<std::uint64_t> old(slots);
+    old.swap(slots_);
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint64_t hash = hash_of((*this)[i]);
+      const std::size_t slot = find_slot((*this)[i], hash);
+      if (slot == npos) {
+        slots_.swap(old);
+        return check_free((*this)[i], slot);
+      }
+      slots_[slot] = entry(hash, i + 1);
+    }
+    return {};
+  }
+
+  std::uint64_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
+  detail::BareVector<char> text_;
+  detail::BareVector<std::uint64_t> ends_;
+  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
+};
 
 // The largest magnitude of anything in a model that is multiplied or added: a product of two stays
 // finite, as does a sum of some hundred such products.
@@ -5650,10 +5833,89 @@ class Encoder {
 };
 
 // ============================================================================================
-// Room 9: filters and rows. Owns which items may be ranked, and their vectors, as generations of a
-// catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3, 4, 5 and
-// 6.
+// Room 9: filters and rows. Owns which items may be ranked, and their ids and vectors, as
+// generations of a catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3,
+// 4, 5, 6 and 7.
 // ============================================================================================
+
+// An array whose copies share their pages: a copy costs O(pages), a changed element one page.
+// Copies may be read by any number of threads; one that is being changed belongs to one thread. The
+// pages of an array made over a `base` lie in it.
+template <class T>
+class PagedArray {
+ public:
+  static constexpr std::size_t page_size = 1024;  // elements
+
+  PagedArray() = default;
+  // base: kept alive by owner.
+  PagedArray(const std::shared_ptr<const void>& owner, std::span<const T> base) {
+    size_ = base.size();
+    pages_.reserve(page_count(size_));
+    for (std::size_t begin = 0; begin < size_; begin += page_size)
+      pages_.push_back(std::shared_ptr<const T[]>(owner, base.data() + begin));
+    owned_.resize(pages_.size());
+  }
+  PagedArray(const PagedArray& other) : size_(other.size_), pages_(other.pages_) {
+    owned_.resize(pages_.size());
+  }
+  PagedArray(PagedArray&&) noexcept = default;
+  PagedArray& operator=(PagedArray other) noexcept {
+    size_ = other.size_;
+    pages_.swap(other.pages_);
+    owned_.swap(other.owned_);
+    return *this;
+  }
+
+  std::size_t size() const noexcept { return size_; }
+  bool empty() const noexcept { return size_ == 0; }
+  const T& operator[](std::size_t i) const noexcept { return pages_[i / page_size][i % page_size]; }
+  // The elements of page p that there are.
+  std::span<const T> page(std::size_t p) const noexcept {
+    return {pages_[p].get(), std::min(page_size, size_ - p * page_size)};
+  }
+  std::size_t pages() const noexcept { return pages_.size(); }
+
+  // To change element i: copies its page where that is shared. References stay valid until the
+  // array is copied.
+  T& edit(std::size_t i) { return own(i / page_size)[i % page_size]; }
+
+  void push_back(const T& value) {
+    if (size_ % page_size == 0) {
+      if (pages_.size() == pages_.capacity()) pages_.reserve(2 * pages_.size() + 1);
+      owned_.reserve(pages_.capacity());
+      pages_.push_back(std::make_unique<T[]>(page_size));
+      owned_.push_back(true);
+    }
+    own(size_ / page_size)[size_ % page_size] = value;
+    ++size_;
+  }
+
+  // Bytes of the pages that this array made; those of its base and of earlier copies are not in it.
+  std::size_t owned_bytes() const noexcept {
+    return static_cast<std::size_t>(std::count(owned_.begin(), owned_.end(), true)) * page_size *
+           sizeof(T);
+  }
+
+ private:
+  static std::size_t page_count(std::size_t size) noexcept {
+    return (size + page_size - 1) / page_size;
+  }
+  T* own(std::size_t p) {
+    assert(!owned_[p] || pages_[p].use_count() == 1);
+    if (!owned_[p]) {
+      auto copy = std::make_unique<T[]>(page_size);
+      const auto from = page(p);
+      std::copy(from.begin(), from.end(), copy.get());
+      pages_[p] = std::move(copy);
+      owned_[p] = true;
+    }
+    return const_cast<T*>(pages_[p].get());  // made by this array, and not const
+  }
+
+  std::size_t size_ = 0;
+  std::vector<std::shared_ptr<const T[]>> pages_;
+  std::vector<bool> owned_;  // pages that no other array has seen
+};
 
 // One bit an item.
 class ItemMask {
@@ -6203,6 +6465,71 @@ struct Panels {
     }
     return residual;
   }
+};
+
+// The ids of a model's items and of those that were put since, numbered in that order. A copy
+// shares what it does not change; read by any number of threads, changed by one.
+class ItemIds {
+ public:
+  ItemIds(std::shared_ptr<const Model> model, const HashKey& key)
+      : model_(std::move(model)), key_(key) {}
+  ItemIds(const ItemIds& other)
+      : model_(other.model_), key_(other.key_), added_(other.added_), parts_(other.parts_) {}
+  ItemIds& operator=(const ItemIds&) = delete;
+
+  std::size_t size() const noexcept { return model_->item_count() + added_.size(); }
+
+  std::string_view operator[](std::uint32_t item) const noexcept {
+    const std::size_t base = model_->item_count();
+    return item < base ? model_->item_id(item) : std::string_view(added_[item - base]);
+  }
+
+  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
+    if (const auto item = model_->find_item(id)) return item;
+    if (added_.empty()) return std::nullopt;
+    const std::uint64_t hash = hash_of(id);
+    const auto& part = parts_[hash % parts_.size()];
+    if (!part) return std::nullopt;
+    const auto found = part->find(hash, [&](std::uint32_t n) { return added_[n] == id; });
+    if (!found) return std::nullopt;
+    return static_cast<std::uint32_t>(*found + model_->item_count());
+  }
+
+  // The number of an id that is not there yet.
+  std::uint32_t add(std::string_view id) {
+    const std::uint64_t hash = hash_of(id);
+    const std::size_t p = hash % parts_.size();
+    if (!owned_.test(p) || parts_[p]->full()) {
+      const HashIndex& old = parts_[p] ? *parts_[p] : HashIndex{};
+      parts_[p] = std::make_shared<HashIndex>(old.full() ? old.grown() : old);
+      owned_.set(p);
+    }
+    added_.push_back(std::string(id));
+    const auto number = static_cast<std::uint32_t>(added_.size() - 1);
+    parts_[p]->insert(hash, number);
+    return static_cast<std::uint32_t>(number + model_->item_count());
+  }
+
+  std::size_t bytes() const noexcept {
+    std::size_t sum =
+        allocated(sizeof *this) + added_.pages() * added_.page_size * sizeof(std::string);
+    for (const auto& part : parts_)
+      if (part) sum += allocated(sizeof(HashIndex) + 16) + part->bytes();
+    for (std::size_t i = 0; i < added_.size(); ++i)
+      if (added_[i].capacity() > 15) sum += allocated(added_[i].capacity() + 1);
+    return sum;
+  }
+
+ private:
+  std::uint64_t hash_of(std::string_view id) const noexcept {
+    return siphash(key_, std::as_bytes(std::span(id)));
+  }
+
+  std::shared_ptr<const Model> model_;
+  HashKey key_;
+  PagedArray<std::string> added_;
+  std::array<std::shared_ptr<HashIndex>, 256> parts_;
+  std::bitset<256> owned_;  // parts that no other copy has seen
 };
 
 }  // namespace detail
@@ -7966,9 +8293,9 @@ inline void append_csv(const LogEntry& entry, std::string& line) {
 }
 
 // ============================================================================================
-// Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction) and
-// the random choice of a slate with its probabilities. Uses rooms 2, 3, 4, 9
-// and 11.
+// Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction),
+// the random choice of a slate with its probabilities, and the memory in which a request makes it
+// up. Uses rooms 2, 3, 4, 8, 9, 10 and 11.
 // ============================================================================================
 
 // From relevance S to expected positive events of an examined impression: exp(slope S + intercept).
@@ -8397,114 +8724,74 @@ class SlotPolicy {
   double total_ = 0, value_ = 0;  // sums over weights_, of weights_ x values_
 };
 
-// ============================================================================================
-// Room 13: catalogue. Owns the items: their ids beyond the model's, one published generation of
-// what is known of them, and how the next generation is built. Uses all earlier rooms.
-// ============================================================================================
-
-// An item that enters the catalogue, or is changed in it, at the next update. What is left out
-// stays as it is: a creation timestamp that is missing, fields that are not named.
-struct NewItem {
-  std::string_view item = {};  // 1 to 256 bytes of UTF-8 without control characters
-  std::optional<std::int64_t> creation_timestamp = {};  // of a new item: the time of the call
-  // Name and value of metadata fields, categories separated by '|'. At most 64 KiB together.
-  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
-};
-
-// What the last update did. An update that had nothing to do leaves the report of the one before.
-struct UpdateReport {
-  std::int64_t timestamp = no_timestamp;  // it learnt for
-  std::chrono::microseconds duration{0};
-  std::size_t items_added = 0, items_changed = 0, items_removed = 0;
-  std::size_t items_learnt = 0;     // with feedback, whose scores it set anew
-  std::size_t events_replayed = 0;  // that came for items which were put and not in yet
-  std::size_t events_lost = 0;      // of those, where memory ran out
-  std::size_t values_unknown = 0;   // of the fields of items: no embedding in the model
-  std::size_t items_refused = 0;
-  std::vector<std::pair<std::string, Error>> refused = {};  // the first 100 of them, and why
-  std::optional<Error> error = {};  // of an update that could not be made; the catalogue stayed
-};
-
 namespace detail {
 
-// The ids of a model's items and of those that were put since, numbered in that order. A copy
-// shares what it does not change; read by any number of threads, changed by one.
-class ItemIds {
- public:
-  ItemIds(std::shared_ptr<const Model> model, const HashKey& key)
-      : model_(std::move(model)), key_(key) {}
-  ItemIds(const ItemIds& other)
-      : model_(other.model_), key_(other.key_), added_(other.added_), parts_(other.parts_) {}
-  ItemIds& operator=(const ItemIds&) = delete;
-
-  std::size_t size() const noexcept { return model_->item_count() + added_.size(); }
-
-  std::string_view operator[](std::uint32_t item) const noexcept {
-    const std::size_t base = model_->item_count();
-    return item < base ? model_->item_id(item) : std::string_view(added_[item - base]);
-  }
-
-  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
-    if (const auto item = model_->find_item(id)) return item;
-    if (added_.empty()) return std::nullopt;
-    const std::uint64_t hash = hash_of(id);
-    const auto& part = parts_[hash % parts_.size()];
-    if (!part) return std::nullopt;
-    const auto found = part->find(hash, [&](std::uint32_t n) { return added_[n] == id; });
-    if (!found) return std::nullopt;
-    return static_cast<std::uint32_t>(*found + model_->item_count());
-  }
-
-  // The number of an id that is not there yet.
-  std::uint32_t add(std::string_view id) {
-    const std::uint64_t hash = hash_of(id);
-    const std::size_t p = hash % parts_.size();
-    if (!owned_.test(p) || parts_[p]->full()) {
-      const HashIndex& old = parts_[p] ? *parts_[p] : HashIndex{};
-      parts_[p] = std::make_shared<HashIndex>(old.full() ? old.grown() : old);
-      owned_.set(p);
-    }
-    added_.push_back(std::string(id));
-    const auto number = static_cast<std::uint32_t>(added_.size() - 1);
-    parts_[p]->insert(hash, number);
-    return static_cast<std::uint32_t>(number + model_->item_count());
-  }
+// Request-sized memory.
+struct Scratch {
+  std::vector<float> query;             // [padded(d)], h with g
+  std::vector<float> offset;            // [d], g
+  std::vector<float> gradient, vector;  // [d], for moving g
+  std::vector<float> input;             // [e], of an item that is none of the model's
+  Encoder::Workspace encoding;
+  Scorer::Workspace scoring;
+  std::vector<std::uint32_t> interacted;
+  std::vector<ScoredItem> ignored;  // item and its discount, ascending by item
+  std::array<std::uint64_t, 16>
+      ignored_filter{};  // a bit set for each, by the item's last ten bits
+  std::uint64_t request_number = 0;
+  bool drawn_user = false, drawn_session = false;  // whose next number request_number is
+  bool grown = false;                              // users have: Settle looks at their budget
+  ItemMask taken{0}, excluded{0};                  // all zero between requests
+  std::vector<ScoredItem> top, pool;
+  std::vector<float> pool_scores, pool_expected;
+  float normaliser = 0;
+  SlotPolicy policy;
+  std::vector<SlotChoice> choices;
+  LoggedSlate logged;  // of a slate that is made, or that an event answers
+  // Of an event: the items listed, with their places; the picks seen, by place, and which of them
+  // others may learn from.
+  struct Seen {
+    std::uint32_t place;
+    LoggedPick pick;
+    LoggedChoice logged;
+    bool shared;  // others may learn from it
+  };
+  std::vector<ScoredItem> listed;  // score: the place
+  std::vector<Seen> seen;
 
   std::size_t bytes() const noexcept {
-    std::size_t sum =
-        allocated(sizeof *this) + added_.pages() * added_.page_size * sizeof(std::string);
-    for (const auto& part : parts_)
-      if (part) sum += allocated(sizeof(HashIndex) + 16) + part->bytes();
-    for (std::size_t i = 0; i < added_.size(); ++i)
-      if (added_[i].capacity() > 15) sum += allocated(added_[i].capacity() + 1);
-    return sum;
+    return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
+           allocated(vector) + allocated(input) + allocated(encoding.values) +
+           allocated(encoding.quantised) + scoring.bytes() + allocated(interacted) +
+           allocated(ignored) + 2 * allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
+           allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
+           allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
+           allocated(listed) + allocated(seen) + policy.bytes();
   }
 
- private:
-  std::uint64_t hash_of(std::string_view id) const noexcept {
-    return siphash(key_, std::as_bytes(std::span(id)));
+  float discount(std::uint32_t item) const noexcept {
+    if ((ignored_filter[item % 1024 / 64] >> (item % 64) & 1) == 0) return 0;
+    const auto found = std::lower_bound(
+        ignored.begin(), ignored.end(), item,
+        [](const ScoredItem& scored, std::uint32_t wanted) { return scored.item < wanted; });
+    return found != ignored.end() && found->item == item ? found->score : 0.0f;
   }
-
-  std::shared_ptr<const Model> model_;
-  HashKey key_;
-  PagedArray<std::string> added_;
-  std::array<std::shared_ptr<HashIndex>, 256> parts_;
-  std::bitset<256> owned_;  // parts that no other copy has seen
 };
+
+}  // namespace detail
+
+// ============================================================================================
+// Room 13: catalogue. Owns the items: one published generation of what is known of them, how the
+// next one is built, and how threads share it, each with the memory of its request. Uses all
+// earlier rooms.
+// ============================================================================================
+
+namespace detail {
 
 struct PoolItem {
   std::uint32_t item;
   float bonus;  // half the deviation of the log quality, in units of score
   std::int64_t created;
-};
-
-// What an update needs to know of RecommenderOptions.
-struct CatalogueSettings {
-  bool feedback = true;
-  float exploration_weight = 0;
-  std::int64_t cut_off = 0;  // seconds
-  bool gate_lookup = false;
-  const kernels::Table* table = nullptr;
 };
 
 // The items as one update left them; immutable once published. Quality, corrections and bonuses are
@@ -8631,8 +8918,9 @@ struct Catalogue {
     if (s.first_timestamp != no_timestamp || s.interactions > 0) return s.first_timestamp;
     return std::numeric_limits<std::int64_t>::max();
   }
-  static bool young(std::int64_t created, std::int64_t latest, std::int64_t cut_off) noexcept {
-    return created != no_timestamp && elapsed(created, latest) <= cut_off;
+  static bool young(std::int64_t created, std::int64_t latest,
+                    std::chrono::seconds cut_off) noexcept {
+    return created != no_timestamp && elapsed(created, latest) <= cut_off.count();
   }
 
   // Items by popular_score, best first, to visit(item) until it returns false.
@@ -8721,8 +9009,11 @@ class CatalogueBuilder {
   static constexpr std::size_t calibration_slates = 2048;  // the newest
   static constexpr std::size_t largest_correction = 1024;  // d, beyond which d^3 is too much
 
-  CatalogueBuilder(const Catalogue& previous, const CatalogueSettings& settings)
-      : settings_(settings),
+  // options and table outlive the builder.
+  CatalogueBuilder(const Catalogue& previous, const RecommenderOptions& options,
+                   const kernels::Table& table)
+      : options_(options),
+        table_(table),
         next_(std::make_shared<Catalogue>(previous)),
         first_added_(static_cast<std::uint32_t>(previous.size())) {}
 
@@ -8736,14 +9027,14 @@ class CatalogueBuilder {
 
   // The first generation, of a model alone.
   static std::shared_ptr<const Catalogue> first(const std::shared_ptr<const Model>& model,
-                                                const CatalogueSettings& settings,
-                                                const HashKey& key, std::int64_t now,
-                                                std::int64_t latest) {
+                                                const RecommenderOptions& options,
+                                                const kernels::Table& table, const HashKey& key,
+                                                std::int64_t now, std::int64_t latest) {
     const ModelParts& parts = model->parts();
     Catalogue c;
     c.base = model;
     c.ids = std::make_shared<const ItemIds>(model, key);
-    c.encoder = std::make_shared<const Encoder>(*model, *settings.table, settings.gate_lookup);
+    c.encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
     c.counters = std::make_shared<ItemCounters>(parts.item_ids.size());
     c.statistics = {model, std::span<const ItemStatistics>(parts.statistics)};
     c.rows = ItemRows(std::shared_ptr<const Matrix>(model, &parts.item_vectors));
@@ -8755,18 +9046,18 @@ class CatalogueBuilder {
     c.started = std::max(now, latest);
     c.low_bias = tenth_percentile(parts);
     c.active = c.corrected = std::make_shared<const std::vector<std::uint32_t>>();
-    if (settings.feedback) c.mean_square = mean_square(parts.item_vectors);
+    if (options.feedback) c.mean_square = mean_square(parts.item_vectors);
     for (const ItemStatistics& s : parts.statistics) {
       c.popularity.push_back(std::log(std::max(static_cast<float>(s.interactions), 0.5f)));
       c.trained_interactions += static_cast<double>(s.interactions);
-      if (!settings.feedback) continue;
+      if (!options.feedback) continue;
       c.quality.push_back(0);
       c.correction_of.push_back(0);
     }
     c.scorer = std::make_shared<const Scorer>(c.vectors, c.biases,
-                                              Scorer::usual_query_length(*model), *settings.table);
+                                              Scorer::usual_query_length(*model), table);
     c.interactions = c.trained_interactions;
-    CatalogueBuilder builder(c, settings);
+    CatalogueBuilder builder(c, options, table);
     builder.sort_popular();
     builder.choose_pool(now, latest);
     return std::move(builder.next_);
@@ -8867,7 +9158,7 @@ class CatalogueBuilder {
     next.offsets.push_back(next.low_bias);
     next.biases.push_back(next.low_bias);
     next.popularity.push_back(std::log(0.5f));
-    if (settings_.feedback) {
+    if (options_.feedback) {
       next.quality.push_back(next.unseen_quality);
       next.biases.edit(item) += next.unseen_quality;
       next.correction_of.push_back(0);
@@ -9011,7 +9302,8 @@ class CatalogueBuilder {
                                     std::int64_t latest) const {
     const Catalogue& next = *next_;
     const std::int64_t created = Catalogue::creation(next.statistics[item]);
-    if (!next.available(item) || !Catalogue::young(created, latest, settings_.cut_off))
+    if (!next.available(item) ||
+        !Catalogue::young(created, latest, options_.exploration_item_age_cut_off))
       return std::nullopt;
     const ItemFeedback counted = next.feedback_of(item, moment);
     if (counted.expected >= Catalogue::explored_enough) return std::nullopt;
@@ -9021,7 +9313,7 @@ class CatalogueBuilder {
 
   void choose_pool(std::int64_t now, std::int64_t latest) {
     next_->pool.clear();
-    if (settings_.exploration_weight > 0) {
+    if (options_.exploration_weight > 0) {
       const DecayMoment moment = Decay(Catalogue::half_life).at(now);
       for (std::uint32_t i = 0; i < next_->size(); ++i)
         if (const auto candidate = pool_item(i, moment, latest)) next_->pool.push_back(*candidate);
@@ -9031,7 +9323,7 @@ class CatalogueBuilder {
 
   // The pool where only changed_ can have changed.
   void adjust_pool(std::int64_t now, std::int64_t latest) {
-    if (!(settings_.exploration_weight > 0)) return;
+    if (!(options_.exploration_weight > 0)) return;
     const DecayMoment moment = Decay(Catalogue::half_life).at(now);
     std::vector<std::uint32_t> items, all;
     for (const PoolItem& candidate : next_->pool) items.push_back(candidate.item);
@@ -9066,7 +9358,8 @@ class CatalogueBuilder {
     }
   }
 
-  CatalogueSettings settings_;
+  const RecommenderOptions& options_;
+  const kernels::Table& table_;
   std::shared_ptr<Catalogue> next_;
   std::uint32_t first_added_;
   std::shared_ptr<ItemIds> ids_;  // where items are added
@@ -9082,7 +9375,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   const DecayMoment moment = Decay(Catalogue::half_life).at(now);
   std::vector<std::uint32_t> active = find_active();
   learn_popularity(active, moment, now);
-  if (!settings_.feedback) {
+  if (!options_.feedback) {
     next.active = std::make_shared<const std::vector<std::uint32_t>>(std::move(active));
     return next.active->size();
   }
@@ -9211,7 +9504,7 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   constexpr double least = 0.1, forgotten = 0.01;  // expected positive events
   const std::size_t d = next.dimension();
   const float slope = next.calibration.slope;
-  const VectorCorrection layer(*next.second_moment, d, *settings_.table);
+  const VectorCorrection layer(*next.second_moment, d, table_);
   for (const std::uint32_t item : *next.corrected) {
     next.correction_of.edit(item) = 0;
     changed_.push_back(item);
@@ -9254,11 +9547,142 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   next.corrected = std::make_shared<const std::vector<std::uint32_t>>(std::move(corrected));
 }
 
+// The published generation and the idle memory of requests, in lanes: the threads of a lane share a
+// lock with few others, and count readers on a pointer of their own, which is no traffic between
+// cores. Any number of threads.
+class Lanes {
+ public:
+  std::shared_ptr<const Catalogue> current() const {
+    Lane& lane = of_thread();
+    const std::lock_guard lock{lane.mutex};
+    return lane.catalogue;
+  }
+  // Each lane gets a pointer with a count of its own. Where memory runs out, none does.
+  void publish(const std::shared_ptr<const Catalogue>& next) {
+    std::array<std::shared_ptr<const Catalogue>, lane_count> copies;
+    for (auto& copy : copies) {
+      auto owner = std::make_shared<std::shared_ptr<const Catalogue>>(next);
+      copy = std::shared_ptr<const Catalogue>(std::move(owner), next.get());
+    }
+    for (std::size_t l = 0; l < lane_count; ++l) {
+      const std::lock_guard lock{lanes_[l].mutex};
+      lanes_[l].catalogue.swap(copies[l]);
+    }
+  }
+  // Of the memory that no request has now.
+  std::size_t idle_bytes() const {
+    std::size_t sum = 0;
+    for (const Lane& lane : lanes_) {
+      const std::lock_guard lock{lane.mutex};
+      for (const auto& scratch : lane.idle) sum += scratch->bytes();
+    }
+    return sum;
+  }
+
+ private:
+  friend class ScratchLease;
+  struct alignas(64) Lane {
+    mutable RankedMutex<1> mutex;
+    std::shared_ptr<const Catalogue> catalogue;
+    std::vector<std::unique_ptr<Scratch>> idle;
+    std::size_t scratches = 0;
+  };
+  static constexpr std::size_t lane_count = 16;
+
+  Lane& of_thread() const noexcept {
+    return lanes_[std::hash<std::thread::id>{}(std::this_thread::get_id()) % lane_count];
+  }
+  mutable std::array<Lane, lane_count> lanes_;
+};
+
+// Scratch memory and the catalogue of one request, from the thread's lane and given back clean.
+class ScratchLease {
+ public:
+  explicit ScratchLease(const Lanes& lanes) : ScratchLease(lanes.of_thread()) {
+    if (!scratch_) add();
+    fit();
+  }
+  ScratchLease(const ScratchLease&) = delete;
+  ScratchLease& operator=(const ScratchLease&) = delete;
+  ~ScratchLease() {
+    if (!scratch_) return;
+    for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
+    for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
+    scratch_->choices.clear();
+    scratch_->interacted.clear();
+    scratch_->ignored.clear();
+    scratch_->ignored_filter = {};
+    const std::lock_guard lock{lane_.mutex};
+    lane_.idle.push_back(std::move(scratch_));
+  }
+  Scratch& operator*() const noexcept { return *scratch_; }
+  Scratch* operator->() const noexcept { return scratch_.get(); }
+  const Catalogue& catalogue() const noexcept { return *catalogue_; }
+  const std::shared_ptr<const Catalogue>& shared() const noexcept { return catalogue_; }
+
+  // Goes on with another generation, which has room here then.
+  void use(std::shared_ptr<const Catalogue> catalogue) {
+    catalogue_ = std::move(catalogue);
+    fit();
+  }
+
+ private:
+  // The public one delegates to it, so that what it throws is no reason to lose the memory.
+  explicit ScratchLease(Lanes::Lane& lane) : lane_(lane) {
+    const std::lock_guard lock{lane.mutex};
+    catalogue_ = lane.catalogue;
+    if (lane.idle.empty()) return;
+    scratch_ = std::move(lane.idle.back());
+    lane.idle.pop_back();
+  }
+
+  void fit() {
+    const Catalogue& c = *catalogue_;
+    Scratch& scratch = *scratch_;
+    scratch.query.resize(kernels::padded(c.dimension()));
+    for (std::vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
+      each->resize(c.dimension());
+    scratch.input.resize(c.base->parts().inputs().columns());
+    if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
+    if (scratch.excluded.size() >= c.size()) return;
+    scratch.taken = ItemMask(c.size());
+    scratch.excluded = ItemMask(c.size());
+  }
+
+  // One more, and room among the idle ones for all there are.
+  void add() {
+    auto made = std::make_unique<Scratch>();
+    for (;;) {
+      std::vector<std::unique_ptr<Scratch>> room;
+      std::size_t wanted = 0;
+      {
+        const std::lock_guard lock{lane_.mutex};
+        if (lane_.idle.capacity() > lane_.scratches) {
+          ++lane_.scratches;
+          scratch_ = std::move(made);
+          return;
+        }
+        wanted = 2 * lane_.scratches + 2;
+      }
+      room.reserve(wanted);
+      const std::lock_guard lock{lane_.mutex};
+      if (lane_.idle.capacity() >= wanted) continue;
+      for (auto& scratch : lane_.idle) room.push_back(std::move(scratch));
+      room.swap(lane_.idle);
+    }
+  }
+
+  Lanes::Lane& lane_;
+  std::shared_ptr<const Catalogue> catalogue_;
+  std::unique_ptr<Scratch> scratch_;
+};
+
 }  // namespace detail
 
 // ============================================================================================
 // Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
-// within a budget in bytes, and the window of event ids. Uses rooms 2, 6 and 11.
+// within a budget in bytes; the window of event ids, and the gate of time through which events
+// come. Uses rooms 1, 2, 11 and 13.
 // ============================================================================================
 
 namespace detail {
@@ -9882,13 +10306,105 @@ class EventIds {
   std::array<Stripe, stripe_count> stripes_;
 };
 
+// When something happened, checked, and the clock's time.
+struct Time {
+  std::int64_t timestamp;
+  std::int64_t now;
+};
+
+// The gate through which every time comes in, and what all users share of it: the time of the
+// latest interaction, which no client moves far. Any number of threads.
+class TimeGate {
+ public:
+  // options outlive the gate. latest: of the interactions before, no_timestamp where there are
+  // none.
+  TimeGate(const RecommenderOptions& options, std::int64_t latest)
+      : options_(options), latest_(latest) {}
+
+  std::int64_t now() const {
+    if (options_.clock) return options_.clock();
+    return std::chrono::duration_cast<std::chrono::seconds>(
+               std::chrono::system_clock::now().time_since_epoch())
+        .count();
+  }
+
+  // what: the argument's name. Errors (invalid_argument): more than clock_skew ahead of the clock.
+  Result<Time> check(std::optional<std::int64_t> timestamp, const char* what) const {
+    const std::int64_t now = this->now();
+    if (!timestamp || *timestamp <= now) return Time{timestamp.value_or(now), now};
+    const std::int64_t ahead = elapsed(now, *timestamp);
+    if (ahead <= options_.clock_skew.count()) return Time{*timestamp, now};
+    std::string text = std::string(what) + " is " + std::to_string(*timestamp) + ", " +
+                       std::to_string(ahead) + " seconds ahead of the clock";
+    for (const auto& [scale, unit] : {std::pair<std::int64_t, const char*>{1'000, "milliseconds"},
+                                      {1'000'000, "microseconds"},
+                                      {1'000'000'000, "nanoseconds"}})
+      if (const std::int64_t seconds = *timestamp / scale;
+          now > 0 && seconds > now / 16 && elapsed(now, seconds) <= now) {
+        text += std::string("; it looks like ") + unit + ", and Unix seconds are wanted";
+        break;
+      }
+    return Error{Errc::invalid_argument, std::move(text)};
+  }
+
+  // The time of the latest interaction.
+  std::int64_t latest() const noexcept { return latest_.load(std::memory_order_relaxed); }
+  bool young(std::int64_t created) const noexcept {
+    return Catalogue::young(created, latest(), options_.exploration_item_age_cut_off);
+  }
+  // Of the times that count as young, the earliest.
+  std::int64_t oldest_young() const noexcept {
+    const std::int64_t first = no_timestamp + 1;
+    const std::int64_t cut_off = options_.exploration_item_age_cut_off.count();
+    return latest() < first + cut_off ? first : latest() - cut_off;
+  }
+  // The time at which an event counts for what all share: its own, but no later than the clock and,
+  // where it lies in the clock's past as in a replay, no more than a week later than the events
+  // before it.
+  std::int64_t shared(const Time& time) const noexcept {
+    const std::int64_t t = std::min(time.timestamp, time.now);
+    const std::int64_t last = latest_event_.load(std::memory_order_relaxed);
+    if (last == no_timestamp || elapsed(t, time.now) <= options_.clock_skew.count()) return t;
+    return elapsed(last, t) > largest_step ? last + largest_step : t;
+  }
+  // By an event of a user (a hash), who alone moves it by no more than a week in a replay.
+  void advance(const Time& time, std::uint64_t user) noexcept {
+    std::int64_t to = shared(time);
+    const std::int64_t last = latest_event_.load(std::memory_order_relaxed);
+    if (to <= last) return;
+    if (latest_user_.exchange(user, std::memory_order_relaxed) != user)
+      latest_before_.store(last, std::memory_order_relaxed);
+    const std::int64_t before = latest_before_.load(std::memory_order_relaxed);
+    if (before != no_timestamp && elapsed(before, to) > largest_step &&
+        elapsed(to, time.now) > options_.clock_skew.count())
+      to = before + largest_step;
+    raise(latest_event_, to);
+    raise(latest_, to);
+  }
+
+ private:
+  static void raise(std::atomic<std::int64_t>& highest, std::int64_t to) noexcept {
+    std::int64_t old = highest.load(std::memory_order_relaxed);
+    while (old < to && !highest.compare_exchange_weak(old, to, std::memory_order_relaxed)) {
+    }
+  }
+
+  static constexpr std::int64_t largest_step = 7 * 86'400;  // of latest_event_, see shared()
+
+  const RecommenderOptions& options_;
+  std::atomic<std::int64_t> latest_;                      // of all interactions
+  std::atomic<std::int64_t> latest_event_{no_timestamp};  // of those that were recorded here
+  // Who moved that last, and where it was before.
+  std::atomic<std::uint64_t> latest_user_{0};
+  std::atomic<std::int64_t> latest_before_{no_timestamp};
+};
+
 }  // namespace detail
 
 // ============================================================================================
-// Room 15: state. Owns all that a recommender knows and where it lies: options, the gate of time,
-// the published catalogue and the memory of requests in lanes of threads, what waits for an update,
-// and who runs updates. Uses all earlier rooms. (What outlives the process, save, restore and
-// journal, belongs here.)
+// Room 15: state. Owns all that a recommender knows and where it lies: what waits for an update,
+// who runs updates, and how items rank for a user. Uses all earlier rooms. (What outlives the
+// process, save, restore and journal, belongs here.)
 //
 // Locks, in the order in which a thread may take them (RankedMutex checks it):
 //   0  State::update_mutex   one update at a time; no request takes it, but with
@@ -9900,83 +10416,6 @@ class EventIds {
 // encoder: no memory is taken (but for items and events that wait for an update), nothing is
 // solved, no foreign string is hashed, no callback is called.
 // ============================================================================================
-
-// Bytes that a recommender has taken, beside the model and what its callers hold.
-struct MemoryUse {
-  std::size_t users = 0;      // users and sessions: RecommenderOptions::user_bytes
-  std::size_t event_ids = 0;  // at most some 30 bytes x remembered_event_ids
-  std::size_t slates = 0;     // slate_log_bytes
-  std::size_t contexts = 0;   // context_bytes
-  std::size_t pending = 0;    // pending_bytes, and the fields of items that were put and are in
-  std::size_t catalogue = 0;  // the present generation and those that readers still hold
-  std::size_t scratch = 0;    // of requests: one a thread that asks at the same time
-  std::size_t total() const noexcept {
-    return users + event_ids + slates + contexts + pending + catalogue + scratch;
-  }
-};
-
-// Who runs automatic updates.
-enum class Updates : std::uint8_t {
-  by_thread,    // a thread that create() starts and the destructor joins
-  by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
-  in_requests,  // the record or recommend that finds one due, which then takes that much longer
-};
-
-struct RecommenderOptions {
-  std::uint32_t history_length = 200;  // events remembered a user, [1, 65535]
-  // Users and sessions remembered: at most so many, [64, 2^40], in so many bytes, [2^16, 2^50]; the
-  // least recently used go. At a hidden dimension of 128 a user with 50 events takes 2 KiB.
-  std::uint64_t max_users = 10'000'000;
-  std::uint64_t user_bytes = std::uint64_t{256} << 20;
-  // Probability that a place of a slate may go to an item with little feedback, [0, 1].
-  float exploration_weight = 0.3f;
-  // Older items are not explored, > 0. Age is counted from an item's creation (where unknown, its
-  // first interaction) to the latest interaction of all.
-  std::chrono::seconds exploration_item_age_cut_off = std::chrono::days{30};
-  // Learn from impressions. Off: the slate is the model's own ranking, without exploration, which
-  // could not end, and has no id.
-  bool feedback = true;
-  // Event types that count as a choice of the item; empty: all of them.
-  std::vector<std::string> positive_event_types = {};
-  // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
-  // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
-  // 2002).
-  std::vector<float> examination = {};
-  // An automatic update falls due so long after the last one, by the clock; 0: never, whoever
-  // `updates` names. [0, 2^32]. Items that were put come in at once where a thread runs updates.
-  std::chrono::seconds update_interval = std::chrono::hours{2};
-  Updates updates = Updates::by_thread;
-  // Slates whose recommendation ids are known: at most so many, [1, 2^28], in so many bytes,
-  // [2^16, 2^50], which are taken at once, for so long, > 0 and at most 2^32.
-  std::uint32_t remembered_slates = 65'536;
-  std::uint64_t slate_log_bytes = std::uint64_t{64} << 20;
-  std::chrono::seconds slate_expiry = std::chrono::days{1};
-  std::uint32_t remembered_event_ids = 262'144;  // [64, 2^28]
-  // Of the contexts in which items were shown and chosen, 8 d + 32 an item. [2^16, 2^50]
-  std::uint64_t context_bytes = std::uint64_t{64} << 20;
-  // Of items that were put and wait for an update, and of events on them. [2^12, 2^50]
-  std::uint64_t pending_bytes = std::uint64_t{16} << 20;
-  // Unix seconds now; empty: the system's clock. For replays and simulations; called in every
-  // request, from any thread.
-  std::function<std::int64_t()> clock = {};
-  // Times so much ahead of the clock are taken; later ones are an error. [0, 2^40]
-  std::chrono::seconds clock_skew = std::chrono::days{1};
-  std::uint64_t seed = 0;  // of exploration: the same seed, calls and timestamps, the same slates
-  // Makes recommendation ids unforgeable, and users' and items' hashes unforeseeable. Missing:
-  // taken from the system's random source.
-  std::optional<std::array<std::uint64_t, 2>> recommendation_key = {};
-  // Called for every impression and positive event of a remembered slate, on the recording thread,
-  // which holds no lock. Must not throw.
-  std::function<void(const LogEntry&)> log = {};
-  // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
-  // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
-  // programs.
-  bool gate_lookup = false;
-  // The kernels to compute with, named as Recommender::instruction_set() does; they must be in this
-  // program and run on this processor. Empty: kernels::chosen(), the best, or with
-  // personalize::kernels what the environment variable PERSONALIZE_KERNELS names.
-  std::string instruction_set = {};
-};
 
 namespace detail {
 
@@ -9992,143 +10431,14 @@ inline std::optional<HashKey> random_key() {
   return key;
 }
 
-// u before the discount.
-inline float undiscounted(const Catalogue& catalogue, bool known, std::uint32_t item,
-                          std::span<const float> query) noexcept {
-  return known ? catalogue.scorer->score(query, item) : catalogue.popular_score(item);
-}
-
-// As users see it: without events, the share of interactions and not its logarithm.
-inline float shown_score(bool known, float u) noexcept { return known ? u : std::exp(u); }
-
-// Quality and taste: what impressions taught, in units of score.
-inline float learnt_score(const Catalogue& catalogue, bool known, std::uint32_t item,
-                          std::span<const float> query) noexcept {
-  return catalogue.quality_of(item) + (known ? catalogue.taste(item, query) : 0.0f);
-}
-
-// Positive events expected of an examined impression with score u.
-inline float value_of(const Calibration& calibration, float u, float normaliser) noexcept {
-  return std::exp(std::min(calibration.slope * (u - normaliser) + calibration.intercept, 3.0f));
-}
-
-inline Result<void> check_options(const RecommenderOptions& options) {
-  const auto error = [](const char* text) {
-    return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
-  };
-  const auto outside = [](std::uint64_t value, unsigned low, unsigned high) {
-    return value < std::uint64_t{1} << low || value > std::uint64_t{1} << high;
-  };
-  const auto within = [](std::chrono::seconds value, std::int64_t low, std::int64_t high) {
-    return value.count() >= low && value.count() <= high;
-  };
-  if (options.history_length < 1 || options.history_length > 65535)
-    return error("history_length is outside [1, 65535]");
-  if (outside(options.max_users, 6, 40)) return error("max_users is outside [64, 2^40]");
-  if (outside(options.user_bytes, 16, 50)) return error("user_bytes is outside [2^16, 2^50]");
-  if (!(options.exploration_weight >= 0 && options.exploration_weight <= 1))
-    return error("exploration_weight is outside [0, 1]");
-  if (options.exploration_item_age_cut_off.count() <= 0)
-    return error("exploration_item_age_cut_off is not above 0");
-  for (const float probability : options.examination)
-    if (!(probability > 0 && probability <= 1))
-      return error("examination has a probability outside (0, 1]");
-  if (!within(options.update_interval, 0, std::int64_t{1} << 32))
-    return error("update_interval is outside [0, 2^32] seconds");
-  if (options.updates > Updates::in_requests) return error("updates is none of the three");
-  if (outside(options.remembered_slates, 0, 28))
-    return error("remembered_slates is outside [1, 2^28]");
-  if (outside(options.slate_log_bytes, 16, 50))
-    return error("slate_log_bytes is outside [2^16, 2^50]");
-  if (!within(options.slate_expiry, 1, std::int64_t{1} << 32))
-    return error("slate_expiry is not above 0, or above 2^32 seconds");
-  if (outside(options.remembered_event_ids, 6, 28))
-    return error("remembered_event_ids is outside [64, 2^28]");
-  if (outside(options.context_bytes, 16, 50)) return error("context_bytes is outside [2^16, 2^50]");
-  if (outside(options.pending_bytes, 12, 50)) return error("pending_bytes is outside [2^12, 2^50]");
-  if (!within(options.clock_skew, 0, std::int64_t{1} << 40))
-    return error("clock_skew is outside [0, 2^40] seconds");
-  return {};
-}
-
-// Request-sized memory.
-struct Scratch {
-  std::vector<float> query;             // [padded(d)], h with g
-  std::vector<float> offset;            // [d], g
-  std::vector<float> gradient, vector;  // [d], for moving g
-  std::vector<float> input;             // [e], of an item that is none of the model's
-  Encoder::Workspace encoding;
-  Scorer::Workspace scoring;
-  std::vector<std::uint32_t> interacted;
-  std::vector<ScoredItem> ignored;  // item and its discount, ascending by item
-  std::array<std::uint64_t, 16>
-      ignored_filter{};  // a bit set for each, by the item's last ten bits
-  std::uint64_t request_number = 0;
-  bool drawn_user = false, drawn_session = false;  // whose next number request_number is
-  bool grown = false;                              // users have: Settle looks at their budget
-  ItemMask taken{0}, excluded{0};                  // all zero between requests
-  std::vector<ScoredItem> top, pool;
-  std::vector<float> pool_scores, pool_expected;
-  float normaliser = 0;
-  SlotPolicy policy;
-  std::vector<SlotChoice> choices;
-  LoggedSlate logged;  // of a slate that is made, or that an event answers
-  // Of an event: the items listed, with their places; the picks seen, by place, and which of them
-  // others may learn from.
-  struct Seen {
-    std::uint32_t place;
-    LoggedPick pick;
-    LoggedChoice logged;
-    bool shared;  // others may learn from it
-  };
-  std::vector<ScoredItem> listed;  // score: the place
-  std::vector<Seen> seen;
-
-  std::size_t bytes() const noexcept {
-    return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
-           allocated(vector) + allocated(input) + allocated(encoding.values) +
-           allocated(encoding.quantised) + scoring.bytes() + allocated(interacted) +
-           allocated(ignored) + 2 * allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
-           allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
-           allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
-           allocated(listed) + allocated(seen) + policy.bytes();
-  }
-
-  float discount(std::uint32_t item) const noexcept {
-    if ((ignored_filter[item % 1024 / 64] >> (item % 64) & 1) == 0) return 0;
-    const auto found = std::lower_bound(
-        ignored.begin(), ignored.end(), item,
-        [](const ScoredItem& scored, std::uint32_t wanted) { return scored.item < wanted; });
-    return found != ignored.end() && found->item == item ? found->score : 0.0f;
-  }
-};
-
-// When something happened, checked, and the clock's time.
-struct Time {
-  std::int64_t timestamp;
-  std::int64_t now;
-};
-
-class ScratchLease;
-
 // What a recommender has, for all threads.
 struct State {
   // What one user adds to what all share, in a half-life.
   static constexpr float most_events = 1600, most_shown = 4096;
-  static constexpr std::size_t slate_repetitions = 4;       // of events on one item, from slates
-  static constexpr float offset_forgotten = 0.05f;          // of the user's offset, an event
-  static constexpr std::int64_t largest_step = 7 * 86'400;  // of latest_event, see shared_time()
+  static constexpr std::size_t slate_repetitions = 4;  // of events on one item, from slates
+  static constexpr float offset_forgotten = 0.05f;     // of the user's offset, an event
 
   using Mutex = RankedMutex<1>;
-
-  // A part of the threads: who is in it shares a lock and idle memory with few others. Each has a
-  // pointer to the catalogue of its own, so that counting readers is no traffic between cores.
-  struct alignas(64) Lane {
-    mutable Mutex mutex;
-    std::shared_ptr<const Catalogue> catalogue;
-    std::vector<std::unique_ptr<Scratch>> idle;
-    std::size_t scratches = 0;
-  };
 
   struct PendingEvent {
     std::string user, session, event_type;
@@ -10161,8 +10471,7 @@ struct State {
         options(std::move(chosen)),
         key(*options.recommendation_key),
         table(kernel_table),
-        settings{options.feedback, options.exploration_weight,
-                 options.exploration_item_age_cut_off.count(), options.gate_lookup, &table},
+        times(options, latest_of(*model)),
         encoder_state(Encoder(*model, table).state_size()),
         users(options.user_bytes, options.max_users, encoder_state, model->dimension()),
         event_ids(options.remembered_event_ids),
@@ -10185,41 +10494,6 @@ struct State {
     updater.join();
   }
 
-  std::int64_t clock() const {
-    if (options.clock) return options.clock();
-    return std::chrono::duration_cast<std::chrono::seconds>(
-               std::chrono::system_clock::now().time_since_epoch())
-        .count();
-  }
-
-  // The gate through which every time comes in.
-  Result<Time> time_of(std::optional<std::int64_t> timestamp, const char* what) const {
-    const std::int64_t now = clock();
-    if (!timestamp || *timestamp <= now) return Time{timestamp.value_or(now), now};
-    const std::int64_t ahead = elapsed(now, *timestamp);
-    if (ahead <= options.clock_skew.count()) return Time{*timestamp, now};
-    std::string text = std::string(what) + " is " + std::to_string(*timestamp) + ", " +
-                       std::to_string(ahead) + " seconds ahead of the clock";
-    for (const auto& [scale, unit] : {std::pair<std::int64_t, const char*>{1'000, "milliseconds"},
-                                      {1'000'000, "microseconds"},
-                                      {1'000'000'000, "nanoseconds"}})
-      if (const std::int64_t seconds = *timestamp / scale;
-          now > 0 && seconds > now / 16 && elapsed(now, seconds) <= now) {
-        text += std::string("; it looks like ") + unit + ", and Unix seconds are wanted";
-        break;
-      }
-    return Error{Errc::invalid_argument, std::move(text)};
-  }
-
-  std::shared_ptr<const Catalogue> current() const {
-    Lane& lane = lane_of_thread();
-    const std::lock_guard lock{lane.mutex};
-    return lane.catalogue;
-  }
-  Lane& lane_of_thread() const noexcept {
-    return lanes[std::hash<std::thread::id>{}(std::this_thread::get_id()) % lanes.size()];
-  }
-
   bool is_positive(std::string_view event_type) const noexcept {
     const auto& types = options.positive_event_types;
     return types.empty() || std::find(types.begin(), types.end(), event_type) != types.end();
@@ -10228,43 +10502,6 @@ struct State {
     const auto& chosen = options.examination;
     if (chosen.empty()) return 1.0f / std::log2(static_cast<float>(place) + 2.0f);
     return chosen[std::min(place, chosen.size() - 1)];
-  }
-  bool young(std::int64_t created) const noexcept {
-    return Catalogue::young(created, latest.load(std::memory_order_relaxed), settings.cut_off);
-  }
-  // Of the times that count as young, the earliest.
-  std::int64_t oldest_young() const noexcept {
-    const std::int64_t last = latest.load(std::memory_order_relaxed);
-    const std::int64_t first = no_timestamp + 1;
-    return last < first + settings.cut_off ? first : last - settings.cut_off;
-  }
-  // The time at which an event counts for what all share: its own, but no later than the clock and,
-  // where it lies in the clock's past as in a replay, no more than a week later than the events
-  // before it.
-  std::int64_t shared_time(const Time& time) const noexcept {
-    const std::int64_t t = std::min(time.timestamp, time.now);
-    const std::int64_t last = latest_event.load(std::memory_order_relaxed);
-    if (last == no_timestamp || elapsed(t, time.now) <= options.clock_skew.count()) return t;
-    return elapsed(last, t) > largest_step ? last + largest_step : t;
-  }
-  static void raise(std::atomic<std::int64_t>& highest, std::int64_t to) noexcept {
-    std::int64_t old = highest.load(std::memory_order_relaxed);
-    while (old < to && !highest.compare_exchange_weak(old, to, std::memory_order_relaxed)) {
-    }
-  }
-  // By an event of a user (a hash), who alone moves it by no more than a week in a replay.
-  void raise_latest(const Time& time, std::uint64_t user) noexcept {
-    std::int64_t to = shared_time(time);
-    const std::int64_t last = latest_event.load(std::memory_order_relaxed);
-    if (to <= last) return;
-    if (latest_user.exchange(user, std::memory_order_relaxed) != user)
-      latest_before.store(last, std::memory_order_relaxed);
-    const std::int64_t before = latest_before.load(std::memory_order_relaxed);
-    if (before != no_timestamp && elapsed(before, to) > largest_step &&
-        elapsed(to, time.now) > options.clock_skew.count())
-      to = before + largest_step;
-    raise(latest_event, to);
-    raise(latest, to);
   }
 
   // A stored user's row, unless forgotten.
@@ -10300,7 +10537,7 @@ struct State {
   RecommenderOptions options;
   HashKey key;
   const kernels::Table& table;
-  CatalogueSettings settings;
+  TimeGate times;
   std::size_t encoder_state;
   Users users;
   EventIds event_ids;
@@ -10308,15 +10545,9 @@ struct State {
   SlateLog slates;
   Decay decay{Catalogue::half_life};
   std::vector<std::atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
-  static constexpr std::size_t lane_count = 16;
-  mutable std::array<Lane, lane_count> lanes;
+  Lanes lanes;
 
-  std::atomic<bool> changed{false};                // events or impressions since the last learning
-  std::atomic<std::int64_t> latest{no_timestamp};  // of all interactions
-  std::atomic<std::int64_t> latest_event{no_timestamp};  // of those that were recorded here
-  // Who moved that last, and where it was before.
-  std::atomic<std::uint64_t> latest_user{0};
-  std::atomic<std::int64_t> latest_before{no_timestamp};
+  std::atomic<bool> changed{false};  // events or impressions since the last learning
   std::atomic<std::int64_t> next_update{no_timestamp};  // by the clock
   std::atomic<std::uint64_t> restarted{0};
 
@@ -10342,6 +10573,12 @@ struct State {
   std::thread updater;
 
  private:
+  static std::int64_t latest_of(const Model& model) noexcept {
+    std::int64_t latest = no_timestamp;
+    for (const ItemStatistics& s : model.parts().statistics)
+      latest = std::max(latest, s.last_timestamp);
+    return latest;
+  }
   static std::size_t bytes_of(std::string_view id) noexcept {
     return sizeof(std::pair<const std::string, PutItem>) + 32 + id.size();
   }
@@ -10354,6 +10591,51 @@ struct State {
   void sweep() noexcept;
 };
 
+// How items rank for one user, by one generation: u, and what it is made of. Belongs to one request
+// or event, whose memory it works in.
+struct Ranking {
+  static constexpr std::uint32_t normalising_items = 32;
+  static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
+
+  State& state;
+  const Catalogue& catalogue;
+  Scratch& scratch;
+  bool known = false;  // whether there are events of the user: scratch.query is theirs
+
+  void read_user(const Request& request, const UserKey& key, const UserKey& session_key,
+                 std::int64_t timestamp);
+  void find_best(std::size_t count, const Eligibility& eligibility);
+  void normalise();
+  void collect_pool(const Eligibility& eligibility);
+  void assess(std::size_t place, const SlotChoice& choice);
+
+  // u. Not finite, of an item that was removed.
+  float score(std::uint32_t item) const noexcept {
+    return (known ? catalogue.scorer->score(scratch.query, item) : catalogue.popular_score(item)) -
+           scratch.discount(item);
+  }
+  // u of a pick, which in the pool has a bonus.
+  float score(const SlotChoice& choice) const noexcept {
+    if (!choice.explored) return choice.pick.score;
+    const auto found = std::lower_bound(
+        scratch.pool.begin(), scratch.pool.end(), choice.pick.item,
+        [](const ScoredItem& scored, std::uint32_t item) { return scored.item < item; });
+    return scratch.pool_scores[static_cast<std::size_t>(found - scratch.pool.begin())];
+  }
+  // As users see it: without events, the share of interactions and not its logarithm.
+  float shown(float u) const noexcept { return known ? u : std::exp(u); }
+  // Quality and taste: what impressions taught, in units of score.
+  float learnt(std::uint32_t item) const noexcept {
+    return catalogue.quality_of(item) + (known ? catalogue.taste(item, scratch.query) : 0.0f);
+  }
+  // Positive events expected of an examined impression with score u.
+  float value_of(float u) const noexcept {
+    const Calibration& calibration = catalogue.calibration;
+    const float log_value = calibration.slope * (u - scratch.normaliser) + calibration.intercept;
+    return std::exp(std::min(log_value, 3.0f));
+  }
+};
+
 // Gives back, in the end, users over the budget and one who was added for nothing.
 struct Settle {
   Users& users;
@@ -10362,88 +10644,6 @@ struct Settle {
   ~Settle() {
     if (std::exchange(grown, false)) users.settle(key);
   }
-};
-
-// Scratch memory and the catalogue of one request, from the thread's lane and given back clean.
-class ScratchLease {
- public:
-  explicit ScratchLease(const State& state) : ScratchLease(state.lane_of_thread()) {
-    if (!scratch_) add();
-    fit();
-  }
-  ScratchLease(const ScratchLease&) = delete;
-  ScratchLease& operator=(const ScratchLease&) = delete;
-  ~ScratchLease() {
-    if (!scratch_) return;
-    for (const std::uint32_t item : scratch_->interacted) scratch_->excluded.reset(item);
-    for (const SlotChoice& choice : scratch_->choices) scratch_->taken.reset(choice.pick.item);
-    scratch_->choices.clear();
-    scratch_->interacted.clear();
-    scratch_->ignored.clear();
-    scratch_->ignored_filter = {};
-    const std::lock_guard lock{lane_.mutex};
-    lane_.idle.push_back(std::move(scratch_));
-  }
-  Scratch& operator*() const noexcept { return *scratch_; }
-  Scratch* operator->() const noexcept { return scratch_.get(); }
-  const Catalogue& catalogue() const noexcept { return *catalogue_; }
-  const std::shared_ptr<const Catalogue>& shared() const noexcept { return catalogue_; }
-
-  // Goes on with another generation, which has room here then.
-  void use(std::shared_ptr<const Catalogue> catalogue) {
-    catalogue_ = std::move(catalogue);
-    fit();
-  }
-
- private:
-  // The public one delegates to it, so that what it throws is no reason to lose the memory.
-  explicit ScratchLease(State::Lane& lane) : lane_(lane) {
-    const std::lock_guard lock{lane.mutex};
-    catalogue_ = lane.catalogue;
-    if (lane.idle.empty()) return;
-    scratch_ = std::move(lane.idle.back());
-    lane.idle.pop_back();
-  }
-
-  void fit() {
-    const Catalogue& c = *catalogue_;
-    Scratch& scratch = *scratch_;
-    scratch.query.resize(kernels::padded(c.dimension()));
-    for (std::vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
-      each->resize(c.dimension());
-    scratch.input.resize(c.base->parts().inputs().columns());
-    if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
-    if (scratch.excluded.size() >= c.size()) return;
-    scratch.taken = ItemMask(c.size());
-    scratch.excluded = ItemMask(c.size());
-  }
-
-  // One more, and room among the idle ones for all there are.
-  void add() {
-    auto made = std::make_unique<Scratch>();
-    for (;;) {
-      std::vector<std::unique_ptr<Scratch>> room;
-      std::size_t wanted = 0;
-      {
-        const std::lock_guard lock{lane_.mutex};
-        if (lane_.idle.capacity() > lane_.scratches) {
-          ++lane_.scratches;
-          scratch_ = std::move(made);
-          return;
-        }
-        wanted = 2 * lane_.scratches + 2;
-      }
-      room.reserve(wanted);
-      const std::lock_guard lock{lane_.mutex};
-      if (lane_.idle.capacity() >= wanted) continue;
-      for (auto& scratch : lane_.idle) room.push_back(std::move(scratch));
-      room.swap(lane_.idle);
-    }
-  }
-
-  State::Lane& lane_;
-  std::shared_ptr<const Catalogue> catalogue_;
-  std::unique_ptr<Scratch> scratch_;
 };
 
 // What a new user begins with.
@@ -10482,9 +10682,9 @@ inline void State::apply_event(const UserKey& key_of, std::string_view user,
         step(found, event, scratch, of);
         return counts;
       });
-  raise_latest(time, key_of.hash());
+  times.advance(time, key_of.hash());
   if (!shared) return;
-  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(shared_time(time)));
+  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(times.shared(time)));
   changed.store(true, std::memory_order_relaxed);
 }
 
@@ -10499,7 +10699,7 @@ inline bool State::merge(std::string_view session, std::string_view user) {
       },
       false);
   if (!before) return false;
-  ScratchLease scratch{*this};
+  ScratchLease scratch{lanes};
   Settle settle{users, user_key, scratch->grown};
   std::vector<RememberedEvent> events;
   events.reserve(options.history_length);
@@ -10512,7 +10712,7 @@ inline bool State::merge(std::string_view session, std::string_view user) {
   change(before->first, before->second, [](User&) {});  // memory first
   const User::Owner visitor = users.take(visitor_key);
   if (!visitor) return false;
-  scratch.use(current());
+  scratch.use(lanes.current());
   const Catalogue& of = scratch.catalogue();
   visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
   std::fill(scratch->gradient.begin(), scratch->gradient.end(), 0.0f);
@@ -10604,7 +10804,7 @@ inline Result<void> State::put(const NewItem& item, const Time& time) {
 }
 
 inline bool State::remove(std::string_view id) {
-  const bool there = current()->find(id).has_value();
+  const bool there = lanes.current()->find(id).has_value();
   const std::lock_guard lock{pending_mutex};
   auto found = put_items.find(id);
   const bool waits = found != put_items.end() && found->second.waiting && !found->second.remove;
@@ -10714,7 +10914,7 @@ inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& it
         Settle settle{users, user, scratch->grown};
         const auto type = catalogue->base->parts().event_types.find(event.event_type);
         apply_event(user, event.user, {*number, type.value_or(no_event_type), event.timestamp},
-                    {event.timestamp, clock()}, *scratch, *catalogue);
+                    {event.timestamp, times.now()}, *scratch, *catalogue);
         return {};
       });
       ++(applied ? result.events_replayed : result.events_lost);
@@ -10726,7 +10926,7 @@ inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& it
 // Updates
 
 inline bool State::due() const {
-  return options.update_interval.count() > 0 && clock() >= next_update.load() &&
+  return options.update_interval.count() > 0 && times.now() >= next_update.load() &&
          (changed.load(std::memory_order_relaxed) || has_pending.load(std::memory_order_relaxed));
 }
 
@@ -10736,7 +10936,7 @@ inline Result<void> State::update_if_due() {
   if (options.updates != Updates::in_requests || !due()) return {};
   const std::unique_lock lock{update_mutex, std::try_to_lock};
   if (!lock || !due()) return {};
-  const std::int64_t now = clock(), before = next_update.load();
+  const std::int64_t now = times.now(), before = next_update.load();
   next_update.store(now + options.update_interval.count());
   auto updated = run_update(now, true);
   if (!updated) next_update.store(before);
@@ -10759,12 +10959,12 @@ inline Result<void> State::run_update(std::int64_t now, bool learn) {
     const bool faded =
         learn && learnt_items > 0 && elapsed(learnt_at, now) > Catalogue::half_life / 64;
     if (items.empty() && !taught && !faded) return {};
-    CatalogueBuilder builder(*catalogue, settings);
+    CatalogueBuilder builder(*catalogue, options, table);
     take_in(items, builder, result);
     if (taught || faded) result.items_learnt = builder.learn(now, slates, contexts);
-    auto next = builder.finish(now, latest.load());
+    auto next = builder.finish(now, times.latest());
     result.values_unknown = builder.values_unknown();
-    ScratchLease scratch{*this};
+    ScratchLease scratch{lanes};
     scratch.use(next);
     publish(std::move(next));
     published = true;
@@ -10794,18 +10994,11 @@ inline Result<void> State::run_update(std::int64_t now, bool learn) {
   return made;
 }
 
-// Makes the catalogue the present one: each lane gets a pointer with a count of its own.
+// Makes the catalogue the present one.
 inline void State::publish(std::shared_ptr<const Catalogue> next) {
-  std::array<std::shared_ptr<const Catalogue>, lane_count> copies;
-  for (auto& copy : copies) {
-    auto owner = std::make_shared<std::shared_ptr<const Catalogue>>(next);
-    copy = std::shared_ptr<const Catalogue>(std::move(owner), next.get());
-  }
-  if (catalogue) retired.push_back(catalogue);
-  for (std::size_t l = 0; l < lanes.size(); ++l) {
-    const std::lock_guard lock{lanes[l].mutex};
-    lanes[l].catalogue.swap(copies[l]);
-  }
+  retired.reserve(retired.size() + 1);
+  lanes.publish(next);
+  if (catalogue) retired.push_back(std::move(catalogue));
   catalogue = std::move(next);
   whole_model.reset();
 }
@@ -10845,7 +11038,7 @@ inline void State::run_updater() {
       const std::lock_guard update_lock{update_mutex};
       if (put || is_due) {
         const auto begun = std::chrono::steady_clock::now();
-        const std::int64_t now = clock();
+        const std::int64_t now = times.now();
         if (is_due) next_update.store(now + options.update_interval.count());
         const bool made = run_update(now, is_due).has_value();
         pause = std::min<microseconds>(
@@ -10861,133 +11054,160 @@ inline void State::run_updater() {
   }
 }
 
+// --------------------------------------------------------------------------------------------
+// How items rank
+
+// Fills scratch.top with the best `count` eligible items and those that may take the place of
+// ignored ones.
+inline void Ranking::find_best(std::size_t count, const Eligibility& eligibility) {
+  const std::size_t wanted = count + scratch.ignored.size();
+  if (known) {
+    catalogue.scorer->top_k(scratch.query, wanted, eligibility, scratch.scoring, scratch.top);
+    return;
+  }
+  scratch.top.clear();
+  catalogue.for_popular([&](std::uint32_t item) {
+    if (eligibility.test(item)) scratch.top.push_back({item, catalogue.popular_score(item)});
+    return scratch.top.size() < wanted;
+  });
+}
+
+// Of scratch.top: the normaliser, and the discounts of what the user ignored.
+inline void Ranking::normalise() {
+  // logsumexp of the model's own scores of the best
+  std::array<float, normalising_items> relevance;
+  const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
+  float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+  for (std::size_t i = 0; i < best; ++i) {
+    relevance[i] = scratch.top[i].score - learnt(scratch.top[i].item);
+    largest = std::max(largest, relevance[i]);
+  }
+  for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance[i] - largest);
+  scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
+  if (scratch.ignored.empty()) return;
+  for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
+  std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
+}
+
+// Into scratch.pool, what may be explored for this user, with bonuses; without, pool_scores.
+inline void Ranking::collect_pool(const Eligibility& eligibility) {
+  scratch.pool.clear();
+  scratch.pool_scores.clear();
+  scratch.pool_expected.clear();
+  if (!(state.options.exploration_weight > 0) || catalogue.pool.empty()) return;
+  const std::size_t items = catalogue.pool.size();
+  // After the scores of the whole pool come those that are kept; the front is written last.
+  scratch.pool_scores.resize(items);
+  if (known) {
+    state.table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
+                            catalogue.dimension(), items, scratch.query.data(),
+                            scratch.pool_scores.data());
+  } else {
+    for (std::size_t j = 0; j < items; ++j)
+      scratch.pool_scores[j] = catalogue.popular_score(catalogue.pool[j].item);
+  }
+  const std::int64_t oldest = state.times.oldest_young();
+  const bool all = eligibility.all();
+  for (std::size_t j = 0; j < items; ++j) {
+    const PoolItem& candidate = catalogue.pool[j];
+    const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
+    if (candidate.created < oldest || !std::isfinite(u) ||
+        (!all && !eligibility.test(candidate.item)))
+      continue;
+    scratch.pool_scores[scratch.pool.size()] = u;
+    scratch.pool.push_back({candidate.item, u + candidate.bonus});
+  }
+  if (!state.options.log) return;
+  for (std::size_t j = 0; j < scratch.pool.size(); ++j)
+    scratch.pool_expected.push_back(value_of(scratch.pool_scores[j]));
+}
+
+// Appends to scratch.logged what is remembered of a pick, to learn from it once it was seen.
+inline void Ranking::assess(std::size_t place, const SlotChoice& choice) {
+  const std::uint32_t item = choice.pick.item;
+  const float discount = scratch.discount(item), u = score(choice);
+  const float relevance = u + discount - learnt(item);
+  const float examination = state.examination(place);
+  LoggedPick pick;
+  pick.item = item;
+  pick.relevance = relevance - scratch.normaliser;
+  pick.adjustment = catalogue.calibration.slope * (u - relevance);
+  pick.examination = examination;
+  pick.expected = examination * value_of(relevance - discount);
+  pick.value = examination * value_of(u);
+  pick.explored = choice.explored;
+  scratch.logged.picks.push_back(pick);
+  if (!state.options.log) return;
+  LoggedChoice logged{choice, examination * value_of(choice.best.score)};
+  logged.choice.pool_value *= examination;
+  scratch.logged.choices.push_back(logged);
+}
+
+// Copies what a request needs of the user; not known, where no event is. A request with a user and
+// a session is answered from the user where there are events, else from the session. key: of the
+// user, or of the session where there is no user.
+inline void Ranking::read_user(const Request& request, const UserKey& key,
+                               const UserKey& session_key, std::int64_t timestamp) {
+  scratch.request_number = static_cast<std::uint64_t>(timestamp);
+  scratch.drawn_user = scratch.drawn_session = false;
+  std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
+  scratch.ignored.reserve(RecentImpressions::capacity);
+  if (request.exclude_interacted) scratch.interacted.reserve(state.options.history_length);
+  const std::size_t d = catalogue.dimension();
+  const auto stored_query = [&](std::string_view user) {
+    const auto row = state.stored_user(*catalogue.base, user);
+    if (!row) return false;
+    const Matrix& states = catalogue.base->parts().user_states;
+    for (std::size_t c = 0; c < d; ++c)
+      scratch.query[c] = states.at(*row, states.columns() - d + c);
+    return true;
+  };
+  const auto copy = [&](const User* user) {
+    if (!user) return false;
+    scratch.request_number = user->requests;
+    if (scratch.ignored.empty())
+      for (const RecentImpressions::Entry& entry : user->impressions())
+        if (entry.item < catalogue.size())  // else of an update that came after this catalogue
+          scratch.ignored.push_back(
+              {entry.item, ignored_discount * RecentImpressions::faded(entry, timestamp) /
+                               catalogue.calibration.slope});
+    user->add_offset_to(scratch.offset);
+    if (request.exclude_interacted)
+      user->for_each_event([&](const RememberedEvent& event) {
+        if (event.item < catalogue.size()) scratch.interacted.push_back(event.item);
+      });
+    if (user->last_timestamp == no_timestamp) return false;
+    const auto query = catalogue.encoder->query(user->state());
+    std::copy(query.begin(), query.end(), scratch.query.begin());
+    return true;
+  };
+  const auto read = [&](std::string_view user, const UserKey& of, bool& drawn) {
+    const auto copy_found = [&](const User* found) {
+      drawn = found != nullptr;
+      return copy(found);
+    };
+    if (state.users.with(of, copy_found, true) || stored_query(user)) return true;
+    std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
+    scratch.interacted.clear();
+    return false;
+  };
+  known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
+          (!request.session.empty() && read({}, session_key, scratch.drawn_session));
+  std::sort(scratch.ignored.begin(), scratch.ignored.end(),
+            [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
+  for (const ScoredItem& one : scratch.ignored)
+    scratch.ignored_filter[one.item % 1024 / 64] |= std::uint64_t{1} << (one.item % 64);
+  if (known)
+    for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
+  known = known && all_finite(std::span<const float>(scratch.query).first(d));
+}
+
 }  // namespace detail
 
 // ============================================================================================
-// Room 16: recommender. Owns requests, slates and events, and answers them. Uses all earlier rooms.
+// Room 16: recommender. Owns Recommender: answers requests and learns from events. The order of the
+// locks stands at the top of room 15, with the locks. Uses all earlier rooms.
 // ============================================================================================
-
-// Why an item stands in a slate.
-enum class Reason : std::uint8_t {
-  relevance,    // the model's score for this user, with what feedback taught
-  exploration,  // drawn from the items with little feedback
-  popular,      // nothing is known of this user: most interactions first
-  unknown,      // rank() only: not in the catalogue, so it could not be ranked
-  excluded,     // rank() only: not eligible, or an item that was to be left out
-};
-
-constexpr std::string_view name(Reason reason) noexcept {
-  switch (reason) {
-    case Reason::relevance:
-      return "relevance";
-    case Reason::exploration:
-      return "exploration";
-    case Reason::popular:
-      return "popular";
-    case Reason::unknown:
-      return "unknown item";
-    case Reason::excluded:
-      return "excluded";
-  }
-  return "";
-}
-
-// `item` is valid as long as the slate holds it: until the slate is used again, or ends. From
-// rank() it is the caller's own.
-struct Pick {
-  std::string_view item;
-  float score;  // u, see Recommender; popular: exp(u), the share of all interactions, times what
-                // feedback taught
-  Reason reason;
-  float propensity = 1;  // probability of this pick at its place, given the picks above it
-};
-
-struct Slate {
-  std::vector<Pick> items;
-  std::string id;         // the recommendation id; empty with feedback off, and from rank()
-  double propensity = 1;  // probability of the whole slate: the product over its picks
-  std::shared_ptr<const void> ids;  // what `items` point into
-};
-
-// Times are Unix seconds; where missing, the clock's. One more than RecommenderOptions::clock_skew
-// ahead of the clock is an error: invalid_argument, and nothing is changed.
-struct Interaction {
-  std::string_view user = {};     // empty for an anonymous visitor, who then needs a session
-  std::string_view session = {};  // with a user: this session's events become the user's
-  std::string_view item = {};
-  std::string_view event_type = {};
-  std::optional<std::int64_t> timestamp = {};
-  // Slate::id of the slate that the event answers: without `impressions`, all its picks count as
-  // seen. An event without it is attributed to the user's remembered impression of the item.
-  std::string_view recommendation_id = {};
-  // The items that were shown, first place first, at most 10,000; what they say wins over the
-  // recommendation id. An item that is listed again counts once.
-  std::span<const std::string_view> impressions = {};
-  // The same id of the same user counts once, among the last remembered_event_ids of all users.
-  std::string_view event_id = {};
-};
-
-// Items that a user was shown, first place first, without an event.
-struct Impression {
-  std::string_view user = {};
-  std::string_view session = {};
-  std::string_view recommendation_id = {};       // the slate that they came from, if any
-  std::span<const std::string_view> items = {};  // empty: all picks of that slate
-  std::optional<std::int64_t> timestamp = {};
-};
-
-// What became of a recorded event.
-enum class Recorded : std::uint8_t {
-  learned,        // the user's state has advanced (an impression: it was counted)
-  unknown_item,   // the item is not in the catalogue; the state is as it was
-  duplicate,      // an event with this event_id came before; nothing was changed
-  unknown_slate,  // learned, but the recommendation id is none that this user was given
-  expired_slate,  // learned, but the slate is no longer remembered
-  pending_item,   // the item was put and is not in yet: the event counts when it is
-};
-
-constexpr std::string_view name(Recorded recorded) noexcept {
-  switch (recorded) {
-    case Recorded::learned:
-      return "learned";
-    case Recorded::unknown_item:
-      return "unknown item";
-    case Recorded::duplicate:
-      return "duplicate";
-    case Recorded::unknown_slate:
-      return "unknown slate";
-    case Recorded::expired_slate:
-      return "expired slate";
-    case Recorded::pending_item:
-      return "pending item";
-  }
-  return "";
-}
-
-struct Request {
-  std::string_view user = {};
-  std::string_view session = {};
-  std::uint32_t count = 25;         // [1, 10000]
-  bool exclude_interacted = false;  // leave out the items of the user's remembered events
-  // Bits by Recommender::find_item(), at most item_count() of them; items beyond its size are left
-  // out; null: every item.
-  const ItemMask* eligible = nullptr;
-  std::optional<std::int64_t> timestamp = {};
-};
-
-// What a pick's score is made of. In units of score: score = relevance + quality + taste -
-// discount.
-struct Explanation {
-  float score;                // u; of a user without events Pick::score shows exp(u)
-  float relevance;            // h . v + b of the model; without events, log share of interactions
-  float quality;              // m: more or less chosen than the model expects, over all users
-  float taste;                // h . delta + g . v: by users like this one, and by this user
-  float discount;             // for impressions that this user ignored
-  float uncertainty;          // standard deviation of the log of the item's quality
-  double positive, expected;  // decayed counters: events, and what the model expected
-  std::optional<std::int64_t> age;  // seconds, to the latest interaction of all
-  bool explorable;                  // in the pool of items with little feedback
-};
 
 // Serves a model to any number of threads: every member function may be called at any time from
 // any thread, but for moving and ending it. A moved-from Recommender can only be assigned to or
@@ -11102,6 +11322,7 @@ class Recommender {
 
  private:
   using Catalogue = detail::Catalogue;
+  using Ranking = detail::Ranking;
   using Scratch = detail::Scratch;
   using State = detail::State;
   using Time = detail::Time;
@@ -11109,9 +11330,7 @@ class Recommender {
   using UserKey = detail::UserKey;
   struct Prepared;
 
-  static constexpr float ignored_discount = 0.4f;  // rho, in log clicks an impression
   static constexpr float offset_gain = 0.6f;
-  static constexpr std::uint32_t normalising_items = 32;
   static constexpr std::size_t together = 32;  // requests in one pass
   static constexpr std::size_t most_impressions = 10'000;
 
@@ -11124,16 +11343,6 @@ class Recommender {
   static Result<void> check_request(const Request& request);
   static Result<void> check_mask(const Catalogue& catalogue, const Request& request);
 
-  bool read_user(const Catalogue& catalogue, const Request& request, const UserKey& key,
-                 const UserKey& session_key, std::int64_t timestamp, Scratch& scratch) const;
-  static void find_best(const Catalogue& catalogue, bool known, std::size_t count,
-                        const Eligibility& eligibility, Scratch& scratch);
-  static void normalise(const Catalogue& catalogue, bool known, Scratch& scratch);
-  void collect_pool(const Catalogue& catalogue, bool known, const Eligibility& eligibility,
-                    Scratch& scratch) const;
-  static float exploitation_score(const Scratch& scratch, const SlotChoice& choice) noexcept;
-  void assess(const Catalogue& catalogue, bool known, std::size_t place, const SlotChoice& choice,
-              Scratch& scratch) const;
   void answer(Prepared& prepared, Slate& slate) const;
   void commit(const Prepared& prepared, Slate& slate) noexcept;
   void recommend_together(std::span<const Request> requests, std::span<Slate> slates);
@@ -11146,8 +11355,7 @@ class Recommender {
                    Scratch& scratch);
   static void see_slate(Scratch& scratch, bool reported, bool listed,
                         std::optional<std::uint32_t> chosen);
-  void see_list(const Catalogue& catalogue, bool known, bool attributed,
-                std::optional<std::uint32_t> chosen, Scratch& scratch) const;
+  static void see_list(Ranking& ranking, bool attributed, std::optional<std::uint32_t> chosen);
   void apply_seen(Scratch& scratch, const Catalogue& catalogue, const UserKey& key,
                   const Impression& shown, const Time& time, bool has_query,
                   std::optional<std::uint32_t> chosen, const UserKey* owner);
@@ -11160,25 +11368,29 @@ class Recommender {
 
 // A request and what was found out about its user.
 struct Recommender::Prepared {
-  Prepared(const Recommender& recommender, const Request& asked, const Time& at)
-      : request(asked),
+  Prepared(State& of, const Request& asked, const Time& at)
+      : state(of),
+        request(asked),
         time(at),
-        key(asked.user, asked.session, recommender.state_->key),
-        session_key({}, asked.session, recommender.state_->key),
-        scratch(*recommender.state_) {}
-  void read(const Recommender& recommender) {
-    const Catalogue& catalogue = scratch.catalogue();
-    known = recommender.read_user(catalogue, request, key, session_key, time.timestamp, *scratch);
+        key(asked.user, asked.session, of.key),
+        session_key({}, asked.session, of.key),
+        scratch(of.lanes) {}
+  void read() {
+    Ranking ranking = this->ranking();
+    ranking.read_user(request, key, session_key, time.timestamp);
+    known = ranking.known;
     eligibility = {.eligible = request.eligible};
     if (scratch->interacted.empty()) return;
     for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
     eligibility.excluded = &scratch->excluded;
     eligibility.excluded_count = scratch->interacted.size();
   }
+  Ranking ranking() const noexcept { return {state, scratch.catalogue(), *scratch, known}; }
   std::size_t best() const noexcept {
-    return std::max<std::size_t>(request.count, normalising_items);
+    return std::max<std::size_t>(request.count, Ranking::normalising_items);
   }
 
+  State& state;
   const Request& request;
   Time time;
   UserKey key, session_key;
@@ -11202,7 +11414,7 @@ inline Result<const kernels::Table*> Recommender::find_kernels(const std::string
 
 // A model file's times come through the same gate.
 inline Result<void> Recommender::check_statistics(const Model& model, const State& state) {
-  const std::int64_t now = state.clock();
+  const std::int64_t now = state.times.now();
   const std::int64_t skew = state.options.clock_skew.count();
   const ModelParts& parts = model.parts();
   for (std::uint32_t i = 0; i < parts.statistics.size(); ++i) {
@@ -11211,7 +11423,7 @@ inline Result<void> Recommender::check_statistics(const Model& model, const Stat
       if (t == no_timestamp || detail::elapsed(now, t) <= skew) continue;
       const std::string what =
           "section STAT: a time of item '" + std::string(model.item_id(i)) + "'";
-      return state.time_of(t, what.c_str()).error();
+      return state.times.check(t, what.c_str()).error();
     }
   }
   return {};
@@ -11236,12 +11448,9 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
     Recommender recommender(std::make_unique<State>(model, std::move(chosen), **table));
     State& state = *recommender.state_;
     if (auto checked = check_statistics(*model, state); !checked) return checked.error();
-    for (const ItemStatistics& s : model->parts().statistics)
-      if (s.last_timestamp != no_timestamp)
-        state.latest = std::max(state.latest.load(), s.last_timestamp);
-    const std::int64_t now = state.clock();
-    state.publish(detail::CatalogueBuilder::first(model, state.settings, state.key, now,
-                                                  state.latest.load()));
+    const std::int64_t now = state.times.now();
+    state.publish(detail::CatalogueBuilder::first(model, state.options, state.table, state.key, now,
+                                                  state.times.latest()));
     state.next_update = now + state.options.update_interval.count();
     if (state.options.updates == Updates::by_thread && state.options.update_interval.count() > 0) {
 #if PERSONALIZE_HAS_EXCEPTIONS
@@ -11295,14 +11504,13 @@ inline Result<void> Recommender::check_mask(const Catalogue& catalogue, const Re
 inline Result<void> Recommender::recommend(const Request& request, Slate& slate) {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (auto checked = check_request(request); !checked) return checked;
-    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
     if (auto updated = state_->update_if_due(); !updated) return updated;
-    Prepared prepared{*this, request, *time};
-    const Catalogue& catalogue = prepared.scratch.catalogue();
-    if (auto checked = check_mask(catalogue, request); !checked) return checked;
-    prepared.read(*this);
-    find_best(catalogue, prepared.known, prepared.best(), prepared.eligibility, *prepared.scratch);
+    Prepared prepared{*state_, request, *time};
+    if (auto checked = check_mask(prepared.scratch.catalogue(), request); !checked) return checked;
+    prepared.read();
+    prepared.ranking().find_best(prepared.best(), prepared.eligibility);
     answer(prepared, slate);
     commit(prepared, slate);
     return {};
@@ -11320,10 +11528,10 @@ inline Result<void> Recommender::recommend(std::span<const Request> requests,
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (slates.size() < requests.size())
       return Error{Errc::invalid_argument, "there are more requests than slates"};
-    const auto catalogue = state_->current();
+    const auto catalogue = state_->lanes.current();
     for (const Request& request : requests) {
       if (auto checked = check_request(request); !checked) return checked;
-      if (auto time = state_->time_of(request.timestamp, "Request::timestamp"); !time)
+      if (auto time = state_->times.check(request.timestamp, "Request::timestamp"); !time)
         return time.error();
       if (auto checked = check_mask(*catalogue, request); !checked) return checked;
     }
@@ -11342,13 +11550,13 @@ inline void Recommender::recommend_together(std::span<const Request> requests,
   std::array<std::optional<Prepared>, together> all;
   std::array<Scorer::Query, together> queries;
   std::size_t known = 0;
-  const std::int64_t now = state_->clock();
+  const std::int64_t now = state_->times.now();
   for (std::size_t i = 0; i < requests.size(); ++i) {
     Prepared& prepared =
-        all[i].emplace(*this, requests[i], Time{requests[i].timestamp.value_or(now), now});
+        all[i].emplace(*state_, requests[i], Time{requests[i].timestamp.value_or(now), now});
     // One generation for all: scores of several are not compared, but rows are shared.
     if (i > 0) prepared.scratch.use(all[0]->scratch.shared());
-    prepared.read(*this);
+    prepared.read();
     Scratch& scratch = *prepared.scratch;
     // A user who asks twice draws twice.
     for (std::size_t before = 0; before < i; ++before) {
@@ -11359,8 +11567,7 @@ inline void Recommender::recommend_together(std::span<const Request> requests,
       queries[known++] = {scratch.query, prepared.best() + scratch.ignored.size(),
                           prepared.eligibility, &scratch.top};
     else
-      find_best(prepared.scratch.catalogue(), false, prepared.best(), prepared.eligibility,
-                scratch);
+      prepared.ranking().find_best(prepared.best(), prepared.eligibility);
   }
   const Catalogue& catalogue = all[0]->scratch.catalogue();
   catalogue.scorer->top_k(std::span(queries).first(known), all[0]->scratch->scoring);
@@ -11378,8 +11585,9 @@ inline void Recommender::clear(Slate& slate) noexcept {
 inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
   Scratch& scratch = *prepared.scratch;
   const Catalogue& catalogue = prepared.scratch.catalogue();
-  normalise(catalogue, prepared.known, scratch);
-  collect_pool(catalogue, prepared.known, prepared.eligibility, scratch);
+  Ranking ranking = prepared.ranking();
+  ranking.normalise();
+  ranking.collect_pool(prepared.eligibility);
   SlotPolicy& policy = scratch.policy;
   policy.configure(state_->options.exploration_weight, exploration_temperature,
                    catalogue.calibration.slope);
@@ -11399,7 +11607,7 @@ inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
           scratch.query.begin(),
           scratch.query.begin() + static_cast<std::ptrdiff_t>(catalogue.dimension()));
     for (std::size_t place = 0; place < picks; ++place)
-      assess(catalogue, prepared.known, place, scratch.choices[place], scratch);
+      ranking.assess(place, scratch.choices[place]);
     slate.id.reserve(32);
   }
   slate.items.reserve(scratch.choices.size());
@@ -11409,14 +11617,14 @@ inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
 inline void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept {
   Scratch& scratch = *prepared.scratch;
   const Catalogue& catalogue = prepared.scratch.catalogue();
+  const Ranking ranking = prepared.ranking();
   clear(slate);
   slate.ids = catalogue.ids;
   for (const SlotChoice& choice : scratch.choices) {
     const Reason reason = choice.explored  ? Reason::exploration
                           : prepared.known ? Reason::relevance
                                            : Reason::popular;
-    slate.items.push_back({(*catalogue.ids)[choice.pick.item],
-                           detail::shown_score(prepared.known, exploitation_score(scratch, choice)),
+    slate.items.push_back({(*catalogue.ids)[choice.pick.item], ranking.shown(ranking.score(choice)),
                            reason, choice.propensity});
     slate.propensity *= static_cast<double>(choice.propensity);
   }
@@ -11431,185 +11639,17 @@ inline void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept
   if (scratch.drawn_session) state_->users.with(prepared.session_key, draw, false);
 }
 
-// A pick's u. In the pool, its score has the bonus as well.
-inline float Recommender::exploitation_score(const Scratch& scratch,
-                                             const SlotChoice& choice) noexcept {
-  if (!choice.explored) return choice.pick.score;
-  const auto found = std::lower_bound(
-      scratch.pool.begin(), scratch.pool.end(), choice.pick.item,
-      [](const ScoredItem& scored, std::uint32_t item) { return scored.item < item; });
-  return scratch.pool_scores[static_cast<std::size_t>(found - scratch.pool.begin())];
-}
-
-// Fills scratch.top with the best `count` eligible items and those that may take the place of
-// ignored ones.
-inline void Recommender::find_best(const Catalogue& catalogue, bool known, std::size_t count,
-                                   const Eligibility& eligibility, Scratch& scratch) {
-  const std::size_t wanted = count + scratch.ignored.size();
-  if (known) {
-    catalogue.scorer->top_k(scratch.query, wanted, eligibility, scratch.scoring, scratch.top);
-    return;
-  }
-  scratch.top.clear();
-  catalogue.for_popular([&](std::uint32_t item) {
-    if (eligibility.test(item)) scratch.top.push_back({item, catalogue.popular_score(item)});
-    return scratch.top.size() < wanted;
-  });
-}
-
-// Of scratch.top: the normaliser, and the discounts of what the user ignored.
-inline void Recommender::normalise(const Catalogue& catalogue, bool known, Scratch& scratch) {
-  // logsumexp of the model's own scores of the best
-  std::array<float, normalising_items> relevance;
-  const std::size_t best = std::min<std::size_t>(scratch.top.size(), normalising_items);
-  float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-  for (std::size_t i = 0; i < best; ++i) {
-    const ScoredItem& scored = scratch.top[i];
-    relevance[i] =
-        scored.score - detail::learnt_score(catalogue, known, scored.item, scratch.query);
-    largest = std::max(largest, relevance[i]);
-  }
-  for (std::size_t i = 0; i < best; ++i) sum += std::exp(relevance[i] - largest);
-  scratch.normaliser = best == 0 ? 0.0f : largest + std::log(sum);
-  if (scratch.ignored.empty()) return;
-  for (ScoredItem& scored : scratch.top) scored.score -= scratch.discount(scored.item);
-  std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
-}
-
-inline void Recommender::collect_pool(const Catalogue& catalogue, bool known,
-                                      const Eligibility& eligibility, Scratch& scratch) const {
-  scratch.pool.clear();
-  scratch.pool_scores.clear();
-  scratch.pool_expected.clear();
-  if (!(state_->options.exploration_weight > 0) || catalogue.pool.empty()) return;
-  const std::size_t items = catalogue.pool.size();
-  // After the scores of the whole pool come those that are kept; the front is written last.
-  scratch.pool_scores.resize(items);
-  if (known) {
-    state_->table.rows_vector(catalogue.pool_vectors.data(), catalogue.pool_biases.data(),
-                              catalogue.dimension(), items, scratch.query.data(),
-                              scratch.pool_scores.data());
-  } else {
-    for (std::size_t j = 0; j < items; ++j)
-      scratch.pool_scores[j] = catalogue.popular_score(catalogue.pool[j].item);
-  }
-  const std::int64_t oldest = state_->oldest_young();
-  const bool all = eligibility.all();
-  for (std::size_t j = 0; j < items; ++j) {
-    const detail::PoolItem& candidate = catalogue.pool[j];
-    const float u = scratch.pool_scores[j] - scratch.discount(candidate.item);
-    if (candidate.created < oldest || !std::isfinite(u) ||
-        (!all && !eligibility.test(candidate.item)))
-      continue;
-    scratch.pool_scores[scratch.pool.size()] = u;
-    scratch.pool.push_back({candidate.item, u + candidate.bonus});
-  }
-  if (!state_->options.log) return;
-  for (std::size_t j = 0; j < scratch.pool.size(); ++j)
-    scratch.pool_expected.push_back(
-        detail::value_of(catalogue.calibration, scratch.pool_scores[j], scratch.normaliser));
-}
-
-// Appends to scratch.logged what is remembered of a pick, to learn from it once it was seen.
-inline void Recommender::assess(const Catalogue& catalogue, bool known, std::size_t place,
-                                const SlotChoice& choice, Scratch& scratch) const {
-  const std::uint32_t item = choice.pick.item;
-  const Calibration& calibration = catalogue.calibration;
-  const float discount = scratch.discount(item), u = exploitation_score(scratch, choice);
-  const float relevance =
-      u + discount - detail::learnt_score(catalogue, known, item, scratch.query);
-  const float examination = state_->examination(place), normaliser = scratch.normaliser;
-  LoggedPick pick;
-  pick.item = item;
-  pick.relevance = relevance - normaliser;
-  pick.adjustment = calibration.slope * (u - relevance);
-  pick.examination = examination;
-  pick.expected = examination * detail::value_of(calibration, relevance - discount, normaliser);
-  pick.value = examination * detail::value_of(calibration, u, normaliser);
-  pick.explored = choice.explored;
-  scratch.logged.picks.push_back(pick);
-  if (!state_->options.log) return;
-  LoggedChoice logged{choice,
-                      examination * detail::value_of(calibration, choice.best.score, normaliser)};
-  logged.choice.pool_value *= examination;
-  scratch.logged.choices.push_back(logged);
-}
-
-// Copies what a request needs of the user; false where no event is known of them. A request with a
-// user and a session is answered from the user where there are events, else from the session.
-// key: of the user, or of the session where there is no user.
-inline bool Recommender::read_user(const Catalogue& catalogue, const Request& request,
-                                   const UserKey& key, const UserKey& session_key,
-                                   std::int64_t timestamp, Scratch& scratch) const {
-  scratch.request_number = static_cast<std::uint64_t>(timestamp);
-  scratch.drawn_user = scratch.drawn_session = false;
-  std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
-  scratch.ignored.reserve(RecentImpressions::capacity);
-  if (request.exclude_interacted) scratch.interacted.reserve(state_->options.history_length);
-  const std::size_t d = catalogue.dimension();
-  const auto stored_query = [&](std::string_view user) {
-    const auto row = state_->stored_user(*catalogue.base, user);
-    if (!row) return false;
-    const Matrix& states = catalogue.base->parts().user_states;
-    for (std::size_t c = 0; c < d; ++c)
-      scratch.query[c] = states.at(*row, states.columns() - d + c);
-    return true;
-  };
-  const auto copy = [&](const User* user) {
-    if (!user) return false;
-    scratch.request_number = user->requests;
-    if (scratch.ignored.empty())
-      for (const RecentImpressions::Entry& entry : user->impressions())
-        if (entry.item < catalogue.size())  // else of an update that came after this catalogue
-          scratch.ignored.push_back(
-              {entry.item, ignored_discount * RecentImpressions::faded(entry, timestamp) /
-                               catalogue.calibration.slope});
-    user->add_offset_to(scratch.offset);
-    if (request.exclude_interacted)
-      user->for_each_event([&](const detail::RememberedEvent& event) {
-        if (event.item < catalogue.size()) scratch.interacted.push_back(event.item);
-      });
-    if (user->last_timestamp == no_timestamp) return false;
-    const auto query = catalogue.encoder->query(user->state());
-    std::copy(query.begin(), query.end(), scratch.query.begin());
-    return true;
-  };
-  const auto read = [&](std::string_view user, const UserKey& of, bool& drawn) {
-    const bool known = state_->users.with(
-                           of,
-                           [&](const User* found) {
-                             drawn = found != nullptr;
-                             return copy(found);
-                           },
-                           true) ||
-                       stored_query(user);
-    if (!known) {
-      std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
-      scratch.interacted.clear();
-    }
-    return known;
-  };
-  const bool known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
-                     (!request.session.empty() && read({}, session_key, scratch.drawn_session));
-  std::sort(scratch.ignored.begin(), scratch.ignored.end(),
-            [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
-  for (const ScoredItem& one : scratch.ignored)
-    scratch.ignored_filter[one.item % 1024 / 64] |= std::uint64_t{1} << (one.item % 64);
-  if (known)
-    for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
-  return known && detail::all_finite(std::span<const float>(scratch.query).first(d));
-}
-
 inline Result<void> Recommender::rank(const Request& request,
                                       std::span<const std::string_view> items, Slate& slate) const {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (auto checked = check_ids(request.user, request.session, false); !checked) return checked;
-    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
-    Prepared prepared{*this, request, *time};
+    Prepared prepared{*state_, request, *time};
     const Catalogue& catalogue = prepared.scratch.catalogue();
     if (auto checked = check_mask(catalogue, request); !checked) return checked;
-    prepared.read(*this);
+    prepared.read();
+    const Ranking ranking = prepared.ranking();
     Scratch& scratch = *prepared.scratch;
     clear(slate);
     slate.ids = nullptr;
@@ -11618,9 +11658,7 @@ inline Result<void> Recommender::rank(const Request& request,
     for (std::uint32_t position = 0; position < items.size(); ++position) {
       const auto item = catalogue.find(items[position]);
       float u = std::numeric_limits<float>::quiet_NaN();
-      if (item && prepared.eligibility.test(*item))
-        u = detail::undiscounted(catalogue, prepared.known, *item, scratch.query) -
-            scratch.discount(*item);
+      if (item && prepared.eligibility.test(*item)) u = ranking.score(*item);
       if (std::isfinite(u))
         scratch.top.push_back({position, u});
       else  // behind those that are ranked
@@ -11629,7 +11667,7 @@ inline Result<void> Recommender::rank(const Request& request,
     std::sort(scratch.top.begin(), scratch.top.end(), ranks_before);
     const std::size_t last = slate.items.size();
     for (const ScoredItem& scored : scratch.top)
-      slate.items.push_back({items[scored.item], detail::shown_score(prepared.known, scored.score),
+      slate.items.push_back({items[scored.item], ranking.shown(scored.score),
                              prepared.known ? Reason::relevance : Reason::popular});
     std::rotate(slate.items.begin(), slate.items.begin() + static_cast<std::ptrdiff_t>(last),
                 slate.items.end());
@@ -11641,21 +11679,21 @@ inline Result<Explanation> Recommender::explain(const Request& request, std::str
   return detail::catching_bad_alloc([&]() -> Result<Explanation> {
     if (auto checked = check_ids(request.user, request.session, false); !checked)
       return checked.error();
-    const auto time = state_->time_of(request.timestamp, "Request::timestamp");
+    const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
-    Prepared prepared{*this, request, *time};
+    Prepared prepared{*state_, request, *time};
     const Catalogue& catalogue = prepared.scratch.catalogue();
     const auto item = catalogue.find(id);
     if (!item)
       return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
-    prepared.read(*this);
+    prepared.read();
+    const Ranking ranking = prepared.ranking();
     Scratch& scratch = *prepared.scratch;
     const DecayMoment moment = state_->decay.at(time->timestamp);
     const ItemFeedback counted = catalogue.feedback_of(*item, moment);
     Explanation parts{};
     parts.discount = scratch.discount(*item);
-    parts.score =
-        detail::undiscounted(catalogue, prepared.known, *item, scratch.query) - parts.discount;
+    parts.score = ranking.score(*item);
     parts.quality = catalogue.quality_of(*item);
     if (prepared.known) {
       catalogue.rows.row(*item, scratch.vector);
@@ -11668,12 +11706,13 @@ inline Result<Explanation> Recommender::explain(const Request& request, std::str
     parts.positive = counted.positive;
     parts.expected = counted.expected;
     const std::int64_t created = Catalogue::creation(catalogue.statistics[*item]);
-    const std::int64_t latest = state_->latest.load(std::memory_order_relaxed);
+    const std::int64_t latest = state_->times.latest();
     if (created != no_timestamp && latest != no_timestamp)
       parts.age = detail::elapsed(created, latest);
-    parts.explorable = std::any_of(
-        catalogue.pool.begin(), catalogue.pool.end(),
-        [&](const detail::PoolItem& p) { return p.item == *item && state_->young(p.created); });
+    parts.explorable =
+        std::any_of(catalogue.pool.begin(), catalogue.pool.end(), [&](const detail::PoolItem& p) {
+          return p.item == *item && state_->times.young(p.created);
+        });
     return parts;
   });
 }
@@ -11690,7 +11729,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
                    "an event id or type is not UTF-8, or has control characters"};
     if (event.impressions.size() > most_impressions)
       return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
-    const auto time = state.time_of(event.timestamp, "Interaction::timestamp");
+    const auto time = state.times.check(event.timestamp, "Interaction::timestamp");
     if (!time) return time.error();
     if (auto updated = state.update_if_due(); !updated) return updated.error();
     const UserKey key{event.user, event.session, state.key};
@@ -11698,7 +11737,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
     if (claim.is_known()) return Recorded::duplicate;
     if (!event.user.empty() && !event.session.empty()) state.merge(event.session, event.user);
 
-    detail::ScratchLease scratch{state};
+    detail::ScratchLease scratch{state.lanes};
     auto item = scratch.catalogue().find(event.item);
     bool pending = false;
     if (!item && state.has_pending.load(std::memory_order_relaxed)) {
@@ -11706,7 +11745,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
           state.remember_pending(event.item, {std::string(event.user), std::string(event.session),
                                               std::string(event.event_type), time->timestamp});
       if (!pending) {  // it may just have come in
-        scratch.use(state.current());
+        scratch.use(state.lanes.current());
         item = scratch.catalogue().find(event.item);
       }
     }
@@ -11742,12 +11781,12 @@ inline Result<Recorded> Recommender::record_impression(const Impression& impress
     if (impression.recommendation_id.empty() && impression.items.empty())
       return Error{Errc::invalid_argument,
                    "record_impression needs a recommendation id or the items shown"};
-    const auto time = state.time_of(impression.timestamp, "Impression::timestamp");
+    const auto time = state.times.check(impression.timestamp, "Impression::timestamp");
     if (!time) return time.error();
     if (auto updated = state.update_if_due(); !updated) return updated.error();
     if (!state.options.feedback) return Recorded::learned;
     const UserKey key{impression.user, impression.session, state.key};
-    detail::ScratchLease scratch{state};
+    detail::ScratchLease scratch{state.lanes};
     detail::Settle settle{state.users, key, scratch->grown};
     return learn_from(*scratch, scratch.catalogue(), key, impression, *time, std::nullopt);
   });
@@ -11794,9 +11833,11 @@ inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catal
     std::copy(scratch.logged.query.begin(), scratch.logged.query.end(), scratch.query.begin());
     see_slate(scratch, shown.items.empty() && reported, !shown.items.empty(), chosen);
   } else {
-    has_query = read_user(catalogue, {.user = shown.user, .session = shown.session}, key,
-                          session_key, time.timestamp, scratch);
-    see_list(catalogue, has_query, attributed, chosen, scratch);
+    Ranking ranking{state, catalogue, scratch};
+    ranking.read_user({.user = shown.user, .session = shown.session}, key, session_key,
+                      time.timestamp);
+    has_query = ranking.known;
+    see_list(ranking, attributed, chosen);
   }
   // Of the listed mask nothing is needed any more.
   for (const ScoredItem& one : scratch.listed) scratch.taken.reset(one.item);
@@ -11848,22 +11889,22 @@ inline void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
 
 // The same without a slate: the listed items, by the user's present state; or the chosen one, where
 // an impression of it is remembered.
-inline void Recommender::see_list(const Catalogue& catalogue, bool known, bool attributed,
-                                  std::optional<std::uint32_t> chosen, Scratch& scratch) const {
+inline void Recommender::see_list(Ranking& ranking, bool attributed,
+                                  std::optional<std::uint32_t> chosen) {
+  Scratch& scratch = ranking.scratch;
   if (!scratch.listed.empty()) {
-    find_best(catalogue, known, normalising_items, {}, scratch);
-    normalise(catalogue, known, scratch);
+    ranking.find_best(Ranking::normalising_items, {});
+    ranking.normalise();
     scratch.logged.picks.clear();
     scratch.logged.choices.clear();
     scratch.seen.reserve(scratch.listed.size());
     for (const ScoredItem& one : scratch.listed) {
-      const float u = detail::undiscounted(catalogue, known, one.item, scratch.query) -
-                      scratch.discount(one.item);
+      const float u = ranking.score(one.item);
       if (!std::isfinite(u)) continue;
       SlotChoice choice;
       choice.pick = choice.best = {one.item, u};
       const auto place = static_cast<std::uint32_t>(one.score);
-      assess(catalogue, known, place, choice, scratch);
+      ranking.assess(place, choice);
       LoggedPick pick = scratch.logged.picks.back();
       pick.positive = chosen == one.item;
       scratch.seen.push_back({place, pick, {}, true});
@@ -11918,7 +11959,7 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
     if (chosen) user.remove_impression(*chosen);
     if (has_query) user.move_offset(scratch.gradient);
   });
-  const DecayMoment moment = state.decay.at(state.shared_time(time));
+  const DecayMoment moment = state.decay.at(state.times.shared(time));
   for (const Scratch::Seen& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
   const std::span<const float> query(scratch.query);
   for (const Scratch::Seen& seen : scratch.seen) {
@@ -11983,7 +12024,7 @@ inline bool Recommender::forget(std::string_view user, std::string_view session)
     state_->slates.forget(key.text());
     return forgot;
   }
-  const auto catalogue = state_->current();
+  const auto catalogue = state_->lanes.current();
   if (const auto row = state_->stored_user(*catalogue->base, user)) {
     state_->forgotten[*row / 64].fetch_or(std::uint64_t{1} << (*row % 64));
     forgot = true;
@@ -12001,7 +12042,7 @@ inline Result<void> Recommender::put_item(const NewItem& item) {
     if (item.item.empty() || item.item.size() > max_id_bytes || !detail::valid_id(item.item))
       return Error{Errc::invalid_argument,
                    "an item id has 1 to 256 bytes of UTF-8 without control characters"};
-    const auto time = state.time_of(item.creation_timestamp, "NewItem::creation_timestamp");
+    const auto time = state.times.check(item.creation_timestamp, "NewItem::creation_timestamp");
     if (!time) return time.error();
     if (auto checked = state.check_fields(item); !checked) return checked;
     if (auto put = state.put(item, *time); !put) return put;
@@ -12019,7 +12060,7 @@ inline Result<bool> Recommender::remove_item(std::string_view id) {
 }
 
 inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
-  const auto time = state_->time_of(now, "update: now");
+  const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
   const std::lock_guard lock{state_->update_mutex};
   state_->next_update.store(time->now + state_->options.update_interval.count());
@@ -12037,9 +12078,9 @@ inline UpdateReport Recommender::update_report() const {
 // What is there
 
 inline std::size_t Recommender::user_count() const { return state_->users.count(); }
-inline std::size_t Recommender::item_count() const { return state_->current()->size(); }
+inline std::size_t Recommender::item_count() const { return state_->lanes.current()->size(); }
 inline std::optional<std::uint32_t> Recommender::find_item(std::string_view item) const {
-  const auto catalogue = state_->current();
+  const auto catalogue = state_->lanes.current();
   const auto number = catalogue->ids->find(item);
   return number && *number < catalogue->size() ? number : std::nullopt;
 }
@@ -12055,11 +12096,8 @@ inline MemoryUse Recommender::memory() const {
     const std::lock_guard lock{state.pending_mutex};
     use.pending = state.pending_bytes + state.kept_bytes;
   }
-  use.catalogue = state.current()->bytes();
-  for (const State::Lane& lane : state.lanes) {
-    const std::lock_guard lock{lane.mutex};
-    for (const auto& scratch : lane.idle) use.scratch += scratch->bytes();
-  }
+  use.catalogue = state.lanes.current()->bytes();
+  use.scratch = state.lanes.idle_bytes();
   return use;
 }
 

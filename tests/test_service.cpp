@@ -1048,6 +1048,45 @@ TEST_CASE("forgetting a user takes back what came with the model, and their slat
   CHECK(shop.forget("bob"));
 }
 
+TEST_CASE("a user who came with the model goes on from there at the first event") {
+  auto parts = small_model::parts({.items = 40, .dimension = 16, .hidden = 16});
+  REQUIRE(parts.user_ids.add("alice"));
+  parts.user_states = pz::Matrix::zeros(1, 16 + 16);
+  for (float& v : parts.user_states.f32()) v = 0.7f;
+  const auto model = model_of(std::move(parts));
+  auto shop = make(usual(), model);
+  learn(shop, "alice", "i1");
+  learn(shop, "carol", "i1");
+
+  const pz::Encoder encoder{*model};
+  const pz::Scorer scorer{*model};
+  auto workspace = encoder.make_workspace();
+  std::vector<float> state(encoder.state_size());
+  const auto buckets = static_cast<std::uint32_t>(model->parts().time_gap_embedding.rows());
+  const auto expected = [&] {
+    REQUIRE(encoder.step({*model->find_item("i1"), pz::no_event_type,
+                          buckets == 0 ? 0 : pz::time_gap_bucket({}, now, buckets)},
+                         state, workspace));
+    return static_cast<double>(scorer.score(encoder.query(state), *model->find_item("i5")));
+  };
+  CHECK(score_of(shop, "carol", "i5") == doctest::Approx(expected()));
+  encoder.load(0, state);
+  CHECK(score_of(shop, "alice", "i5") == doctest::Approx(expected()));
+  CHECK(score_of(shop, "alice", "i5") != doctest::Approx(score_of(shop, "carol", "i5")));
+}
+
+TEST_CASE("of a visitor without events the impressions are remembered") {
+  auto shop = make();
+  const std::vector<std::string_view> shown{"i7"};
+  REQUIRE(shop.record_impression({.session = "s", .items = shown, .timestamp = now}));
+  CHECK(shop.user_count() == 1);
+  CHECK(static_cast<double>(shop.explain({.session = "s", .timestamp = now}, "i7")->discount) ==
+        doctest::Approx(0.4));
+  // Somebody of whom nothing was counted leaves nothing.
+  REQUIRE(shop.record({.session = "t", .item = "no such item", .timestamp = now}));
+  CHECK(shop.user_count() == 1);
+}
+
 TEST_CASE("a session's impressions add to the user's") {
   auto shop = make();
   const std::vector<std::string_view> shown{"i7"};
@@ -1073,6 +1112,27 @@ TEST_CASE("users stay within their budget in bytes, the least recently used go")
         pz::Reason::relevance);
   CHECK(shop.recommend({.user = "u0", .count = 1, .timestamp = now})->items[0].reason ==
         pz::Reason::popular);
+}
+
+TEST_CASE("who only asks is kept as who acts is, and histories count towards the budget") {
+  auto shop = make(usual({.user_bytes = 1 << 20, .exploration_weight = 0}));
+  learn(shop, "keeper", "i2");
+  for (int n = 0; n < 20'000; ++n) {
+    learn(shop, "u" + std::to_string(n), "i1");
+    if (n % 50 == 0) REQUIRE(shop.recommend({.user = "keeper", .count = 1, .timestamp = now}));
+  }
+  CHECK(shop.recommend({.user = "keeper", .count = 1, .timestamp = now})->items[0].reason ==
+        pz::Reason::relevance);
+
+  auto wide = make(usual());
+  const auto all_learn = [&](int events) {
+    for (int n = 0; n < 500; ++n)
+      for (int e = 0; e < events; ++e) learn(wide, "u" + std::to_string(n), "i1");
+    return wide.memory().users;
+  };
+  const std::size_t before = all_learn(1);
+  CHECK(all_learn(60) >
+        before + 500 * 60 * 3);  // an event: item, type and time, a byte or more each
 }
 
 TEST_CASE("a user at hidden 128 with 50 events and 20 impressions takes 2 KiB") {
