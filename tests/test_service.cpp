@@ -1132,7 +1132,7 @@ TEST_CASE("who only asks is kept as who acts is, and histories count towards the
   };
   const std::size_t before = all_learn(1);
   CHECK(all_learn(60) >
-        before + 500 * 60 * 3);  // an event: item, type and time, a byte or more each
+        before + 500 * 60 * 2);  // an event: item, type and time, a byte or more each
 }
 
 TEST_CASE("a user at hidden 128 with 50 events and 20 impressions takes 2 KiB") {
