@@ -10354,9 +10354,9 @@ class TimeGate {
   }
   // Of the times that count as young, the earliest.
   std::int64_t oldest_young() const noexcept {
-    const std::int64_t first = no_timestamp + 1;
+    const std::int64_t last = latest(), first = no_timestamp + 1;
     const std::int64_t cut_off = options_.exploration_item_age_cut_off.count();
-    return latest() < first + cut_off ? first : latest() - cut_off;
+    return last < first + cut_off ? first : last - cut_off;
   }
   // The time at which an event counts for what all share: its own, but no later than the clock and,
   // where it lies in the clock's past as in a replay, no more than a week later than the events

@@ -569,6 +569,54 @@ TEST_CASE("an item that is shown and ignored falls for similar users, one that i
   CHECK(expected_rank(shop, clicked) < clicked_before - 2);
 }
 
+TEST_CASE("what was learnt of an item fades with time alone") {
+  std::int64_t clock = start;
+  auto shop = make({.exploration_weight = 0, .clock = [&] { return clock; }});
+  const std::vector<std::string_view> shown{"i7"};
+  for (int n = 0; n < 40; ++n)
+    REQUIRE(shop.record({.user = "u" + std::to_string(n), .item = "i7", .impressions = shown}));
+  const auto quality = [&] {
+    REQUIRE(shop.update());
+    return static_cast<double>(shop.explain({.user = "x"}, "i7")->quality);
+  };
+  const double learnt = quality();
+  CHECK(learnt > 0.5);
+  // Nobody touches it again; others are.
+  for (const int half_lives : {1, 8, 16}) {
+    clock = start + half_lives * 14 * day;
+    learn(shop, "w" + std::to_string(half_lives), "i9");
+    if (half_lives > 1) CHECK(std::abs(quality()) < learnt / 4);
+  }
+  clock += 14 * day;
+  CHECK(std::abs(quality()) < learnt / 100);
+}
+
+TEST_CASE("the calibration learns from what was seen, and not from the rest of a slate") {
+  float expected = 0;
+  auto shop = make({.exploration_weight = 0, .log = [&](const pz::LogEntry& entry) {
+                      if (!entry.positive && entry.position == 1) expected = entry.expected;
+                    }});
+  // Of each slate the first pick is seen, and chosen; nine others are not.
+  const auto round = [&](int number) {
+    for (int n = 0; n < 200; ++n) {
+      const std::string user = std::to_string(number) + "u" + std::to_string(n);
+      learn(shop, user, "i" + std::to_string(n % 50));
+      const auto slate = shop.recommend({.user = user, .count = 10, .timestamp = start});
+      REQUIRE(slate);
+      const std::vector<std::string_view> shown{slate->items[0].item};
+      REQUIRE(shop.record({.user = user,
+                           .item = shown[0],
+                           .timestamp = start,
+                           .recommendation_id = slate->id,
+                           .impressions = shown}));
+    }
+    return static_cast<double>(expected);
+  };
+  const double before = round(0);
+  REQUIRE(shop.update(start));
+  CHECK(round(1) > before);
+}
+
 TEST_CASE("an item that one user ignores falls for that user at once") {
   auto shop = make({.exploration_weight = 0});
   learn(shop, "u", "i3");

@@ -428,6 +428,12 @@ TEST_CASE("a filter that leaves little is exact as well") {
   const auto query = random_query(random, 20);
   same(top_k(scorer, query, 3, {&few, nullptr}),
        full_sort(scorer, model->item_count(), query, 3, {&few, nullptr}));
+  // A mask of more items than there are.
+  pz::ItemMask more = few;
+  more.resize(9000);
+  for (const std::uint32_t item : {5000u, 5063u, 5064u, 8999u}) REQUIRE(more.set(item));
+  for (const std::size_t k : {3u, 100u})
+    same(top_k(scorer, query, k, {&more, nullptr}), top_k(scorer, query, k, {&few, nullptr}));
 }
 
 TEST_CASE("masks") {

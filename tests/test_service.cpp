@@ -245,6 +245,16 @@ TEST_CASE("a caller who runs updates hears when one is due, and nothing runs by 
   REQUIRE(shop.update());
   CHECK(shop.item_count() == 51);
   CHECK_FALSE(shop.update_due());
+  // The next interval begins there, and either is something new by itself.
+  learn(shop, "u", "i3");
+  CHECK_FALSE(shop.update_due());
+  clock += 8000;
+  CHECK(shop.update_due());
+  REQUIRE(shop.update());
+  clock += 8000;
+  CHECK_FALSE(shop.update_due());
+  REQUIRE(shop.put_item({.item = "newer"}));
+  CHECK(shop.update_due());
 }
 
 TEST_CASE("after an update that learnt, what is expected of a pick is still the model's alone") {
@@ -460,6 +470,30 @@ TEST_CASE("what waits is bounded in bytes, with one entry an id") {
   REQUIRE(shop.update());
   CHECK(shop.item_count() == static_cast<std::size_t>(51 + taken));
   CHECK(shop.put_item({.item = "one more"}));
+}
+
+TEST_CASE("what new items take is in memory()") {
+  auto shop = make();
+  const std::size_t before = shop.memory().catalogue;
+  constexpr std::size_t items = 4096;
+  for (std::size_t n = 0; n < items; ++n)
+    REQUIRE(shop.put_item({.item = "an id of thirty-two bytes, no. " + std::to_string(n)}));
+  REQUIRE(shop.update());
+  // An id and its string, and a row of 16 values or more.
+  CHECK(shop.memory().catalogue >= before + items * (32 + sizeof(std::string) + 16));
+}
+
+TEST_CASE("events that wait count towards the same budget until they are in") {
+  auto shop = make();
+  REQUIRE(shop.put_item({.item = "new"}));
+  const std::size_t before = shop.memory().pending;
+  for (int n = 0; n < 10; ++n)
+    REQUIRE(*shop.record({.user = "u", .item = "new", .timestamp = now}) ==
+            pz::Recorded::pending_item);
+  CHECK(shop.memory().pending >= before + 10 * 3 * sizeof(std::string));
+  REQUIRE(shop.update());
+  CHECK(shop.update_report().events_replayed == 10);
+  CHECK(shop.memory().pending <= before);
 }
 
 TEST_CASE("put_item says at once what cannot be taken in") {
@@ -872,6 +906,17 @@ TEST_CASE("in a replay one user moves what ages are counted to by a week at most
   CHECK(age() == 400 * day - 5);
 }
 
+TEST_CASE("in a replay an event far ahead of the others counts for all a week after them") {
+  auto shop = make(usual({.exploration_weight = 0, .clock = [] { return now + 400 * day; }}));
+  learn(shop, "u", "i1", now);
+  const std::vector<std::string_view> shown{"i2"};
+  const auto choose = [&](std::string_view user, std::int64_t at) {
+    REQUIRE(shop.record({.user = user, .item = "i2", .timestamp = at, .impressions = shown}));
+    return shop.explain({.user = "x", .timestamp = at}, "i2")->positive;
+  };
+  CHECK(choose("evil", now + 40 * day) == doctest::Approx(std::exp2(-33.0 / 14)).epsilon(0.001));
+}
+
 TEST_CASE("a user's choices of one item from slates count a few times for others") {
   auto shop = make();
   learn(shop, "evil", "i3");
@@ -912,6 +957,7 @@ TEST_CASE("a state that overflows begins anew, and is told") {
   auto parts = small_model::parts();
   using Kind = pz::EncoderOp::Kind;
   const std::size_t d = parts.item_vectors.columns();
+  bool at_once = true;
   const auto weigh = [&](std::size_t rows, float w) {
     parts.weights.push_back(pz::Matrix::zeros(rows, d));
     for (float& v : parts.weights.back().f32()) v = w;
@@ -924,6 +970,7 @@ TEST_CASE("a state that overflows begins anew, and is told") {
     parts.operations = {{Kind::embed_sum}, {Kind::decay}};
     parts.weights.clear();
     for (const float w : {1.0f, 1e18f}) weigh(1, w);
+    at_once = false;
   }
   SUBCASE("linear layers, at once") {
     for (int layer = 0; layer < 3; ++layer) parts.operations.push_back({Kind::linear});
@@ -944,6 +991,7 @@ TEST_CASE("a state that overflows begins anew, and is told") {
   CHECK(shop.restarted_states() > 0);
   const auto slate = shop.recommend({.user = "u", .count = 25, .timestamp = now});
   REQUIRE(slate);
+  if (!at_once) CHECK(shop.restarted_states() == 1);  // 1e35 an event, of 3.4e38
   std::vector<std::string_view> given{"i1", "i2", "i3"};
   pz::Slate ranked;
   REQUIRE(shop.rank({.user = "u", .timestamp = now}, given, ranked));
@@ -984,6 +1032,13 @@ TEST_CASE("event ids are remembered however many others come, within the window"
             {.user = "u", .item = "none", .timestamp = now, .event_id = "y" + std::to_string(n)}) ==
         pz::Recorded::unknown_item);
   CHECK(record("u", "payment") == pz::Recorded::duplicate);
+  // Behind the window they are forgotten, and nothing grows.
+  for (int n = 0; n < 60'000; ++n)
+    REQUIRE(record("u", "z" + std::to_string(n)) == pz::Recorded::learned);
+  CHECK(record("u", "z59999") == pz::Recorded::duplicate);
+  CHECK(record("u", "z59000") == pz::Recorded::duplicate);
+  CHECK(record("u", "payment") == pz::Recorded::learned);
+  CHECK(shop.memory().event_ids <= 30 * 64 * 128);
 }
 
 TEST_CASE("a visitor who asks for many slates displaces few of others'") {
@@ -1235,7 +1290,12 @@ TEST_CASE("a pool without weight leaves the ranking as it is") {
                                  : std::span<const pz::ScoredItem>{},
                     pool, {}, 4, pz::CounterRandom(1, 1), taken, choices);
       REQUIRE(choices.size() == (with_ranking ? 2 : 0));
-      for (const pz::SlotChoice& c : choices) CHECK(c.pick.item < 2);
+      for (const pz::SlotChoice& c : choices) {
+        CHECK(c.pick.item < 2);
+        CHECK(c.propensity == 1);
+        CHECK(c.pool_share == 0);
+        CHECK(c.pool_value == 0);
+      }
     }
   }
 }
