@@ -1269,6 +1269,10 @@ template <class T>
 std::size_t allocated(const std::vector<T>& values) noexcept {
   return allocated(values.capacity() * sizeof(T));
 }
+// Of a string of that capacity, beside the object itself, in which short ones lie.
+inline std::size_t allocated_text(std::size_t capacity) noexcept {
+  return capacity <= std::string{}.capacity() ? 0 : allocated(capacity + 1);
+}
 
 // IEEE 754 half precision, rounded to nearest; what is too large becomes the largest.
 inline std::uint16_t half_of(float value) noexcept {
@@ -5848,19 +5852,21 @@ class PagedArray {
 
   PagedArray() = default;
   // base: kept alive by owner.
-  PagedArray(const std::shared_ptr<const void>& owner, std::span<const T> base) {
+  PagedArray(const std::shared_ptr<const void>& owner, std::span<const T> base) : base_(base) {
     size_ = base.size();
     pages_.reserve(page_count(size_));
     for (std::size_t begin = 0; begin < size_; begin += page_size)
       pages_.push_back(std::shared_ptr<const T[]>(owner, base.data() + begin));
     owned_.resize(pages_.size());
   }
-  PagedArray(const PagedArray& other) : size_(other.size_), pages_(other.pages_) {
+  PagedArray(const PagedArray& other)
+      : size_(other.size_), base_(other.base_), pages_(other.pages_) {
     owned_.resize(pages_.size());
   }
   PagedArray(PagedArray&&) noexcept = default;
   PagedArray& operator=(PagedArray other) noexcept {
     size_ = other.size_;
+    base_ = other.base_;
     pages_.swap(other.pages_);
     owned_.swap(other.owned_);
     return *this;
@@ -5890,10 +5896,14 @@ class PagedArray {
     ++size_;
   }
 
-  // Bytes of the pages that this array made; those of its base and of earlier copies are not in it.
-  std::size_t owned_bytes() const noexcept {
-    return static_cast<std::size_t>(std::count(owned_.begin(), owned_.end(), true)) * page_size *
-           sizeof(T);
+  // Of all that does not lie in the base; pages that copies share count for each. O(pages).
+  std::size_t bytes() const noexcept {
+    constexpr std::size_t counts = 24;  // of a pointer that is shared
+    std::size_t made = 0;
+    for (std::size_t p = 0; p < pages_.size(); ++p)
+      made += p * page_size >= base_.size() || pages_[p].get() != base_.data() + p * page_size;
+    return detail::allocated(pages_) +
+           made * (detail::allocated(page_size * sizeof(T)) + detail::allocated(counts));
   }
 
  private:
@@ -5913,6 +5923,7 @@ class PagedArray {
   }
 
   std::size_t size_ = 0;
+  std::span<const T> base_;
   std::vector<std::shared_ptr<const T[]>> pages_;
   std::vector<bool> owned_;  // pages that no other array has seen
 };
@@ -6111,10 +6122,18 @@ class ItemRows {
     ++rows_;
   }
 
-  // Bytes of the pages that this object made; those of its base and of copies are not in it.
-  std::size_t owned_bytes() const noexcept {
-    const std::size_t row = type_ == ElementType::i8 ? columns_ + sizeof(float) : 4 * columns_;
-    return static_cast<std::size_t>(std::count(own_.begin(), own_.end(), true)) * page_rows * row;
+  // Of all that does not lie in the base; without the pages that `counted` has as well. O(pages).
+  std::size_t bytes(const ItemRows* counted = nullptr) const noexcept {
+    const std::size_t values = page_rows * columns_;
+    const std::size_t page =
+        detail::allocated(sizeof(Matrix) + 16) +
+        (type_ == ElementType::i8
+             ? detail::allocated(values) + detail::allocated(page_rows * sizeof(float))
+             : detail::allocated(values * sizeof(float)));
+    std::size_t made = 0;
+    for (std::size_t p = 0; p < made_.size(); ++p)
+      made += made_[p] && !(counted && p < counted->made_.size() && counted->made_[p] == made_[p]);
+    return detail::allocated(made_) + detail::allocated(elsewhere_) + made * page;
   }
 
  private:
@@ -6511,12 +6530,10 @@ class ItemIds {
   }
 
   std::size_t bytes() const noexcept {
-    std::size_t sum =
-        allocated(sizeof *this) + added_.pages() * added_.page_size * sizeof(std::string);
+    std::size_t sum = allocated(sizeof *this) + added_.bytes();
     for (const auto& part : parts_)
       if (part) sum += allocated(sizeof(HashIndex) + 16) + part->bytes();
-    for (std::size_t i = 0; i < added_.size(); ++i)
-      if (added_[i].capacity() > 15) sum += allocated(added_[i].capacity() + 1);
+    for (std::size_t i = 0; i < added_.size(); ++i) sum += allocated_text(added_[i].capacity());
     return sum;
   }
 
@@ -8975,10 +8992,10 @@ struct Catalogue {
 
   std::size_t bytes() const {
     return allocated(sizeof *this + 16) + ids->bytes() + encoder->bytes() + counters->bytes() +
-           scorer->bytes() + statistics.owned_bytes() + rows.owned_bytes() +
-           input_rows.owned_bytes() + offsets.owned_bytes() + vectors.owned_bytes() +
-           biases.owned_bytes() + quality.owned_bytes() + correction_of.owned_bytes() +
-           popularity.owned_bytes() + (corrections ? allocated(*corrections) : 0) +
+           scorer->bytes() + statistics.bytes() + rows.bytes() + input_rows.bytes() +
+           offsets.bytes() + vectors.bytes(&rows) + biases.bytes() + quality.bytes() +
+           correction_of.bytes() + popularity.bytes() +
+           (corrections ? allocated(*corrections) : 0) + (corrected ? allocated(*corrected) : 0) +
            allocated(*popular) + allocated(popular_later) + allocated(later_items) +
            allocated(*active) + allocated(pool) + allocated(pool_vectors) + allocated(pool_biases) +
            (second_moment ? allocated(*second_moment) : 0);
@@ -10443,8 +10460,9 @@ struct State {
   struct PendingEvent {
     std::string user, session, event_type;
     std::int64_t timestamp;
-    std::size_t bytes() const noexcept {
-      return sizeof *this + user.capacity() + session.capacity() + event_type.capacity();
+    std::size_t bytes() const noexcept {  // beside its own
+      return allocated_text(user.capacity()) + allocated_text(session.capacity()) +
+             allocated_text(event_type.capacity());
     }
   };
   // An item that was put: what is known of it, and what waits for the next update.
@@ -10579,8 +10597,15 @@ struct State {
       latest = std::max(latest, s.last_timestamp);
     return latest;
   }
-  static std::size_t bytes_of(std::string_view id) noexcept {
-    return sizeof(std::pair<const std::string, PutItem>) + 32 + id.size();
+  // Of an entry of put_items, without events.
+  static std::size_t bytes_of(std::string_view id,
+                              const CatalogueBuilder::Fields& fields) noexcept {
+    constexpr std::size_t links = 2 * sizeof(void*), buckets = 2 * sizeof(void*);
+    std::size_t sum = allocated(sizeof(std::pair<const std::string, PutItem>) + links) + buckets +
+                      allocated_text(id.size()) + allocated(fields);
+    for (const auto& [name, value] : fields)
+      sum += allocated_text(name.capacity()) + allocated_text(value.capacity());
+    return sum;
   }
   std::vector<std::pair<std::string, PutItem>> waiting_items(std::uint64_t& version) const;
   void take_in(const std::vector<std::pair<std::string, PutItem>>& items, CatalogueBuilder& builder,
@@ -10781,9 +10806,7 @@ inline Result<void> State::put(const NewItem& item, const Time& time) {
   next.given = next.given || !item.fields.empty();
   next.waiting = true;
   next.version = put_version + 1;
-  next.bytes = bytes_of(item.item);
-  for (const auto& [name, value] : next.fields)
-    next.bytes += 2 * sizeof(std::string) + name.size() + value.size();
+  next.bytes = bytes_of(item.item, next.fields);
   const std::size_t before = waits ? found->second.bytes : 0;
   if (pending_bytes - before + next.bytes > options.pending_bytes)
     return Error{Errc::limit,
@@ -10811,7 +10834,7 @@ inline bool State::remove(std::string_view id) {
   if (!there && !waits) return false;
   if (found == put_items.end()) {
     found = put_items.emplace(std::string(id), PutItem{}).first;
-    found->second.bytes = bytes_of(id);
+    found->second.bytes = bytes_of(id, {});
     kept_bytes += found->second.bytes;
   }
   PutItem& item = found->second;
@@ -10827,14 +10850,19 @@ inline bool State::remove(std::string_view id) {
 
 // Keeps an event on an item that waits for an update; false where none waits, or there is no room.
 inline bool State::remember_pending(std::string_view item, PendingEvent event) {
-  const std::size_t bytes = event.bytes();
   const std::lock_guard lock{pending_mutex};
   const auto found = put_items.find(item);
-  if (found == put_items.end() || !found->second.waiting || found->second.remove ||
-      pending_bytes + bytes > options.pending_bytes)
-    return false;
-  found->second.events.push_back(std::move(event));
-  pending_bytes += bytes;
+  if (found == put_items.end() || !found->second.waiting || found->second.remove) return false;
+  auto& events = found->second.events;
+  const std::size_t room = events.size() < events.capacity()
+                               ? events.capacity()
+                               : std::max<std::size_t>(4, events.size() + events.size() / 2);
+  const std::size_t more =
+      event.bytes() + allocated(room * sizeof(PendingEvent)) - allocated(events);
+  if (pending_bytes + more > options.pending_bytes) return false;
+  events.reserve(room);
+  events.push_back(std::move(event));
+  pending_bytes += more;
   return true;
 }
 
@@ -10887,6 +10915,7 @@ inline void State::settle_pending(std::vector<std::pair<std::string, PutItem>>& 
     if (found == put_items.end()) continue;
     PutItem& item = found->second;
     taken.events.swap(item.events);
+    pending_bytes -= allocated(taken.events);
     for (const PendingEvent& event : taken.events) pending_bytes -= event.bytes();
     if (item.version != taken.version) continue;
     pending_bytes -= item.bytes;
@@ -11311,7 +11340,7 @@ class Recommender {
   // An item's number, less than item_count(), which it keeps: its bit in Request::eligible. That of
   // a removed item too. Differs from the number in model() once items were removed. O(1).
   std::optional<std::uint32_t> find_item(std::string_view item) const;
-  MemoryUse memory() const;  // O(slates + threads)
+  MemoryUse memory() const;  // O(threads + items / 256 + items that were put)
   // Users whose state was not finite and began anew: a sign of a broken model.
   std::uint64_t restarted_states() const noexcept { return state_->restarted.load(); }
 

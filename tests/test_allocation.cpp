@@ -24,11 +24,17 @@ namespace {
 
 struct Allocations {
   std::atomic<std::int64_t> count{0}, bytes{0}, peak{0};
+  std::atomic<std::int64_t> blocks{0};   // bytes as a usual allocator gives them
   std::atomic<std::int64_t> fail_at{0};  // the how-manieth from now fails; 0: none
 
   void reset_peak() { peak = bytes.load(); }
 };
 Allocations allocations;
+
+// Of a block of so many bytes glibc takes 8 more, a multiple of 16 and at least 32.
+std::int64_t block_of(std::size_t size) noexcept {
+  return static_cast<std::int64_t>(std::max<std::size_t>((size + 8 + 15) / 16 * 16, 32));
+}
 
 // The size stands in front, in as many bytes as the alignment is.
 void* allocate(std::size_t size, std::size_t alignment) {
@@ -42,6 +48,7 @@ void* allocate(std::size_t size, std::size_t alignment) {
   if (!p) throw std::bad_alloc();
   *reinterpret_cast<std::size_t*>(p) = size;
   const std::int64_t now = allocations.bytes += static_cast<std::int64_t>(size);
+  allocations.blocks += block_of(size);
   std::int64_t peak = allocations.peak;
   while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
   }
@@ -51,7 +58,9 @@ void* allocate(std::size_t size, std::size_t alignment) {
 void release(void* pointer, std::size_t alignment) noexcept {
   if (!pointer) return;
   auto* p = static_cast<char*>(pointer) - alignment;
-  allocations.bytes -= static_cast<std::int64_t>(*reinterpret_cast<std::size_t*>(p));
+  const std::size_t size = *reinterpret_cast<std::size_t*>(p);
+  allocations.bytes -= static_cast<std::int64_t>(size);
+  allocations.blocks -= block_of(size);
   std::free(p);
 }
 
@@ -200,6 +209,104 @@ TEST_CASE("events, slates and rankings of a known user take no memory once warm"
       CHECK(taken == 0);
     }
   }
+}
+
+TEST_CASE("memory() tells what the allocator gave, part by part") {
+  const auto model = young_model();
+  std::vector<std::string> users, ids;
+  for (int n = 0; n < 400; ++n)
+    users.push_back("a user whose id takes a block, no. " + std::to_string(n));
+  for (int n = 0; n < 3000; ++n)
+    ids.push_back("an item whose id takes a block, no. " + std::to_string(n));
+  std::int64_t clock = start;
+  const std::int64_t begin = allocations.blocks;
+  pz::RecommenderOptions options{
+      .update_interval = {}, .slate_log_bytes = 1 << 17, .clock = [&] { return clock; }};
+  SUBCASE("as usual") {}
+  SUBCASE("with a log and the gates looked up") {
+    options.log = [](const pz::LogEntry&) {};
+    options.gate_lookup = true;
+  }
+  auto shop = shop_of(model, options);
+  pz::Slate slate;
+  std::int64_t before = begin;
+  pz::MemoryUse known;
+  // What a part has grown by since the last look, beside the allocator's growth.
+  const auto grown = [&](auto... parts) {
+    const pz::MemoryUse use = shop.memory();
+    const std::int64_t blocks = allocations.blocks;
+    const double given = static_cast<double>(blocks - before);
+    double told = 0;
+    ((told += static_cast<double>(use.*parts) - static_cast<double>(known.*parts)), ...);
+    INFO("given " << given << ", told " << told);
+    CHECK(told >= 0.98 * given);
+    CHECK(told <= 1.02 * given);
+    before = allocations.blocks;
+    known = use;
+  };
+  using Use = pz::MemoryUse;
+  const auto all = [&] {
+    const pz::MemoryUse use = shop.memory();
+    const double given = static_cast<double>(allocations.blocks - begin);
+    INFO("given " << given << ", told " << use.total());
+    CHECK(static_cast<double>(use.total()) >= 0.98 * given);
+    CHECK(static_cast<double>(use.total()) <= 1.02 * given);
+  };
+  all();
+  // Requests' memory.
+  REQUIRE(shop.record({.user = users[0], .item = "i1"}));
+  REQUIRE(shop.recommend({.user = users[0], .exclude_interacted = true}, slate));
+  REQUIRE(shop.record({.user = users[0], .item = "i2", .recommendation_id = slate.id}));
+  REQUIRE(shop.update());
+  REQUIRE(shop.update());
+  slate = {};
+  all();
+  before = allocations.blocks;
+  known = shop.memory();
+  for (const std::string& user : users)
+    for (int n = 0; n < 40; ++n)
+      REQUIRE(shop.record({.user = user, .item = "i" + std::to_string(n)}));
+  grown(&Use::users);
+  for (const std::string& user : users) {
+    const std::string event = "event of " + user;
+    REQUIRE(shop.record({.user = users[1], .item = "i3", .event_id = event}));
+  }
+  grown(&Use::event_ids, &Use::users);
+  for (int n = 0; n < 100; ++n) {
+    REQUIRE(shop.recommend({.user = users[static_cast<std::size_t>(n)], .count = 20}, slate));
+    REQUIRE(shop.record_impression(
+        {.user = users[static_cast<std::size_t>(n)], .recommendation_id = slate.id}));
+  }
+  slate = {};
+  grown(&Use::users, &Use::contexts, &Use::slates, &Use::scratch);
+  for (const std::string& id : ids) REQUIRE(shop.put_item({.item = id}));
+  grown(&Use::pending);
+  for (int n = 0; n < 500; ++n)
+    REQUIRE(*shop.record(
+                {.user = users[2], .item = ids[7], .event_type = "a type that takes a block"}) ==
+            pz::Recorded::pending_item);
+  grown(&Use::pending, &Use::users);
+  // The generation before goes with the second.
+  REQUIRE(shop.update());
+  REQUIRE(shop.record({.user = users[2], .item = "i1"}));
+  REQUIRE(shop.recommend({.user = users[2]}, slate));
+  slate = {};
+  REQUIRE(shop.update());
+  REQUIRE(shop.update());
+  all();
+  // Many generations, some with corrections, each of which shares pages with those before.
+  for (int n = 0; n < 30; ++n) {
+    const std::string& user = users[static_cast<std::size_t>(n)];
+    REQUIRE(shop.put_item({.item = "one more: " + std::to_string(n)}));
+    REQUIRE(shop.recommend({.user = user, .count = 20}, slate));
+    REQUIRE(
+        shop.record({.user = user, .item = slate.items[3].item, .recommendation_id = slate.id}));
+    slate = {};
+    clock += 3600;
+    REQUIRE(shop.update());
+  }
+  REQUIRE(shop.update());
+  all();
 }
 
 TEST_CASE("a model is read into little more than its own memory") {
