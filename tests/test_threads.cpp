@@ -276,6 +276,9 @@ void call_from_all_threads(pz::Updates updates) {
   CHECK(shop->user_count() <= 64);
   CHECK(shop->item_count() > 200);
   CHECK(shop->model()->item_count() <= shop->item_count());
+  // The last update may have come when there was nothing to learn.
+  REQUIRE(shop->record({.user = "last", .item = "i1", .timestamp = clock.now()}));
+  REQUIRE(shop->update());
   CHECK(shop->update_report().items_learnt > 0);
 }
 
