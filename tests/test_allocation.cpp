@@ -81,6 +81,12 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   return p;
 }
 
+// The address sanitizer's own of these would not call those above.
+void* operator new[](std::size_t size) { return operator new(size); }
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return operator new(size, alignment);
+}
+
 void operator delete(void* pointer) noexcept { release(pointer, usual); }
 void operator delete(void* pointer, std::align_val_t alignment) noexcept {
   release(pointer, static_cast<std::size_t>(alignment));
@@ -88,6 +94,15 @@ void operator delete(void* pointer, std::align_val_t alignment) noexcept {
 
 void operator delete(void* pointer, std::size_t) noexcept { operator delete(pointer); }
 void operator delete(void* pointer, std::size_t, std::align_val_t alignment) noexcept {
+  operator delete(pointer, alignment);
+}
+
+void operator delete[](void* pointer) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer, std::align_val_t alignment) noexcept {
+  operator delete(pointer, alignment);
+}
+void operator delete[](void* pointer, std::size_t) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer, std::size_t, std::align_val_t alignment) noexcept {
   operator delete(pointer, alignment);
 }
 
