@@ -82,9 +82,9 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
 }
 
 // The address sanitizer's own of these would not call those above.
-void* operator new[](std::size_t size) { return operator new(size); }
+void* operator new[](std::size_t size) { return allocate(size, usual); }
 void* operator new[](std::size_t size, std::align_val_t alignment) {
-  return operator new(size, alignment);
+  return allocate(size, static_cast<std::size_t>(alignment));
 }
 
 void operator delete(void* pointer) noexcept { release(pointer, usual); }
@@ -97,13 +97,13 @@ void operator delete(void* pointer, std::size_t, std::align_val_t alignment) noe
   operator delete(pointer, alignment);
 }
 
-void operator delete[](void* pointer) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer) noexcept { release(pointer, usual); }
 void operator delete[](void* pointer, std::align_val_t alignment) noexcept {
-  operator delete(pointer, alignment);
+  release(pointer, static_cast<std::size_t>(alignment));
 }
-void operator delete[](void* pointer, std::size_t) noexcept { operator delete(pointer); }
+void operator delete[](void* pointer, std::size_t) noexcept { release(pointer, usual); }
 void operator delete[](void* pointer, std::size_t, std::align_val_t alignment) noexcept {
-  operator delete(pointer, alignment);
+  release(pointer, static_cast<std::size_t>(alignment));
 }
 
 namespace {
