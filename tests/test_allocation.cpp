@@ -246,26 +246,26 @@ TEST_CASE("memory() tells what the allocator gave, part by part") {
   pz::Slate slate;
   std::int64_t before = begin;
   pz::MemoryUse known;
+  const auto agree = [](double told, std::int64_t blocks) {
+    const auto given = static_cast<double>(blocks);
+    INFO("given " << given << ", told " << told);
+    CHECK(told >= 0.98 * given);
+    CHECK(told <= 1.02 * given);
+  };
   // What a part has grown by since the last look, beside the allocator's growth.
   const auto grown = [&](auto... parts) {
     const pz::MemoryUse use = shop.memory();
     const std::int64_t blocks = allocations.blocks;
-    const double given = static_cast<double>(blocks - before);
     double told = 0;
     ((told += static_cast<double>(use.*parts) - static_cast<double>(known.*parts)), ...);
-    INFO("given " << given << ", told " << told);
-    CHECK(told >= 0.98 * given);
-    CHECK(told <= 1.02 * given);
+    agree(told, blocks - before);
     before = allocations.blocks;
     known = use;
   };
   using Use = pz::MemoryUse;
   const auto all = [&] {
-    const pz::MemoryUse use = shop.memory();
-    const double given = static_cast<double>(allocations.blocks - begin);
-    INFO("given " << given << ", told " << use.total());
-    CHECK(static_cast<double>(use.total()) >= 0.98 * given);
-    CHECK(static_cast<double>(use.total()) <= 1.02 * given);
+    const auto told = static_cast<double>(shop.memory().total());
+    agree(told, allocations.blocks - begin);
   };
   all();
   // Requests' memory.
