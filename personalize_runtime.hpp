@@ -342,8 +342,9 @@ inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::
 
 // Who runs automatic updates.
 enum class Updates : std::uint8_t {
-  by_thread,    // a thread that create() starts and the destructor joins
-  by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
+  by_thread,  // a thread that create() starts and the destructor joins; it rests between pieces of
+              // a millisecond, so that requests on the same cores hardly notice it
+  by_caller,  // the caller: update() when update_due() says so, from a scheduler of its own
   in_requests,  // the record or recommend that finds one due, which then takes that much longer
 };
 
@@ -415,7 +416,7 @@ struct NewItem {
 // What the last update did. An update that had nothing to do leaves the report of the one before.
 struct UpdateReport {
   std::int64_t timestamp = no_timestamp;  // it learnt for
-  std::chrono::microseconds duration{0};
+  std::chrono::microseconds duration{0};  // with the rests that the recommender's own thread takes
   std::size_t items_added = 0, items_changed = 0, items_removed = 0;
   std::size_t items_learnt = 0;     // with feedback, whose scores it set anew
   std::size_t events_replayed = 0;  // that came for items which were put and not in yet
@@ -1423,6 +1424,38 @@ class HashIndex {
 
   std::vector<std::uint64_t> slots_;  // the hash's upper half, then the number + 1; 0: free
   std::size_t size_ = 0;
+};
+
+// Long work in pieces, so that those who wait for the same cores hardly notice: after each piece of
+// a millisecond, `rest` is to let fifteen times as long pass. Without a rest there is none.
+class Pace {
+ public:
+  using Clock = std::chrono::steady_clock;
+  using Rest = std::function<void(Clock::duration)>;
+  static constexpr std::chrono::microseconds piece{1000};
+  static constexpr int rests = 15;
+
+  Pace() = default;
+  explicit Pace(Rest rest) : rest_(std::move(rest)) {}
+
+  // Between two steps of the work, which may take microseconds each.
+  void step() {
+    if (rest_ && Clock::now() - begun_ >= piece) rest();
+  }
+  // The same for step n of many that take less.
+  void step(std::size_t n) {
+    if (n % 64 == 0) step();
+  }
+  // For what was worked since the last time.
+  void rest() {
+    if (!rest_) return;
+    rest_(rests * (Clock::now() - begun_));
+    begun_ = Clock::now();
+  }
+
+ private:
+  Rest rest_;
+  Clock::time_point begun_ = Clock::now();
 };
 
 // Nodes by how long ago they were used, each with Links that links(node) finds.
@@ -6305,7 +6338,8 @@ struct Panels {
   };
 
   // sources: ascending by item. usual_length: of queries. O(n d).
-  Panels(const ItemRows& rows, std::span<const Source> sources, int width, float usual_length)
+  Panels(const ItemRows& rows, std::span<const Source> sources, int width, float usual_length,
+         Pace& pace)
       : bits(width),
         columns(rows.columns()),
         bytes_a_panel(bits == 8 ? kernels::panel_bytes<8>(columns)
@@ -6335,6 +6369,7 @@ struct Panels {
     };
     constexpr std::size_t ahead = 12;  // sources, and rows behind them, come from memory meanwhile
     for (std::size_t p = 0; p < count; ++p) {
+      pace.step(p);
       if (p + 2 * ahead < count) __builtin_prefetch(&source_at(p + 2 * ahead));
       if (p + ahead < count) {
         const auto next = rows.stored(source_at(p + ahead).place.item);
@@ -6611,7 +6646,8 @@ class Scorer {
         largest_8bit_(largest_8bit),
         length_(std::isfinite(usual_query_length) ? std::max(usual_query_length, 0.0f) : 0.0f) {
     assert(biases_.size() == rows_.rows());
-    start_afresh({});
+    detail::Pace pace;
+    start_afresh({}, pace);
   }
 
   explicit Scorer(const std::shared_ptr<const Model>& model,
@@ -6633,8 +6669,10 @@ class Scorer {
   // (ascending, distinct; another row, another bias or both) and in items behind this one's last.
   // Shares what is unchanged; this one stays as it is. O(N / 1024 + n d log N) for n changed and
   // added items, counted over many calls; where n is large against N, O(N d).
-  Scorer changed(ItemRows rows, PagedArray<float> biases,
-                 std::span<const std::uint32_t> changed) const {
+  Scorer changed(ItemRows rows, PagedArray<float> biases, std::span<const std::uint32_t> changed,
+                 detail::Pace* given_pace = nullptr) const {
+    detail::Pace without_rests;
+    detail::Pace& pace = given_pace ? *given_pace : without_rests;
     assert(biases.size() == rows.rows() && rows.rows() >= rows_.rows());
     assert(rows_.empty() || (rows.columns() == rows_.columns() && rows.type() == rows_.type()));
     Scorer next(*this);
@@ -6646,19 +6684,20 @@ class Scorer {
       if (!known.empty())
         for (const std::uint32_t item : changed)
           if (!same_row(next.rows_, item)) known[item] = 0;
-      next.start_afresh(known);
+      next.start_afresh(known, pace);
       return next;
     }
     std::vector<Source> fresh;
     fresh.reserve(changed.size() + added);
     for (const std::uint32_t item : changed) {
       assert(item < rows_.rows());
+      pace.step();
       const std::uint16_t short_scale = next.take_out(item);
       next.take_in(item, same_row(next.rows_, item) ? short_scale : std::uint16_t{0}, fresh);
     }
     for (std::size_t item = rows_.rows(); item < next.rows_.rows(); ++item)
       next.take_in(static_cast<std::uint32_t>(item), 0, fresh);
-    next.add(std::move(fresh));
+    next.add(std::move(fresh), pace);
     return next;
   }
 
@@ -6917,15 +6956,17 @@ class Scorer {
   }
 
   // Makes one part of all items. known: as from short_scales().
-  void start_afresh(std::span<const std::uint16_t> known) {
+  void start_afresh(std::span<const std::uint16_t> known, detail::Pace& pace) {
     parts_.clear();
     unbounded_.clear();
     std::vector<Source> fresh;
     fresh.reserve(rows_.rows());
-    for (std::size_t item = 0; item < rows_.rows(); ++item)
+    for (std::size_t item = 0; item < rows_.rows(); ++item) {
+      pace.step(item);
       take_in(static_cast<std::uint32_t>(item),
               item < known.size() ? known[item] : std::uint16_t{0}, fresh);
-    add(std::move(fresh));
+    }
+    add(std::move(fresh), pace);
   }
 
   // Adds the item to `fresh`, if it may rank.
@@ -6960,7 +7001,7 @@ class Scorer {
 
   // Makes a part of `fresh`, ascending, and of the newest parts that became small against it or
   // lost much.
-  void add(std::vector<Source> fresh) {
+  void add(std::vector<Source> fresh, detail::Pace& pace) {
     const int bits = rows_.rows() * rows_.columns() <= largest_8bit_ ? 8 : 4;
     std::size_t kept = parts_.size();
     std::size_t newer = fresh.size();
@@ -6972,7 +7013,7 @@ class Scorer {
     for (; parts_.size() > kept; parts_.pop_back()) take_over(parts_.back(), bits, fresh);
     bits_ = bits;
     if (!fresh.empty())
-      parts_.emplace_back(std::make_shared<const Panels>(rows_, fresh, bits, length_));
+      parts_.emplace_back(std::make_shared<const Panels>(rows_, fresh, bits, length_, pace));
     std::size_t first = 0;
     all_ = {};
     largest_bias_ = 0;
@@ -9026,11 +9067,12 @@ class CatalogueBuilder {
   static constexpr std::size_t calibration_slates = 2048;  // the newest
   static constexpr std::size_t largest_correction = 1024;  // d, beyond which d^3 is too much
 
-  // options and table outlive the builder.
+  // options, table and pace outlive the builder.
   CatalogueBuilder(const Catalogue& previous, const RecommenderOptions& options,
-                   const kernels::Table& table)
+                   const kernels::Table& table, Pace& pace)
       : options_(options),
         table_(table),
+        pace_(pace),
         next_(std::make_shared<Catalogue>(previous)),
         first_added_(static_cast<std::uint32_t>(previous.size())) {}
 
@@ -9074,7 +9116,8 @@ class CatalogueBuilder {
     c.scorer = std::make_shared<const Scorer>(c.vectors, c.biases,
                                               Scorer::usual_query_length(*model), table);
     c.interactions = c.trained_interactions;
-    CatalogueBuilder builder(c, options, table);
+    Pace pace;
+    CatalogueBuilder builder(c, options, table, pace);
     builder.sort_popular();
     builder.choose_pool(now, latest);
     return std::move(builder.next_);
@@ -9119,8 +9162,8 @@ class CatalogueBuilder {
     changed_.erase(std::unique(changed_.begin(), changed_.end()), changed_.end());
     // Items that were added are not the old scorer's.
     const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_);
-    next.scorer = std::make_shared<const Scorer>(
-        next.scorer->changed(next.vectors, next.biases, std::span(changed_.begin(), added)));
+    next.scorer = std::make_shared<const Scorer>(next.scorer->changed(
+        next.vectors, next.biases, std::span(changed_.begin(), added), &pace_));
     adjust_popular();
     if (next.pool.size() == Catalogue::max_pool)  // items may wait that were not among the newest
       choose_pool(now, latest);
@@ -9211,6 +9254,7 @@ class CatalogueBuilder {
     const auto nearest = nearest_trained(own, known.size());
     std::vector<float> row(d), inputs(next.input_rows.columns()), input(inputs.size());
     for (std::size_t k = 0; k < known.size(); ++k) {
+      pace_.step();
       const std::uint32_t item = known[k].item;
       const auto& near = nearest[k];
       std::copy_n(own.data() + k * d, d, vector.data());
@@ -9247,13 +9291,14 @@ class CatalogueBuilder {
 
   // Of each of `count` vectors [d], the nearest items that were trained on.
   std::vector<std::vector<ScoredItem>> nearest_trained(std::span<const float> vectors,
-                                                       std::size_t count) const {
+                                                       std::size_t count) {
     const Catalogue& next = *next_;
     const std::size_t d = next.dimension(), items = next.base->item_count();
     const std::size_t stride = items / looked_at + 1;
     std::vector<std::vector<ScoredItem>> nearest(count);
     std::vector<float> row(d);
     for (std::uint32_t i = 0; i < items; i += static_cast<std::uint32_t>(stride)) {
+      pace_.step();
       if (next.statistics[i].interactions == 0 || !next.available(i)) continue;
       next.rows.row(i, row);
       const float square = std::inner_product(row.begin(), row.end(), row.begin(), 0.0f);
@@ -9289,11 +9334,12 @@ class CatalogueBuilder {
   void sort_popular() {
     Catalogue& next = *next_;
     next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
-    std::vector<ScoredItem> order(next.size());
-    for (std::uint32_t i = 0; i < order.size(); ++i) order[i] = {i, next.popular_score(i)};
-    std::sort(order.begin(), order.end(), ranks_before);
-    std::vector<std::uint32_t> popular(order.size());
-    for (std::size_t i = 0; i < order.size(); ++i) popular[i] = order[i].item;
+    std::vector<std::uint64_t> keys(next.size());
+    for (std::uint32_t i = 0; i < keys.size(); ++i)
+      keys[i] = std::uint64_t{~ordered_bits(next.popular_score(i))} << 32 | i;
+    sort_by_upper_half(keys);
+    std::vector<std::uint32_t> popular(keys.size());
+    for (std::size_t i = 0; i < keys.size(); ++i) popular[i] = static_cast<std::uint32_t>(keys[i]);
     next.popular = std::make_shared<const std::vector<std::uint32_t>>(std::move(popular));
     next.popular_later.clear();
     next.later_items.clear();
@@ -9332,8 +9378,10 @@ class CatalogueBuilder {
     next_->pool.clear();
     if (options_.exploration_weight > 0) {
       const DecayMoment moment = Decay(Catalogue::half_life).at(now);
-      for (std::uint32_t i = 0; i < next_->size(); ++i)
+      for (std::uint32_t i = 0; i < next_->size(); ++i) {
+        pace_.step(i);
         if (const auto candidate = pool_item(i, moment, latest)) next_->pool.push_back(*candidate);
+      }
     }
     fill_pool();
   }
@@ -9377,6 +9425,7 @@ class CatalogueBuilder {
 
   const RecommenderOptions& options_;
   const kernels::Table& table_;
+  Pace& pace_;
   std::shared_ptr<Catalogue> next_;
   std::uint32_t first_added_;
   std::shared_ptr<ItemIds> ids_;  // where items are added
@@ -9401,6 +9450,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   std::vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
   std::vector<bool> well_known(active.size());
   for (std::size_t a = 0; a < active.size(); ++a) {
+    pace_.step(a);
     well_known[a] = next.is_well_known(active[a], moment);
     counted[a] = next.confirmed_feedback_of(active[a], moment);
     if (counted[a].expected > 0)
@@ -9424,6 +9474,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
                 moment, rate);
   std::vector<std::uint32_t> still;
   for (std::size_t a = 0; a < active.size(); ++a) {
+    pace_.step(a);
     const GammaPrior& prior = well_known[a] ? next.well_known_prior : next.cold_prior;
     const bool seen = counted[a].expected > 0 || counted[a].positive > 0;
     const double log_quality = static_cast<double>(posterior(prior, counted[a]).mean);
@@ -9456,6 +9507,7 @@ void CatalogueBuilder::settle_unseen(float quality, std::span<const std::uint32_
   next.unseen_quality = quality;
   auto counted = active.begin();
   for (std::uint32_t i = 0; i < next.size(); ++i) {
+    pace_.step(i);
     if (counted != active.end() && *counted == i)
       ++counted;
     else if (!next.is_well_known(i, moment))
@@ -9470,6 +9522,7 @@ inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
   std::vector<double> second_moment(d <= largest_correction ? d * d : 0);
   double queries = 0;
   slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
+    pace_.step();
     for (std::size_t place = 0; place < slate.picks.size(); ++place) {
       const LoggedPick& pick = slate.picks[place];
       if (pick.seen && !pick.explored)
@@ -9496,7 +9549,9 @@ inline void CatalogueBuilder::learn_popularity(std::span<const std::uint32_t> ac
       static_cast<double>(elapsed(next.started, now)) / static_cast<double>(Catalogue::half_life);
   const double scale = std::exp2(std::min(half_lives, 900.0));
   next.interactions = next.trained_interactions;
-  for (const std::uint32_t item : active) {
+  for (std::size_t a = 0; a < active.size(); ++a) {
+    pace_.step(a);
+    const std::uint32_t item = active[a];
     const double since = next.interactions_since(item, moment);
     next.interactions += since * scale;
     ItemStatistics s = next.statistics[item];
@@ -9531,6 +9586,7 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   std::vector<std::uint32_t> corrected, faded;
   contexts.for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
                                 std::span<const float> expected) {
+    pace_.step();
     if (item >= next.size()) return;
     const ItemFeedback feedback = next.confirmed_feedback_of(item, moment);
     if (feedback.expected < forgotten) faded.push_back(item);
@@ -10545,7 +10601,8 @@ struct State {
 
   bool due() const;
   Result<void> update_if_due();
-  Result<void> run_update(std::int64_t now, bool learn);
+  Result<void> run_update(std::int64_t now, bool learn, Pace& pace);
+  std::unique_lock<RankedMutex<0>> lock_updates();
   void publish(std::shared_ptr<const Catalogue> next);
   void start_updater();
   void run_updater();
@@ -10587,6 +10644,7 @@ struct State {
   std::mutex wake_mutex;  // of the update thread alone, and of who wakes it
   std::condition_variable wake, taken_in;
   bool stopping = false, woken = false;
+  int in_a_hurry = 0;               // callers who wait for an update
   std::uint64_t taken_version = 0;  // put_version that updates have taken in
   std::thread updater;
 
@@ -10967,14 +11025,28 @@ inline Result<void> State::update_if_due() {
   if (!lock || !due()) return {};
   const std::int64_t now = times.now(), before = next_update.load();
   next_update.store(now + options.update_interval.count());
-  auto updated = run_update(now, true);
+  Pace pace;
+  auto updated = run_update(now, true, pace);
   if (!updated) next_update.store(before);
   return updated;
 }
 
+// For a caller who wants an update or its result: one under way takes no rests any more.
+inline std::unique_lock<RankedMutex<0>> State::lock_updates() {
+  const auto hurry = [this](int more) {
+    const std::lock_guard lock{wake_mutex};
+    in_a_hurry += more;
+    wake.notify_all();
+  };
+  hurry(1);
+  std::unique_lock lock{update_mutex};
+  hurry(-1);
+  return lock;
+}
+
 // The caller holds update_mutex. learn: what events and impressions taught as well. Where it fails,
 // everything stays as it was but for the report.
-inline Result<void> State::run_update(std::int64_t now, bool learn) {
+inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) {
   const auto begun = std::chrono::steady_clock::now();
   UpdateReport result;
   result.timestamp = now;
@@ -10988,7 +11060,7 @@ inline Result<void> State::run_update(std::int64_t now, bool learn) {
     const bool faded =
         learn && learnt_items > 0 && elapsed(learnt_at, now) > Catalogue::half_life / 64;
     if (items.empty() && !taught && !faded) return {};
-    CatalogueBuilder builder(*catalogue, options, table);
+    CatalogueBuilder builder(*catalogue, options, table, pace);
     take_in(items, builder, result);
     if (taught || faded) result.items_learnt = builder.learn(now, slates, contexts);
     auto next = builder.finish(now, times.latest());
@@ -11050,36 +11122,37 @@ inline void State::wake_updater() {
   wake.notify_one();
 }
 
-// What was put is taken in at once, but updates take no more than a fifth of the time.
+// What was put is taken in at once, but beside requests updates take a sixteenth of the time at
+// most.
 inline void State::run_updater() {
-  using std::chrono::microseconds;
-  constexpr auto most_items_pause = std::chrono::seconds{1};
+  constexpr auto after_failure = std::chrono::seconds{1};
   const std::chrono::milliseconds usual{options.clock ? 20 : 1000};
+  const auto rest = [this](Pace::Clock::duration time) {
+    std::unique_lock lock{wake_mutex};
+    wake.wait_for(lock, time, [this] { return stopping || in_a_hurry > 0; });
+  };
   std::unique_lock lock{wake_mutex};
   while (!stopping) {
     wake.wait_for(lock, usual, [this] { return stopping || woken; });
     if (stopping) return;
     const bool put = std::exchange(woken, false);
     lock.unlock();
-    microseconds pause{0};
+    Pace pace(rest);
+    bool made = true;
     const bool is_due = due();
     {
       const std::lock_guard update_lock{update_mutex};
       if (put || is_due) {
-        const auto begun = std::chrono::steady_clock::now();
         const std::int64_t now = times.now();
         if (is_due) next_update.store(now + options.update_interval.count());
-        const bool made = run_update(now, is_due).has_value();
-        pause = std::min<microseconds>(
-            4 * std::chrono::duration_cast<microseconds>(std::chrono::steady_clock::now() - begun),
-            most_items_pause);
-        if (!made) pause = most_items_pause;
+        made = run_update(now, is_due, pace).has_value();
       } else {
         sweep();
       }
     }
+    pace.rest();
     lock.lock();
-    wake.wait_for(lock, pause, [this] { return stopping; });
+    if (!made) wake.wait_for(lock, after_failure, [this] { return stopping; });
   }
 }
 
@@ -12091,9 +12164,10 @@ inline Result<bool> Recommender::remove_item(std::string_view id) {
 inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
-  const std::lock_guard lock{state_->update_mutex};
+  const auto lock = state_->lock_updates();
   state_->next_update.store(time->now + state_->options.update_interval.count());
-  return state_->run_update(time->timestamp, true);
+  detail::Pace pace;
+  return state_->run_update(time->timestamp, true, pace);
 }
 
 inline bool Recommender::update_due() const { return state_->due(); }
@@ -12139,10 +12213,13 @@ inline std::shared_ptr<const Model> Recommender::model() const {
       wanted = state.put_version;
     }
     std::unique_lock lock{state.wake_mutex};
+    ++state.in_a_hurry;
+    state.wake.notify_all();
     state.taken_in.wait_for(lock, std::chrono::seconds{10},
                             [&] { return state.taken_version >= wanted; });
+    --state.in_a_hurry;
   }
-  const std::lock_guard lock{state.update_mutex};
+  const auto lock = state.lock_updates();
   if (!state.catalogue->changed_base) return state.catalogue->base;
   if (!state.whole_model) {
     auto whole = detail::catching_bad_alloc(

@@ -147,75 +147,90 @@ void update_fold() {
        quantile(times, 0.5), "ms of CPU");
 }
 
-// Two threads at full speed; with updates, one after the other's end plus a pause.
+// Two threads of requests at full speed, for five seconds without updates and for five with, by
+// turns: one service at default options but for the interval, so that the recommender's own thread
+// learns each second, and takes in the items that are put 50 times a second.
 void update_beside_requests(std::size_t items) {
+  constexpr double each = 5e6;
   const auto model = model_of(items, 64);
-  const std::string data = std::to_string(items) + " x 64, 2 threads of requests, ";
-  std::array<std::array<std::vector<double>, 2>, 2> latencies;  // [updates][record, recommend]
-  std::atomic<std::int64_t> updates{0};
-  for (int round = 0; round < 6; ++round) {
-    const bool with_updates = round % 2 == 1;
-    auto shop = shop_of(model, {.updates = pz::Updates::by_caller});
-    std::atomic<bool> stop{false};
-    std::array<std::array<std::vector<double>, 2>, 2> mine;  // [thread]
-    std::vector<std::thread> threads;
-    for (std::size_t t = 0; t < 2; ++t)
-      threads.emplace_back([&, t] {
-        std::mt19937 random(static_cast<unsigned>(t + 1));
-        pz::Slate slate;
-        for (std::size_t n = 0; !stop; ++n) {
-          const std::string user = "u" + std::to_string(random() % 1000);
-          const std::string item = "i" + std::to_string(random() % items);
-          const std::int64_t now = start + static_cast<std::int64_t>(n);
-          auto begin = Clock::now();
+  const auto begun = Clock::now();
+  // Stands still where no updates are wanted.
+  std::atomic<std::int64_t> standing{0};
+  const auto clock = [&] {
+    const std::int64_t stands = standing;
+    return stands != 0 ? stands : start + static_cast<std::int64_t>(since(begun) / 1e6);
+  };
+  auto shop = shop_of(model, {.update_interval = std::chrono::seconds{1}, .clock = clock});
+
+  enum Phase { unmeasured, without, with };
+  std::atomic<Phase> phase{unmeasured};
+  std::atomic<bool> stop{false};
+  using Latencies =
+      std::array<std::array<std::vector<double>, 2>, 3>;  // [phase][record, recommend]
+  std::array<Latencies, 2> of_threads;
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < 2; ++t)
+    threads.emplace_back([&, t] {
+      std::mt19937 random(static_cast<unsigned>(t + 1));
+      pz::Slate slate;
+      for (std::size_t n = 0; !stop; ++n) {
+        const std::string user = "u" + std::to_string(random() % 1000);
+        const std::string item = "i" + std::to_string(random() % items);
+        auto& mine = of_threads[t][phase.load()];
+        auto begin = Clock::now();
+        require(
+            shop.record({.user = user, .item = item, .recommendation_id = slate.id}).has_value());
+        mine[0].push_back(since(begin));
+        begin = Clock::now();
+        require(shop.recommend({.user = user, .count = 25}, slate).has_value());
+        mine[1].push_back(since(begin));
+        // Seen by the same user, next time round.
+        if (n % 4 == 0)
           require(
-              shop.record(
-                      {.user = user, .item = item, .timestamp = now, .recommendation_id = slate.id})
-                  .has_value());
-          mine[t][0].push_back(since(begin));
-          begin = Clock::now();
-          require(shop.recommend({.user = user, .count = 25, .timestamp = now}, slate).has_value());
-          mine[t][1].push_back(since(begin));
-          // Seen by the same user, next time round.
-          if (n % 4 == 0)
-            require(shop.record_impression(
-                            {.user = user, .recommendation_id = slate.id, .timestamp = now})
-                        .has_value());
-        }
-      });
-    if (with_updates)
-      threads.emplace_back([&] {
-        for (int n = 0; !stop; ++n) {
-          require(shop.put_item({.item = "new" + std::to_string(n),
-                                 .creation_timestamp = start,
-                                 .fields = {{"GENRE", "bow"}}})
-                      .has_value());
-          const auto begin = Clock::now();
-          require(shop.update(start + n).has_value());
-          ++updates;
-          // As the recommender's own thread does: a fifth of the time at most.
-          const auto pause =
-              std::chrono::duration_cast<std::chrono::microseconds>(4 * (Clock::now() - begin));
-          std::this_thread::sleep_for(
-              std::min<std::chrono::microseconds>(pause, std::chrono::seconds{1}));
-        }
-      });
-    std::this_thread::sleep_for(std::chrono::seconds{8});
-    stop = true;
-    for (std::thread& thread : threads) thread.join();
-    for (std::size_t t = 0; t < 2; ++t)
-      for (std::size_t call = 0; call < 2; ++call) {
-        auto& all = latencies[with_updates][call];
-        all.insert(all.end(), mine[t][call].begin(), mine[t][call].end());
+              shop.record_impression({.user = user, .recommendation_id = slate.id}).has_value());
       }
+    });
+
+  // What untried items are worth is learnt first, in passes over all items.
+  for (int n = 0; n < 10; ++n) {
+    std::this_thread::sleep_for(std::chrono::seconds{1});
+    require(shop.update().has_value());
   }
-  for (std::size_t call = 0; call < 2; ++call)
+  std::size_t updates = 0, put = 0;
+  for (int round = 0; round < 8; ++round) {
+    const bool updating = round % 2 == 1;
+    standing = updating ? 0 : clock();
+    phase = unmeasured;
+    std::this_thread::sleep_for(std::chrono::seconds{2});  // an update may be under way
+    phase = updating ? with : without;
+    std::int64_t last = shop.update_report().timestamp;
+    for (const auto begin = Clock::now(); since(begin) < each;) {
+      if (updating)
+        require(shop.put_item({.item = "new" + std::to_string(put++),
+                               .creation_timestamp = start,
+                               .fields = {{"GENRE", "bow"}}})
+                    .has_value());
+      std::this_thread::sleep_for(std::chrono::milliseconds{20});
+      const std::int64_t timestamp = shop.update_report().timestamp;
+      updates += timestamp != last;
+      last = timestamp;
+    }
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  const std::string data = std::to_string(items) + " x 64, 2 threads of requests, " +
+                           std::to_string(updates) + " times learnt in 20 s, quantile ";
+  for (std::size_t call = 0; call < 2; ++call) {
+    Latencies all;
+    for (const Latencies& of_thread : of_threads)
+      for (const Phase p : {without, with})
+        all[p][call].insert(all[p][call].end(), of_thread[p][call].begin(),
+                            of_thread[p][call].end());
     for (const double q : {0.5, 0.99, 0.999})
       line(std::string(call == 0 ? "record" : "recommend") + "_beside_updates",
-           data + std::to_string(updates.load()) + " updates in 24 s, quantile " +
-               std::to_string(q).substr(0, 5),
-           quantile(latencies[1][call], q), "us", "the same without updates",
-           quantile(latencies[0][call], q));
+           data + std::to_string(q).substr(0, 5), quantile(all[with][call], q), "us",
+           "the same without updates", quantile(all[without][call], q));
+  }
 }
 
 void memory() {

@@ -138,6 +138,51 @@ TEST_CASE("stated propensities are the frequencies of the slates") {
   }
 }
 
+TEST_CASE("a pool of hundreds of items is drawn from as stated, place after place") {
+  constexpr std::uint32_t items = 300;
+  constexpr int slates = 60'000;
+  std::mt19937 random(8);
+  const Setting setting = random_setting(random, items, items);
+  pz::SlotPolicy policy(1, 0.5f);
+  pz::ItemMask taken(items);
+  std::vector<pz::SlotChoice> choices;
+  // At each of three places: how often a group of items was drawn, and how often that was to be
+  // expected by the shares as the slate stood.
+  constexpr std::size_t groups = 6;
+  std::array<std::array<double, groups>, 3> seen{}, expected{}, variance{};
+  for (int n = 0; n < slates; ++n) {
+    policy.choose(setting.ranking, setting.pool, {}, 3,
+                  pz::CounterRandom(9, static_cast<std::uint64_t>(n)), taken, choices);
+    REQUIRE(choices.size() == 3);
+    double left = 0;
+    std::array<double, groups> weights{};
+    for (const pz::ScoredItem& item : setting.pool) {
+      const double weight = std::exp(static_cast<double>(item.score) / 0.5);
+      left += weight;
+      weights[item.item * groups / items] += weight;
+    }
+    for (std::size_t place = 0; place < 3; ++place) {
+      const pz::ScoredItem& pick = choices[place].pick;
+      REQUIRE(choices[place].explored);
+      const double weight = std::exp(static_cast<double>(pick.score) / 0.5);
+      REQUIRE(static_cast<double>(choices[place].pool_share) ==
+              doctest::Approx(weight / left).epsilon(1e-3));
+      for (std::size_t g = 0; g < groups; ++g) {
+        const double p = weights[g] / left;
+        expected[place][g] += p;
+        variance[place][g] += p * (1 - p);
+      }
+      const std::size_t group = pick.item * groups / items;
+      ++seen[place][group];
+      left -= weight;
+      weights[group] -= weight;
+    }
+  }
+  for (std::size_t place = 0; place < 3; ++place)
+    for (std::size_t g = 0; g < groups; ++g)
+      CHECK(std::abs(seen[place][g] - expected[place][g]) < 4.5 * std::sqrt(variance[place][g]));
+}
+
 TEST_CASE("at weight 0 the slate is the ranking, whatever the pool") {
   std::mt19937 random(3);
   const Setting setting = random_setting(random, 30, 20);
@@ -250,6 +295,25 @@ TEST_CASE("the prior's strength and mean are those of the population that made t
     CHECK(fitted.mean == doctest::Approx(mean).epsilon(0.05));
     CHECK(fitted.strength == doctest::Approx(strength).epsilon(0.15));
   }
+}
+
+TEST_CASE("few counts move a prior by as much as they tell") {
+  const pz::GammaPrior start{4, 0.5};
+  const std::vector<pz::ItemFeedback> items{{1, 0.5}, {0, 0.8}, {3, 1.1}, {0, 0.2}, {2, 1.6}};
+  double positive = 5, total = 10;
+  for (const auto& item : items) positive += item.positive, total += item.expected;
+  const double mean = positive / total;
+  // The moment of (n - x)^2 - x, where x is expected, is x^2 / strength; each item weighs what its
+  // x^2 tells, one at most, and what was known before 20.
+  double moments = 20 / start.strength, weights = 20;
+  for (const auto& item : items) {
+    const double x = mean * item.expected, square = x * x, weight = std::min(1.0, square);
+    moments += weight * ((item.positive - x) * (item.positive - x) - x) / square;
+    weights += weight;
+  }
+  const pz::GammaPrior fitted = pz::fit_prior(items, start);
+  CHECK(fitted.mean == doctest::Approx(mean));
+  CHECK(fitted.strength == doctest::Approx(weights / moments));
 }
 
 TEST_CASE("the posterior moves from the prior to the observed ratio, ever more certain") {

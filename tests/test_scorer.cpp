@@ -410,6 +410,88 @@ TEST_CASE("a batch gives each query what it gets alone") {
   }
 }
 
+TEST_CASE("rows that lose what a query asks for when they are quantised are found nevertheless") {
+  // The query asks for small values beside a large one, which only some rows have exactly.
+  constexpr std::size_t items = 700, d = 32;
+  for (const bool int8 : {false, true})
+    for (const std::size_t largest_8bit : {pz::Scorer::usual_largest_8bit, std::size_t{0}})
+      for (const float usual_length : {0.0f, 1.0f, 50.0f}) {
+        const bool bytes = largest_8bit != 0;
+        if (int8 && bytes) continue;  // nothing is lost
+        const float most = bytes ? 127.0f : 7.0f, step = int8 ? 18.0f : 1.0f;
+        pz::Matrix vectors =
+            pz::Matrix::zeros(items, d, int8 ? pz::ElementType::i8 : pz::ElementType::f32);
+        std::vector<float> biases(items);
+        for (std::size_t i = 0; i < items; ++i) {
+          const bool lossy = i % 37 == 5;
+          const float times = (lossy ? 3.0f : 1.0f) + 1e-3f * static_cast<float>(i % 11);
+          const float small = lossy ? 0.45f : i % 2 == 0 ? 1.0f : 0.0f;
+          if (int8) vectors.scales()[i] = times;
+          for (std::size_t c = 0; c < d; ++c) {
+            const float value = step * (c == 0 ? most : small);
+            if (int8)
+              vectors.i8()[i * d + c] = static_cast<std::int8_t>(value);
+            else
+              vectors.f32()[i * d + c] = times * value;
+          }
+        }
+        const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
+                                pz::PagedArray<float>({}, biases), usual_length,
+                                pz::kernels::chosen(), largest_8bit);
+        for (const float length : {0.1f, 1.0f, 30.0f}) {
+          std::vector<float> query(pz::kernels::padded(d));
+          std::fill(query.begin() + 1, query.begin() + d, length);
+          for (const std::size_t k : {1u, 10u, 40u})
+            same(top_k(scorer, query, k), full_sort(scorer, items, query, k, {}));
+        }
+      }
+}
+
+TEST_CASE("biases that leave the products few bits are exact as well") {
+  constexpr std::size_t items = 3000, d = 16;
+  small_model::Random random{12};
+  for (const std::size_t largest_8bit : {pz::Scorer::usual_largest_8bit, std::size_t{0}})
+    for (const float large : {1e4f, 1e6f, -1e6f}) {
+      const pz::Matrix vectors = small_model::random_matrix(random, items, d, 1.0f);
+      std::vector<float> biases(items);
+      for (float& bias : biases) bias = large + large * 1e-6f * random.normal();
+      const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
+                              pz::PagedArray<float>({}, biases), 4.0f, pz::kernels::chosen(),
+                              largest_8bit);
+      for (int n = 0; n < 20; ++n) {
+        const auto query = random_query(random, d);
+        same(top_k(scorer, query, 50), full_sort(scorer, items, query, 50, {}));
+      }
+    }
+}
+
+TEST_CASE("a scorer takes the memory that its declaration states") {
+  constexpr std::size_t items = 20'480, d = 64;
+  small_model::Random random{13};
+  const pz::Matrix vectors = small_model::random_matrix(random, items, d, 1.0f);
+  const std::vector<float> biases(items);
+  for (const bool bytes : {true, false}) {
+    const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
+                            pz::PagedArray<float>({}, biases), 8.0f, pz::kernels::chosen(),
+                            bytes ? items * d : items * d - 1);
+    CHECK(static_cast<double>(scorer.bytes()) ==
+          doctest::Approx(items * (bytes ? d + 24 : d / 2 + 20)).epsilon(0.01));
+  }
+}
+
+TEST_CASE("how long queries usually are follows from a last layer norm, or from the dimension") {
+  pz::ModelParts parts = small_model::parts({.dimension = 20, .hidden = 20});
+  CHECK(pz::Scorer::usual_query_length(*small_model::model()) == doctest::Approx(std::sqrt(20.0)));
+  parts.operations.pop_back();  // a linear map behind the layer norm
+  parts.weights.resize(parts.weights.size() - 2);
+  double squares = 0;
+  for (const pz::Matrix* row : {&parts.weights[parts.weights.size() - 2], &parts.weights.back()})
+    for (const float v : row->f32()) squares += static_cast<double>(v) * static_cast<double>(v);
+  const auto model = pz::Model::from_parts(std::move(parts));
+  REQUIRE(model);
+  CHECK(pz::Scorer::usual_query_length(**model) == doctest::Approx(std::sqrt(squares)));
+}
+
 TEST_CASE("a query that is zero, and one that is not finite") {
   const auto model = small_model::model({.items = 500, .dimension = 20}, true);
   const pz::Scorer scorer{*model};

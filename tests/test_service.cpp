@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <ctime>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -231,6 +233,78 @@ TEST_CASE("a thread takes in what was put and learns when its interval has passe
   CHECK(shop.explain({.user = "u"}, slate->items[3].item)->quality > 0);
 }
 
+TEST_CASE("work at a pace rests fifteen times as long as it worked, after a millisecond of it") {
+  using pz::detail::Pace;
+  std::vector<Pace::Clock::duration> rests;
+  const auto begun = Pace::Clock::now();
+  Pace pace([&](Pace::Clock::duration time) { rests.push_back(time); });
+  while (rests.size() < 3) pace.step();
+  Pace::Clock::duration sum{};
+  for (const auto& rest : rests) {
+    CHECK(rest >= 15 * std::chrono::milliseconds{1});
+    sum += rest;
+  }
+  CHECK(sum <= 15 * (Pace::Clock::now() - begun));
+  // Small steps ask for the time at every 64th.
+  std::this_thread::sleep_for(std::chrono::milliseconds{2});
+  for (std::size_t n = 1; n < 64; ++n) pace.step(n);
+  CHECK(rests.size() == 3);
+  pace.step(64);
+  CHECK(rests.size() == 4);
+  Pace without;
+  without.step();
+  without.rest();
+}
+
+// Of a catalogue whose items all get another score by what was taught of some new ones.
+struct Taught {
+  std::atomic<std::int64_t> clock{now};
+  pz::Recommender shop;
+
+  explicit Taught(pz::Updates updates)
+      : shop(make({.exploration_weight = 0,
+                   .updates = updates,
+                   .clock = [this] { return clock.load(); },
+                   .recommendation_key = {{1, 2}}},
+                  small_model::model({.items = 60'000, .dimension = 8, .hidden = 8}))) {
+    for (int n = 0; n < 30; ++n) {
+      const std::string user = "u" + std::to_string(n);
+      learn(shop, user, "i" + std::to_string(n));
+      const auto slate = shop.recommend({.user = user, .count = 20});
+      REQUIRE(slate);
+      for (std::size_t pick = 0; pick < 20; pick += 2)
+        REQUIRE(shop.record(
+            {.user = user, .item = slate->items[pick].item, .recommendation_id = slate->id}));
+    }
+    clock += 7200;
+  }
+};
+
+TEST_CASE("the recommender's own thread leaves most of a processor to requests") {
+  const std::clock_t before = std::clock();
+  Taught taught(pz::Updates::by_thread);
+  const std::clock_t begun = std::clock();
+  REQUIRE(begun - before > 0);
+  for (int n = 0; n < 5000 && taught.shop.update_report().items_learnt == 0; ++n)
+    std::this_thread::sleep_for(std::chrono::milliseconds{5});
+  const double worked = static_cast<double>(std::clock() - begun) / CLOCKS_PER_SEC;
+  REQUIRE(taught.shop.update_report().items_learnt > 0);
+  CHECK(std::chrono::duration<double>(taught.shop.update_report().duration).count() > 5 * worked);
+}
+
+TEST_CASE("an update under way takes no rests while a caller waits for one") {
+  Taught taught(pz::Updates::by_thread);
+  for (int n = 0; n < 5000 && taught.shop.update_due(); ++n)
+    std::this_thread::sleep_for(std::chrono::milliseconds{1});
+  const std::clock_t begun = std::clock();
+  REQUIRE(taught.shop.update());
+  const double worked = static_cast<double>(std::clock() - begun) / CLOCKS_PER_SEC;
+  const pz::UpdateReport report = taught.shop.update_report();
+  CHECK(report.items_learnt > 0);
+  // The caller's own update found nothing to do, and the report is that of the thread.
+  CHECK(std::chrono::duration<double>(report.duration).count() < 0.05 + 8 * worked);
+}
+
 TEST_CASE("a caller who runs updates hears when one is due, and nothing runs by itself") {
   std::int64_t clock = now;
   pz::RecommenderOptions options{
@@ -298,6 +372,202 @@ TEST_CASE("after an update that learnt, what is expected of a pick is still the 
   const double slope = (n * sxy - sx * sy) / (n * sxx - sx * sx), at = (sy - slope * sx) / n;
   for (std::size_t i = 0; i < logs.size(); ++i)
     CHECK(logs[i] == doctest::Approx(at + slope * relevance[i]).epsilon(1e-3));
+}
+
+TEST_CASE("without an interval no update is ever due") {
+  std::int64_t clock = now;
+  auto shop = make({.update_interval = {}, .clock = [&] { return clock; }});
+  learn(shop, "u", "i3");
+  clock += 1000 * day;
+  CHECK_FALSE(shop.update_due());
+}
+
+TEST_CASE("updates within requests learn") {
+  std::int64_t clock = now;
+  auto shop = make({.exploration_weight = 0, .updates = pz::Updates::in_requests, .clock = [&] {
+                      return clock;
+                    }});
+  learn(shop, "u", "i3");
+  const auto slate = shop.recommend({.user = "u", .count = 5});
+  REQUIRE(slate);
+  const std::string chosen(slate->items[3].item);
+  REQUIRE(shop.record({.user = "u", .item = chosen, .recommendation_id = slate->id}));
+  CHECK(shop.explain({.user = "u"}, chosen)->quality == 0);
+  clock += 7200;
+  learn(shop, "u", "i3", clock);
+  CHECK(shop.update_report().items_learnt >= 5);
+  CHECK(shop.explain({.user = "u"}, chosen)->quality > 0);
+}
+
+TEST_CASE("where no interaction is known of, no item has an age") {
+  auto parts = small_model::parts();
+  for (std::size_t i = 0; i < 50; ++i)
+    parts.statistics[i] = {0, pz::no_timestamp, pz::no_timestamp, now - 9 * day};
+  auto shop = make(usual(), model_of(std::move(parts)));
+  CHECK_FALSE(shop.explain({.user = "u"}, "i7")->age);
+  learn(shop, "u", "i3");
+  CHECK(shop.explain({.user = "u"}, "i7")->age == 9 * day);
+}
+
+TEST_CASE("lists of impressions leave nothing in the memory of requests") {
+  auto shop = make();
+  learn(shop, "u", "i3");
+  std::vector<std::string> ids;
+  for (int i = 4; i < 40; ++i) ids.push_back("i" + std::to_string(i));
+  const std::vector<std::string_view> shown(ids.begin(), ids.end());
+  for (int n = 0; n < 10; ++n) REQUIRE(shop.record_impression({.user = "u", .items = shown}));
+  const std::size_t before = shop.memory().scratch;
+  for (int n = 0; n < 300; ++n) REQUIRE(shop.record_impression({.user = "u", .items = shown}));
+  CHECK(shop.memory().scratch == before);
+}
+
+TEST_CASE("of what users say by lists of their own, only the first waits for a second") {
+  pz::detail::Catalogue catalogue;
+  catalogue.counters = std::make_shared<pz::ItemCounters>(2);
+  using Kind = pz::ItemCounters::Kind;
+  const auto moment = pz::Decay(pz::detail::Catalogue::half_life).at(now);
+  const auto confirmed = [&](double positive, double unconfirmed) {
+    catalogue.counters = std::make_shared<pz::ItemCounters>(2);
+    catalogue.counters->add(Kind::positive, 1, positive, moment);
+    catalogue.counters->add(Kind::unconfirmed, 1, unconfirmed, moment);
+    return catalogue.confirmed_feedback_of(1, moment).positive;
+  };
+  CHECK(confirmed(1, 0) == doctest::Approx(1).epsilon(1e-3));
+  CHECK(confirmed(1, 1) == doctest::Approx(0.25).epsilon(1e-3));
+  CHECK(confirmed(0.5, 0.5) == doctest::Approx(0.125).epsilon(1e-3));
+  CHECK(confirmed(3, 3) == doctest::Approx(2.25).epsilon(1e-3));
+  CHECK(confirmed(3, 1) == doctest::Approx(2.25).epsilon(1e-3));
+  CHECK(catalogue.confirmed_feedback_of(0, moment).positive == 0);
+}
+
+TEST_CASE("priors are those of all items with feedback, the well known and the others apart") {
+  auto parts = small_model::parts();
+  std::array<std::uint64_t, 50> interactions{};
+  for (std::size_t i = 0; i < 50; ++i)
+    parts.statistics[i].interactions = interactions[i] = i % 2 == 0 ? 100 : 0;
+  auto shop = make(usual(), model_of(std::move(parts)));
+  for (int n = 0; n < 60; ++n) {
+    const std::string user = "u" + std::to_string(n);
+    learn(shop, user, "i" + std::to_string(n % 50));
+    ++interactions[static_cast<std::size_t>(n % 50)];
+    const auto slate = shop.recommend({.user = user, .count = 20});
+    REQUIRE(slate);
+    for (std::size_t pick = 0; pick < 20; pick += n % 3 == 0 ? 3 : 4) {
+      const std::string item(slate->items[pick].item);
+      REQUIRE(shop.record({.user = user, .item = item, .recommendation_id = slate->id}));
+      ++interactions[std::stoul(item.substr(1))];
+    }
+  }
+  REQUIRE(shop.update());
+  for (const bool well_known : {true, false}) {
+    CAPTURE(well_known);
+    std::vector<pz::Explanation> seen;
+    std::vector<pz::ItemFeedback> counted;
+    for (std::uint32_t i = 0; i < 50; ++i) {
+      if ((interactions[i] >= 10) != well_known) continue;
+      const auto of = shop.explain({.user = "fresh"}, "i" + std::to_string(i));
+      REQUIRE(of);
+      if (of->expected == 0) continue;
+      seen.push_back(*of);
+      counted.push_back({of->positive, of->expected});
+    }
+    REQUIRE(seen.size() > 5);
+    const pz::GammaPrior prior =
+        pz::fit_prior(counted, well_known ? pz::GammaPrior{10, 1} : pz::GammaPrior{2, 1});
+    REQUIRE(std::abs(prior.mean - 1) > 0.05);
+    for (const pz::Explanation& of : seen) {
+      const auto posterior = pz::posterior(prior, {of.positive, of.expected});
+      CHECK(of.uncertainty == doctest::Approx(posterior.deviation).epsilon(1e-3));
+      // The same for any slope and level: how far apart two items' qualities are.
+      const auto first = pz::posterior(prior, {seen[0].positive, seen[0].expected});
+      const auto last = pz::posterior(prior, {seen.back().positive, seen.back().expected});
+      CHECK(static_cast<double>((of.quality - seen[0].quality) * (last.mean - first.mean)) ==
+            doctest::Approx(static_cast<double>((posterior.mean - first.mean) *
+                                                (seen.back().quality - seen[0].quality)))
+                .epsilon(1e-3));
+    }
+  }
+}
+
+TEST_CASE("an item that some kind of users choose is moved towards them") {
+  auto shop = make();
+  const auto slate_for = [&](const std::string& user, const char* item) {
+    learn(shop, user, item);
+    const auto slate = shop.recommend({.user = user, .count = 50});
+    REQUIRE(slate);
+    return *slate;
+  };
+  const std::string theirs(slate_for("one", "i3").items[1].item);
+  const std::string others(slate_for("another", "i20").items[1].item);
+  REQUIRE(theirs != others);
+  for (int n = 0; n < 80; ++n) {
+    const bool chooses = n % 2 == 0;
+    const std::string user = "u" + std::to_string(n);
+    const pz::Slate slate = slate_for(user, chooses ? "i3" : "i20");
+    REQUIRE(shop.record(
+        {.user = user, .item = chooses ? theirs : others, .recommendation_id = slate.id}));
+  }
+  REQUIRE(shop.update());
+  learn(shop, "like those", "i3");
+  learn(shop, "like the others", "i20");
+  const auto taste = [&](const char* user, const std::string& item) {
+    return shop.explain({.user = user}, item)->taste;
+  };
+  CHECK(taste("like those", theirs) > taste("like the others", theirs) + 0.01f);
+  CHECK(taste("like those", others) < taste("like the others", others) - 0.01f);
+}
+
+TEST_CASE("an item that was passed over lowers none but itself") {
+  const auto model = small_model::model({.items = 3000, .dimension = 8, .hidden = 8});
+  auto shop = make(usual(), model);
+  learn(shop, "u", "i3");
+  const std::vector<std::string_view> shown{"i2054", "i1030"};
+  REQUIRE(shop.record_impression({.user = "u", .items = shown}));
+  for (std::uint32_t i = 0; i < 3000; ++i) {
+    const auto of = shop.explain({.user = "u"}, "i" + std::to_string(i));
+    REQUIRE(of);
+    if (i == 2054 || i == 1030)
+      CHECK(of->discount > 0);
+    else
+      REQUIRE(of->discount == 0);
+  }
+}
+
+TEST_CASE("for who is new, an item that one user chose stands before one that nobody did") {
+  auto parts = small_model::parts();
+  for (std::size_t i = 0; i < 50; ++i) parts.statistics[i].interactions = i == 40 ? 1 : 0;
+  auto shop = make(usual(), model_of(std::move(parts)));
+  CHECK(slate_of(shop, {.user = "nobody", .count = 2}) == std::vector<std::string>{"i40", "i0"});
+}
+
+TEST_CASE("the popular items are looked at no further than they are asked for") {
+  const auto model = small_model::model();
+  const auto options = usual();
+  auto catalogue = *pz::detail::CatalogueBuilder::first(model, options, pz::kernels::chosen(),
+                                                        pz::detail::HashKey{}, now, now);
+  const auto visited = [&](std::size_t wanted) {
+    std::vector<std::uint32_t> items;
+    catalogue.for_popular([&](std::uint32_t item) {
+      items.push_back(item);
+      return items.size() < wanted;
+    });
+    return items;
+  };
+  const auto all = visited(50);
+  REQUIRE(all.size() == 50);
+  // Some as if they had come later.
+  catalogue.later_items = {all[4], all[10], all[48]};
+  std::sort(catalogue.later_items.begin(), catalogue.later_items.end());
+  catalogue.popular_later = {all[4], all[10], all[48]};
+  for (std::size_t wanted = 1; wanted <= 50; ++wanted)
+    CHECK(visited(wanted) == std::vector<std::uint32_t>(
+                                 all.begin(), all.begin() + static_cast<std::ptrdiff_t>(wanted)));
+}
+
+TEST_CASE("without feedback a catalogue holds nothing for it") {
+  const auto with = make(usual({.exploration_weight = 0})).memory().catalogue;
+  const auto without = make(usual({.exploration_weight = 0, .feedback = false})).memory().catalogue;
+  CHECK(without + 50 * 2 * sizeof(float) <= with);
 }
 
 // ----------------------------------------------------------------------------------------- items
