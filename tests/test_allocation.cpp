@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -24,8 +25,9 @@ namespace {
 
 struct Allocations {
   std::atomic<std::int64_t> count{0}, bytes{0}, peak{0};
-  std::atomic<std::int64_t> blocks{0};   // bytes as a usual allocator gives them
-  std::atomic<std::int64_t> fail_at{0};  // the how-manieth from now fails; 0: none
+  std::atomic<std::int64_t> blocks{0};                 // bytes as a usual allocator gives them
+  std::atomic<std::int64_t> fail_at{0};                // the how-manieth from now fails; 0: none
+  std::atomic<std::span<const char>*> watch{nullptr};  // is set to every block of 64 KiB or more
 
   void reset_peak() { peak = bytes.load(); }
 };
@@ -52,6 +54,8 @@ void* allocate(std::size_t size, std::size_t alignment) {
   std::int64_t peak = allocations.peak;
   while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
   }
+  if (auto* watch = allocations.watch.load(); watch && size >= 1 << 16)
+    *watch = {p + alignment, size};
   return p + alignment;
 }
 
@@ -322,6 +326,55 @@ TEST_CASE("memory() tells what the allocator gave, part by part") {
   }
   REQUIRE(shop.update());
   all();
+}
+
+TEST_CASE("nothing of a forgotten user's slates is left in memory") {
+  std::span<const char> ring;
+  allocations.watch = &ring;
+  pz::SlateLog log(16, 86'400, {1, 2}, 1 << 17, 4);
+  allocations.watch = nullptr;
+  REQUIRE(ring.size() >= 1 << 16);
+  const auto count = [&](std::string_view bytes) {
+    const std::string_view all(ring.data(), ring.size());
+    int found = 0;
+    for (std::size_t at = all.find(bytes); at != all.npos; at = all.find(bytes, at + 1)) ++found;
+    return found;
+  };
+  const std::array<float, 4> theirs{1.25f, -3.5f, 17.0f, 0.1f}, another{2.5f, 9.0f, 4.0f, 0.3f};
+  const auto bytes_of = [](const std::array<float, 4>& query) {
+    return std::string_view(reinterpret_cast<const char*>(query.data()), sizeof query);
+  };
+  std::string id;
+  for (const bool mine : {true, false, true}) {
+    pz::LoggedSlate slate;
+    slate.query.assign(mine ? theirs.begin() : another.begin(),
+                       mine ? theirs.end() : another.end());
+    slate.picks.resize(3);
+    slate.timestamp = start;
+    log.add(mine ? "u" : "v", slate, start, id);
+  }
+  CHECK(count(bytes_of(theirs)) == 2);
+  CHECK(count(bytes_of(another)) == 1);
+  log.forget("u");
+  CHECK(count(bytes_of(theirs)) == 0);
+  CHECK(count(bytes_of(another)) == 1);
+}
+
+TEST_CASE("memory() tells what a request to a large catalogue takes") {
+  const auto model = small_model::model({.items = 300'000, .dimension = 8, .hidden = 8});
+  auto shop = shop_of(model, {.update_interval = {}, .clock = [] { return start; }});
+  const std::int64_t before = allocations.blocks;
+  const std::size_t known = shop.memory().total();
+  for (int n = 0; n < 3; ++n) {
+    pz::Slate slate;
+    REQUIRE(shop.record({.user = "u", .item = "i7"}));
+    REQUIRE(shop.recommend({.user = "u", .exclude_interacted = true}, slate));
+  }
+  const auto given = static_cast<double>(allocations.blocks - before);
+  const auto told = static_cast<double>(shop.memory().total() - known);
+  REQUIRE(given > 2 * 300'000 / 8);
+  CHECK(told >= 0.98 * given);
+  CHECK(told <= 1.02 * given);
 }
 
 TEST_CASE("a model is read into little more than its own memory") {

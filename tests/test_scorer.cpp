@@ -451,7 +451,7 @@ TEST_CASE("biases that leave the products few bits are exact as well") {
   constexpr std::size_t items = 3000, d = 16;
   small_model::Random random{12};
   for (const std::size_t largest_8bit : {pz::Scorer::usual_largest_8bit, std::size_t{0}})
-    for (const float large : {1e4f, 1e6f, -1e6f}) {
+    for (const float large : {1e4f, 1e6f, -1e6f, 1e7f, -3e7f}) {
       const pz::Matrix vectors = small_model::random_matrix(random, items, d, 1.0f);
       std::vector<float> biases(items);
       for (float& bias : biases) bias = large + large * 1e-6f * random.normal();
@@ -477,6 +477,15 @@ TEST_CASE("a scorer takes the memory that its declaration states") {
     CHECK(static_cast<double>(scorer.bytes()) ==
           doctest::Approx(items * (bytes ? d + 24 : d / 2 + 20)).epsilon(0.01));
   }
+}
+
+TEST_CASE("the bits by which scores are sorted are in the order of the scores") {
+  const std::vector<float> ascending{
+      -std::numeric_limits<float>::infinity(), -1e30f, -1.0f, -1e-40f, 0.0f, 1e-40f, 1.0f, 1e30f,
+      std::numeric_limits<float>::infinity()};
+  for (std::size_t i = 1; i < ascending.size(); ++i)
+    CHECK(pz::detail::ordered_bits(ascending[i - 1]) < pz::detail::ordered_bits(ascending[i]));
+  CHECK(pz::detail::ordered_bits(-0.0f) == pz::detail::ordered_bits(0.0f));
 }
 
 TEST_CASE("how long queries usually are follows from a last layer norm, or from the dimension") {
