@@ -342,9 +342,9 @@ inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::
 
 // Who runs automatic updates.
 enum class Updates : std::uint8_t {
-  by_thread,  // a thread that create() starts and the destructor joins; it rests between pieces of
-              // a millisecond, so that requests on the same cores hardly notice it
-  by_caller,  // the caller: update() when update_due() says so, from a scheduler of its own
+  by_thread,    // a thread that create() starts and the destructor joins; while requests are under
+                // way it rests between pieces of a millisecond, so that they hardly notice it
+  by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
   in_requests,  // the record or recommend that finds one due, which then takes that much longer
 };
 
@@ -9642,6 +9642,13 @@ class Lanes {
       lanes_[l].catalogue.swap(copies[l]);
     }
   }
+  // Whether a request is under way.
+  bool busy() const noexcept {
+    return std::any_of(lanes_.begin(), lanes_.end(), [](const Lane& lane) {
+      const std::lock_guard lock{lane.mutex};
+      return lane.scratches > lane.idle.size();
+    });
+  }
   // Of the memory that no request has now.
   std::size_t idle_bytes() const {
     std::size_t sum = 0;
@@ -11122,12 +11129,12 @@ inline void State::wake_updater() {
   wake.notify_one();
 }
 
-// What was put is taken in at once, but beside requests updates take a sixteenth of the time at
-// most.
+// What was put is taken in at once, but beside requests updates take a sixteenth of the time.
 inline void State::run_updater() {
   constexpr auto after_failure = std::chrono::seconds{1};
   const std::chrono::milliseconds usual{options.clock ? 20 : 1000};
   const auto rest = [this](Pace::Clock::duration time) {
+    if (!lanes.busy()) return;
     std::unique_lock lock{wake_mutex};
     wake.wait_for(lock, time, [this] { return stopping || in_a_hurry > 0; });
   };

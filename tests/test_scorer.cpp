@@ -447,6 +447,56 @@ TEST_CASE("rows that lose what a query asks for when they are quantised are foun
       }
 }
 
+TEST_CASE("a sample that promised more than there is leaves nothing out") {
+  // 64 chunks of rows in the order of their number. The sample holds nearly all of the best;
+  // elsewhere some rows may reach what it promised by what their bits do not show, and better ones
+  // cannot.
+  constexpr std::size_t chunk = 256, items = 64 * chunk, d = 32;
+  pz::Matrix vectors = pz::Matrix::zeros(items, d);
+  std::vector<float> biases(items);
+  for (std::size_t i = 0; i < items; ++i) {
+    const std::size_t row = i % chunk, of = i / chunk;
+    const bool vague = of == 30 && row < 20;
+    biases[i] = of == 4 && row < 9    ? 10.0f
+                : vague               ? 9.0f + 1e-3f * static_cast<float>(row)
+                : of == 40 && row < 5 ? 9.5f + 1e-3f * static_cast<float>(row)
+                                      : 0.0f;
+    float* const values = vectors.f32().data() + i * d;
+    values[0] = 200.0f - 1e-3f * static_cast<float>(i) - biases[i];
+    for (std::size_t c = 1; vague && c < d; ++c) values[c] = c % 2 == 0 ? 0.3f : -0.3f;
+  }
+  const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
+                          pz::PagedArray<float>({}, biases), 1.0f);
+  std::vector<float> query(pz::kernels::padded(d));
+  std::fill(query.begin() + 1, query.begin() + d, 1.0f);
+  for (const std::size_t k : {8u, 9u, 10u, 12u, 20u})
+    same(top_k(scorer, query, k), full_sort(scorer, items, query, k, {}));
+}
+
+TEST_CASE("the length of a row is never taken for less than it is") {
+  small_model::Random random{15};
+  for (int n = 0; n < 2000; ++n) {
+    std::array<float, 21> row;
+    std::array<std::int8_t, 21> bytes;
+    long double squares = 0, of_bytes = 0;
+    for (std::size_t c = 0; c < row.size(); ++c) {
+      row[c] = random.normal();
+      bytes[c] = static_cast<std::int8_t>(static_cast<int>(random.below(255)) - 127);
+      squares += static_cast<long double>(row[c]) * static_cast<long double>(row[c]);
+      of_bytes += static_cast<long double>(bytes[c] * bytes[c]);
+    }
+    const float scale = 0.1f + std::abs(random.normal());
+    const double norm = pz::detail::norm_above(row.data(), scale, row.size());
+    const double norm_of_bytes = pz::detail::norm_above(bytes.data(), scale, bytes.size());
+    const long double exact = static_cast<long double>(scale) * std::sqrt(squares);
+    const long double exact_of_bytes = static_cast<long double>(scale) * std::sqrt(of_bytes);
+    REQUIRE(static_cast<long double>(norm) >= exact);
+    REQUIRE(static_cast<long double>(norm) <= exact * 1.00001L);
+    REQUIRE(static_cast<long double>(norm_of_bytes) >= exact_of_bytes);
+    REQUIRE(static_cast<long double>(norm_of_bytes) <= exact_of_bytes * 1.00001L);
+  }
+}
+
 TEST_CASE("biases that leave the products few bits are exact as well") {
   constexpr std::size_t items = 3000, d = 16;
   small_model::Random random{12};
