@@ -515,17 +515,32 @@ TEST_CASE("biases that leave the products few bits are exact as well") {
     }
 }
 
-TEST_CASE("a scorer takes the memory that its declaration states") {
+TEST_CASE("a scorer takes the memory that its declaration states, and a change that of its pages") {
   constexpr std::size_t items = 20'480, d = 64;
   small_model::Random random{13};
   const pz::Matrix vectors = small_model::random_matrix(random, items, d, 1.0f);
   const std::vector<float> biases(items);
+  const pz::ItemRows rows({std::shared_ptr<const void>(), &vectors});
+  const pz::PagedArray<float> before({}, biases);
   for (const bool bytes : {true, false}) {
-    const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
-                            pz::PagedArray<float>({}, biases), 8.0f, pz::kernels::chosen(),
+    const pz::Scorer scorer(rows, before, 0.0f, pz::kernels::chosen(),
                             bytes ? items * d : items * d - 1);
     CHECK(static_cast<double>(scorer.bytes()) ==
           doctest::Approx(items * (bytes ? d + 24 : d / 2 + 20)).epsilon(0.01));
+    // Of a query without length the panels are in the order of the items: one a page is changed.
+    using OfBytes = pz::PagedArray<float>;
+    using OfHalves = pz::PagedArray<std::uint16_t>;
+    const std::size_t step = bytes ? OfBytes::page_size : OfHalves::page_size;
+    const std::size_t page = bytes ? step * sizeof(float) : step * sizeof(std::uint16_t);
+    pz::PagedArray<float> after = before;
+    std::vector<std::uint32_t> changed;
+    for (std::size_t item = 0; item < items; item += step) {
+      changed.push_back(static_cast<std::uint32_t>(item));
+      after.edit(changed.back()) = 1;
+    }
+    const pz::Scorer other = scorer.changed(rows, after, changed);
+    CHECK(static_cast<double>(other.bytes() - scorer.bytes()) ==
+          doctest::Approx(static_cast<double>(changed.size() * page)).epsilon(0.1));
   }
 }
 
