@@ -266,12 +266,12 @@ struct Taught {
   Taught()
       : shop(make({.exploration_weight = 0,
                    .updates = pz::Updates::by_thread,
+                   .clock = [this] { return clock.load(); },
+                   .recommendation_key = {{1, 2}},
                    .log =
                        [this](const pz::LogEntry&) {
                          while (hold) std::this_thread::sleep_for(std::chrono::milliseconds{1});
-                       },
-                   .clock = [this] { return clock.load(); },
-                   .recommendation_key = {{1, 2}}},
+                       }},
                   small_model::model({.items = 60'000, .dimension = 8, .hidden = 8}))) {
     for (int n = 0; n < 30; ++n) {
       const std::string user = "u" + std::to_string(n);
