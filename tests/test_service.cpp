@@ -542,6 +542,11 @@ TEST_CASE("an item that some kind of users choose is moved towards them") {
   };
   CHECK(taste("like those", theirs) > taste("like the others", theirs) + 0.01f);
   CHECK(taste("like those", others) < taste("like the others", others) - 0.01f);
+  // It stays so when the next update has heard nothing more of them.
+  learn(shop, "somebody", "i9");
+  const float before = taste("like those", theirs);
+  REQUIRE(shop.update());
+  CHECK(taste("like those", theirs) == doctest::Approx(before).epsilon(0.01));
 }
 
 TEST_CASE("an item that was passed over lowers none but itself") {
