@@ -1256,6 +1256,25 @@ TEST_CASE("what one user adds in all is capped, whichever items they take in tur
   CHECK(positive == doctest::Approx(4096).epsilon(1e-4));
 }
 
+TEST_CASE("what one user's events add is capped in all, and comes back with time") {
+  auto parts = small_model::parts({.items = 500});
+  for (auto& s : parts.statistics) s.interactions = 0;
+  std::int64_t clock = now;
+  auto shop = make(usual({.exploration_weight = 0, .clock = [&] { return clock; }}),
+                   model_of(std::move(parts)));
+  for (int i = 0; i < 400; ++i)
+    for (int n = 0; n < 4; ++n) learn(shop, "u", "i" + std::to_string(i), clock);
+  learn(shop, "u", "i450", clock);
+  clock += 140 * day;
+  learn(shop, "u", "i451", clock);
+  REQUIRE(shop.update());
+  const auto popularity = [&](const char* item) {
+    return shop.explain({.user = "nobody"}, item)->relevance;
+  };
+  CHECK(popularity("i450") == popularity("i460"));
+  CHECK(popularity("i451") > popularity("i460") + 0.5f);
+}
+
 TEST_CASE("a state that overflows begins anew, and is told") {
   auto parts = small_model::parts();
   using Kind = pz::EncoderOp::Kind;
