@@ -10606,10 +10606,30 @@ struct State {
   bool remove(std::string_view id);
   bool remember_pending(std::string_view item, PendingEvent event);
 
+  // Of a caller who waits for an update or its result: one under way takes no rests meanwhile.
+  class Hurry {
+   public:
+    explicit Hurry(State& state) : state_(state) {
+      {
+        const std::lock_guard lock{state_.wake_mutex};
+        ++state_.in_a_hurry;
+      }
+      state_.wake.notify_all();
+    }
+    ~Hurry() {
+      const std::lock_guard lock{state_.wake_mutex};
+      --state_.in_a_hurry;
+    }
+    Hurry(const Hurry&) = delete;
+    Hurry& operator=(const Hurry&) = delete;
+
+   private:
+    State& state_;
+  };
+
   bool due() const;
   Result<void> update_if_due();
   Result<void> run_update(std::int64_t now, bool learn, Pace& pace);
-  std::unique_lock<RankedMutex<0>> lock_updates();
   void publish(std::shared_ptr<const Catalogue> next);
   void start_updater();
   void run_updater();
@@ -10651,7 +10671,7 @@ struct State {
   std::mutex wake_mutex;  // of the update thread alone, and of who wakes it
   std::condition_variable wake, taken_in;
   bool stopping = false, woken = false;
-  int in_a_hurry = 0;               // callers who wait for an update
+  int in_a_hurry = 0;               // how many Hurry there are
   std::uint64_t taken_version = 0;  // put_version that updates have taken in
   std::thread updater;
 
@@ -11038,19 +11058,6 @@ inline Result<void> State::update_if_due() {
   return updated;
 }
 
-// For a caller who wants an update or its result: one under way takes no rests any more.
-inline std::unique_lock<RankedMutex<0>> State::lock_updates() {
-  const auto hurry = [this](int more) {
-    const std::lock_guard lock{wake_mutex};
-    in_a_hurry += more;
-    wake.notify_all();
-  };
-  hurry(1);
-  std::unique_lock lock{update_mutex};
-  hurry(-1);
-  return lock;
-}
-
 // The caller holds update_mutex. learn: what events and impressions taught as well. Where it fails,
 // everything stays as it was but for the report.
 inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) {
@@ -11144,19 +11151,18 @@ inline void State::run_updater() {
     if (stopping) return;
     const bool put = std::exchange(woken, false);
     lock.unlock();
-    Pace pace(rest);
     bool made = true;
     const bool is_due = due();
-    {
-      const std::lock_guard update_lock{update_mutex};
-      if (put || is_due) {
-        const std::int64_t now = times.now();
-        if (is_due) next_update.store(now + options.update_interval.count());
-        made = run_update(now, is_due, pace).has_value();
-      } else {
-        sweep();
-      }
+    std::unique_lock update_lock{update_mutex};
+    Pace pace(rest);  // what the lock took was no work
+    if (put || is_due) {
+      const std::int64_t now = times.now();
+      if (is_due) next_update.store(now + options.update_interval.count());
+      made = run_update(now, is_due, pace).has_value();
+    } else {
+      sweep();
     }
+    update_lock.unlock();
     pace.rest();
     lock.lock();
     if (!made) wake.wait_for(lock, after_failure, [this] { return stopping; });
@@ -12171,7 +12177,8 @@ inline Result<bool> Recommender::remove_item(std::string_view id) {
 inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
-  const auto lock = state_->lock_updates();
+  const State::Hurry hurry(*state_);
+  const std::lock_guard lock{state_->update_mutex};
   state_->next_update.store(time->now + state_->options.update_interval.count());
   detail::Pace pace;
   return state_->run_update(time->timestamp, true, pace);
@@ -12213,6 +12220,7 @@ inline MemoryUse Recommender::memory() const {
 
 inline std::shared_ptr<const Model> Recommender::model() const {
   State& state = *state_;
+  const State::Hurry hurry(state);
   if (state.updater.joinable()) {
     std::uint64_t wanted = 0;
     {
@@ -12220,13 +12228,10 @@ inline std::shared_ptr<const Model> Recommender::model() const {
       wanted = state.put_version;
     }
     std::unique_lock lock{state.wake_mutex};
-    ++state.in_a_hurry;
-    state.wake.notify_all();
     state.taken_in.wait_for(lock, std::chrono::seconds{10},
                             [&] { return state.taken_version >= wanted; });
-    --state.in_a_hurry;
   }
-  const auto lock = state.lock_updates();
+  const std::lock_guard lock{state.update_mutex};
   if (!state.catalogue->changed_base) return state.catalogue->base;
   if (!state.whole_model) {
     auto whole = detail::catching_bad_alloc(
