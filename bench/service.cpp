@@ -211,9 +211,9 @@ void update_beside_requests(std::size_t items) {
                                .fields = {{"GENRE", "bow"}}})
                     .has_value());
       std::this_thread::sleep_for(std::chrono::milliseconds{20});
-      const std::int64_t timestamp = shop.update_report().timestamp;
-      updates += timestamp != last;
-      last = timestamp;
+      const pz::UpdateReport report = shop.update_report();
+      updates += report.items_learnt > 0 && report.timestamp != last;
+      last = report.timestamp;
     }
   }
   stop = true;

@@ -144,6 +144,14 @@ void same_slate(const pz::Slate& a, const pz::Slate& b) {
   }
 }
 
+// Within 2 %.
+void agree(double told, std::int64_t blocks) {
+  const auto given = static_cast<double>(blocks);
+  INFO("given " << given << ", told " << told);
+  CHECK(told >= 0.98 * given);
+  CHECK(told <= 1.02 * given);
+}
+
 std::size_t files_in(const std::filesystem::path& folder) {
   return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(folder),
                                                 std::filesystem::directory_iterator()));
@@ -250,12 +258,6 @@ TEST_CASE("memory() tells what the allocator gave, part by part") {
   pz::Slate slate;
   std::int64_t before = begin;
   pz::MemoryUse known;
-  const auto agree = [](double told, std::int64_t blocks) {
-    const auto given = static_cast<double>(blocks);
-    INFO("given " << given << ", told " << told);
-    CHECK(told >= 0.98 * given);
-    CHECK(told <= 1.02 * given);
-  };
   // What a part has grown by since the last look, beside the allocator's growth.
   const auto grown = [&](auto... parts) {
     const pz::MemoryUse use = shop.memory();
@@ -370,11 +372,9 @@ TEST_CASE("memory() tells what a request to a large catalogue takes") {
     REQUIRE(shop.record({.user = "u", .item = "i7"}));
     REQUIRE(shop.recommend({.user = "u", .exclude_interacted = true}, slate));
   }
-  const auto given = static_cast<double>(allocations.blocks - before);
-  const auto told = static_cast<double>(shop.memory().total() - known);
+  const std::int64_t given = allocations.blocks - before;
   REQUIRE(given > 2 * 300'000 / 8);
-  CHECK(told >= 0.98 * given);
-  CHECK(told <= 1.02 * given);
+  agree(static_cast<double>(shop.memory().total() - known), given);
 }
 
 TEST_CASE("a model is read into little more than its own memory") {

@@ -465,8 +465,7 @@ TEST_CASE("a sample that promised more than there is leaves nothing out") {
     values[0] = 200.0f - 1e-3f * static_cast<float>(i) - biases[i];
     for (std::size_t c = 1; vague && c < d; ++c) values[c] = c % 2 == 0 ? 0.3f : -0.3f;
   }
-  const pz::Scorer scorer(pz::ItemRows({std::shared_ptr<const void>(), &vectors}),
-                          pz::PagedArray<float>({}, biases), 1.0f);
+  const pz::Scorer scorer(vectors, biases, 1.0f);
   std::vector<float> query(pz::kernels::padded(d));
   std::fill(query.begin() + 1, query.begin() + d, 1.0f);
   for (const std::size_t k : {8u, 9u, 10u, 12u, 20u})

@@ -450,7 +450,6 @@ TEST_CASE("lists of impressions leave nothing in the memory of requests") {
 
 TEST_CASE("of what users say by lists of their own, only the first waits for a second") {
   pz::detail::Catalogue catalogue;
-  catalogue.counters = std::make_shared<pz::ItemCounters>(2);
   using Kind = pz::ItemCounters::Kind;
   const auto moment = pz::Decay(pz::detail::Catalogue::half_life).at(now);
   const auto confirmed = [&](double positive, double unconfirmed) {
