@@ -110,6 +110,11 @@
 //   PERSONALIZE_NO_ZSTD   read and write stored (uncompressed) sections only; zstd is not included
 //   PERSONALIZE_DISPATCH  the kernels are chosen when the program runs, from those that the library
 //                         personalize::kernels holds; that CMake target defines it
+//   PERSONALIZE_DECLARATIONS_ONLY  only what a program calls, which compiles in a second: errors,
+//                         options, requests and slates, Model and its parts, ItemMask, Recommender,
+//                         the log. One unit of the program has the bodies, or the library
+//                         personalize::runtime_static, which defines this macro for its users
+//   PERSONALIZE_IMPLEMENTATION  in that one unit, before the include: the bodies, for the others
 //
 // Found out here:
 //   PERSONALIZE_HAS_EXCEPTIONS  0 under -fno-exceptions: then memory that cannot be had ends the
@@ -117,6 +122,12 @@
 //   PERSONALIZE_HAS_POSIX       1 where files have descriptors, modes and links, and /dev/urandom
 //   PERSONALIZE_AVX512_VNNI     1 where the flags allow the AVX-512 kernels
 //   PERSONALIZE_INLINE, PERSONALIZE_UNROLL  hints to the compiler
+//   PERSONALIZE_HAS_BODIES      0 for a unit that sees declarations only
+//   PERSONALIZE_API             before each body of what is declared to such units: inline, but not
+//                               in the one unit that has the bodies for all
+//   PERSONALIZE_NAMESPACE       what a unit's flags allow, as a name: units with other flags share
+//                               no function. Units with declarations only and the one with the
+//                               bodies share theirs
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #error "personalize_runtime.hpp needs GCC or Clang; with Visual Studio, its clang-cl toolset does."
@@ -138,54 +149,72 @@
 #define PERSONALIZE_HAS_EXCEPTIONS 0
 #endif
 
-#include <algorithm>
+#if defined(__unix__) || defined(__APPLE__)
+#define PERSONALIZE_HAS_POSIX 1
+#else
+#define PERSONALIZE_HAS_POSIX 0
+#endif
+
+#if defined(PERSONALIZE_IMPLEMENTATION)
+#define PERSONALIZE_HAS_BODIES 1
+#define PERSONALIZE_API
+#elif defined(PERSONALIZE_DECLARATIONS_ONLY)
+#define PERSONALIZE_HAS_BODIES 0
+#else
+#define PERSONALIZE_HAS_BODIES 1
+#define PERSONALIZE_API inline
+#endif
+
 #include <array>
-#include <atomic>
 #include <bit>
-#include <bitset>
 #include <cassert>
-#include <cerrno>
-#include <charconv>
 #include <chrono>
-#include <cmath>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <numeric>
 #include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+#if PERSONALIZE_HAS_POSIX
+#include <sys/mman.h>
+#endif
+
+#if PERSONALIZE_HAS_BODIES
+#include <algorithm>
+#include <atomic>
+#include <bitset>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <type_traits>
 #include <unordered_map>
-#include <utility>
-#include <variant>
-#include <vector>
-
-#if defined(__unix__) || defined(__APPLE__)
+#if PERSONALIZE_HAS_POSIX
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#define PERSONALIZE_HAS_POSIX 1
 #else
 #include <random>
 #if defined(_WIN32)
 extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const char*, unsigned long);
 #endif
-#define PERSONALIZE_HAS_POSIX 0
 #endif
+#endif  // PERSONALIZE_HAS_BODIES
 
 // GCC 12 takes the deliberately undefined operands in its own AVX-512 intrinsics for mistakes (GCC
 // bug 105593) when they are inlined into code with -Wmaybe-uninitialized.
@@ -194,14 +223,15 @@ extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const ch
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#ifndef PERSONALIZE_NO_XSIMD
+#if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD)
 #include <xsimd/xsimd.hpp>
 #endif
-#ifndef PERSONALIZE_NO_ZSTD
+#if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_ZSTD)
 #include <zstd.h>
 #endif
 
-#if !defined(PERSONALIZE_NO_XSIMD) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD) && defined(__AVX512VNNI__) && \
+    defined(__AVX512VL__)
 #if XSIMD_WITH_AVX512BW
 #define PERSONALIZE_AVX512_VNNI 1
 #endif
@@ -219,8 +249,72 @@ extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const ch
 #define PERSONALIZE_QUOTED(x) #x
 #define PERSONALIZE_DOTTED(a, b, c) PERSONALIZE_QUOTED(a.b.c)
 
-namespace personalize {
-inline namespace v1 {
+// The name of what flags allow: a hexadecimal digit for each four macros, a bit for each that is
+// 1. Those of instruction sets that compilers use by themselves, then what functions depend on.
+// clang-format off
+#define PERSONALIZE_DIGIT_0000 0
+#define PERSONALIZE_DIGIT_0001 1
+#define PERSONALIZE_DIGIT_0010 2
+#define PERSONALIZE_DIGIT_0011 3
+#define PERSONALIZE_DIGIT_0100 4
+#define PERSONALIZE_DIGIT_0101 5
+#define PERSONALIZE_DIGIT_0110 6
+#define PERSONALIZE_DIGIT_0111 7
+#define PERSONALIZE_DIGIT_1000 8
+#define PERSONALIZE_DIGIT_1001 9
+#define PERSONALIZE_DIGIT_1010 a
+#define PERSONALIZE_DIGIT_1011 b
+#define PERSONALIZE_DIGIT_1100 c
+#define PERSONALIZE_DIGIT_1101 d
+#define PERSONALIZE_DIGIT_1110 e
+#define PERSONALIZE_DIGIT_1111 f
+#define PERSONALIZE_COMMA_1 0,
+#define PERSONALIZE_SECOND(first, second, ...) second
+#define PERSONALIZE_SECOND_OF(...) PERSONALIZE_SECOND(__VA_ARGS__)
+#define PERSONALIZE_BIT_OF(comma) PERSONALIZE_SECOND_OF(comma 1, 0, 0)
+#define PERSONALIZE_BIT(x) PERSONALIZE_BIT_OF(PERSONALIZE_PASTE(PERSONALIZE_COMMA_, x))
+#define PERSONALIZE_PASTED(a, b) a##b
+#define PERSONALIZE_PASTE(a, b) PERSONALIZE_PASTED(a, b)
+#define PERSONALIZE_JOINED(a, b, c, d) a##b##c##d
+#define PERSONALIZE_JOIN(a, b, c, d) PERSONALIZE_JOINED(a, b, c, d)
+#define PERSONALIZE_DIGIT(a, b, c, d) PERSONALIZE_PASTE(PERSONALIZE_DIGIT_, \
+  PERSONALIZE_JOIN(PERSONALIZE_BIT(a), PERSONALIZE_BIT(b), PERSONALIZE_BIT(c), PERSONALIZE_BIT(d)))
+#define PERSONALIZE_FLAGS \
+  PERSONALIZE_PASTE(flags_, PERSONALIZE_PASTE(PERSONALIZE_JOIN( \
+    PERSONALIZE_DIGIT(__SSE__, __SSE2__, __SSE3__, __SSSE3__), \
+    PERSONALIZE_DIGIT(__SSE4_1__, __SSE4_2__, __POPCNT__, __AVX__), \
+    PERSONALIZE_DIGIT(__FMA__, __F16C__, __BMI__, __BMI2__), \
+    PERSONALIZE_DIGIT(__LZCNT__, __MOVBE__, __AVX2__, __AVXVNNI__)), \
+  PERSONALIZE_PASTE(PERSONALIZE_JOIN( \
+    PERSONALIZE_DIGIT(__AVX512F__, __AVX512CD__, __AVX512BW__, __AVX512DQ__), \
+    PERSONALIZE_DIGIT(__AVX512VL__, __AVX512VNNI__, __AVX512VBMI__, __XOP__), \
+    PERSONALIZE_DIGIT(__FMA4__, __TBM__, __ARM_NEON, __ARM_FEATURE_FMA), \
+    PERSONALIZE_DIGIT(__ARM_FEATURE_DOTPROD, __ARM_FEATURE_ATOMICS, __ARM_FEATURE_SVE, \
+                      __wasm_simd128__)), \
+    PERSONALIZE_DIGIT(__EXCEPTIONS, __GXX_RTTI, PERSONALIZE_WITHOUT_XSIMD, \
+                      PERSONALIZE_WITHOUT_ZSTD))))
+// clang-format on
+#if defined(PERSONALIZE_NO_XSIMD)
+#define PERSONALIZE_WITHOUT_XSIMD 1
+#endif
+#if defined(PERSONALIZE_NO_ZSTD)
+#define PERSONALIZE_WITHOUT_ZSTD 1
+#endif
+#if defined(PERSONALIZE_IMPLEMENTATION) || defined(PERSONALIZE_DECLARATIONS_ONLY)
+#define PERSONALIZE_NAMESPACE separate
+#elif defined(PERSONALIZE_DISPATCH)
+#define PERSONALIZE_NAMESPACE PERSONALIZE_PASTE(PERSONALIZE_FLAGS, _dispatched)
+#else
+#define PERSONALIZE_NAMESPACE PERSONALIZE_FLAGS
+#endif
+// Rooms 3 and 4 bear the names of instruction sets; the library has them for units of any flags.
+#if defined(PERSONALIZE_DISPATCH)
+#define PERSONALIZE_KERNELS_NAMESPACE dispatched
+#else
+#define PERSONALIZE_KERNELS_NAMESPACE PERSONALIZE_NAMESPACE
+#endif
+
+namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
 
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
 
@@ -563,6 +657,8 @@ struct MemoryUse {
   }
 };
 
+#if PERSONALIZE_HAS_BODIES
+
 namespace detail {
 
 // What `call` returns, a Result; where it runs out of memory, that as an error. The message is
@@ -623,6 +719,8 @@ inline Result<void> check_options(const RecommenderOptions& options) {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 2: basics. Owns what knows nothing of recommendations: bytes and files, text and numbers,
 // hashes, random numbers, aligned memory, tables of distinct strings. Uses room 1.
@@ -631,6 +729,69 @@ inline Result<void> check_options(const RecommenderOptions& options) {
 // "major.minor.patch"
 inline constexpr std::string_view version = PERSONALIZE_DOTTED(
     PERSONALIZE_VERSION_MAJOR, PERSONALIZE_VERSION_MINOR, PERSONALIZE_VERSION_PATCH);
+
+inline constexpr std::size_t max_id_bytes = 256;
+
+namespace detail {
+
+// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
+// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
+// a row anywhere in 64 MB would wait for its page's address first.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
+  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
+
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) noexcept {}
+  T* allocate(std::size_t count) {
+    const std::size_t bytes = count * sizeof(T);
+    void* const p = ::operator new(bytes, alignment(bytes));
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, std::size_t count) noexcept {
+    ::operator delete(p, alignment(count * sizeof(T)));
+  }
+  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
+    return bytes >= large ? huge_page : line;
+  }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
+};
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
+
+// The same, of which resize() leaves what it adds as it is: memory that nothing was written to
+// takes no pages, and costs nothing to take.
+template <class T>
+struct BareAllocator : LineAllocator<T> {
+  BareAllocator() = default;
+  template <class Other>
+  BareAllocator(const BareAllocator<Other>&) noexcept {}
+  template <class U>
+  void construct(U* p) noexcept {
+    static_assert(std::is_trivially_default_constructible_v<U>);
+    ::new (static_cast<void*>(p)) U;
+  }
+  template <class U, class V>
+  void construct(U* p, V&& value) noexcept {
+    ::new (static_cast<void*>(p)) U(std::forward<V>(value));
+  }
+  template <class U>
+  struct rebind {
+    using other = BareAllocator<U>;
+  };
+};
+template <class T>
+using BareVector = std::vector<T, BareAllocator<T>>;
+
+}  // namespace detail
+
+#if PERSONALIZE_HAS_BODIES
 
 // XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
 inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed = 0) noexcept {
@@ -762,61 +923,6 @@ class CounterRandom {
 };
 
 namespace detail {
-
-// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
-// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
-// a row anywhere in 64 MB would wait for its page's address first.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
-  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
-
-  LineAllocator() = default;
-  template <class Other>
-  LineAllocator(const LineAllocator<Other>&) noexcept {}
-  T* allocate(std::size_t count) {
-    const std::size_t bytes = count * sizeof(T);
-    void* const p = ::operator new(bytes, alignment(bytes));
-#if defined(MADV_HUGEPAGE)
-    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, std::size_t count) noexcept {
-    ::operator delete(p, alignment(count * sizeof(T)));
-  }
-  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
-    return bytes >= large ? huge_page : line;
-  }
-  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
-};
-template <class T>
-using LineVector = std::vector<T, LineAllocator<T>>;
-
-// The same, of which resize() leaves what it adds as it is: memory that nothing was written to
-// takes no pages, and costs nothing to take.
-template <class T>
-struct BareAllocator : LineAllocator<T> {
-  BareAllocator() = default;
-  template <class Other>
-  BareAllocator(const BareAllocator<Other>&) noexcept {}
-  template <class U>
-  void construct(U* p) noexcept {
-    static_assert(std::is_trivially_default_constructible_v<U>);
-    ::new (static_cast<void*>(p)) U;
-  }
-  template <class U, class V>
-  void construct(U* p, V&& value) noexcept {
-    ::new (static_cast<void*>(p)) U(std::forward<V>(value));
-  }
-  template <class U>
-  struct rebind {
-    using other = BareAllocator<U>;
-  };
-};
-template <class T>
-using BareVector = std::vector<T, BareAllocator<T>>;
 
 // The largest magnitude; infinite where a value is not finite. Without an exit inside the loop:
 // compilers make vectors of it.
@@ -952,8 +1058,6 @@ inline bool valid_id(std::string_view text) noexcept {
 }
 
 }  // namespace detail
-
-inline constexpr std::size_t max_id_bytes = 256;
 
 namespace detail {
 
@@ -1493,6 +1597,8 @@ class RecencyList {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 3: instruction sets. Owns the operations on integers, scores and sums that each instruction
 // set brings: once for each, under a tag of its own, and once in scalar form as the reference. Uses
@@ -1509,20 +1615,26 @@ class RecencyList {
 // copy that only the newest processor can run.
 // ============================================================================================
 
+#if PERSONALIZE_HAS_BODIES
+
+}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
+namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE {
 namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t panel_rows = 16;
 
-constexpr std::size_t padded(std::size_t n) noexcept { return (n + lanes - 1) / lanes * lanes; }
+PERSONALIZE_INLINE constexpr std::size_t padded(std::size_t n) noexcept {
+  return (n + lanes - 1) / lanes * lanes;
+}
 // A panel is a sequence of steps of 64 bytes: four columns of 8 bits or eight columns of 4 bits.
 inline constexpr std::size_t step_bytes = panel_rows * 4;
 template <int Bits>
-constexpr std::size_t steps(std::size_t columns) noexcept {
+PERSONALIZE_INLINE constexpr std::size_t steps(std::size_t columns) noexcept {
   return Bits == 8 ? (columns + 3) / 4 : (columns + 7) / 8;
 }
 template <int Bits>
-constexpr std::size_t panel_bytes(std::size_t columns) noexcept {
+PERSONALIZE_INLINE constexpr std::size_t panel_bytes(std::size_t columns) noexcept {
   return steps<Bits>(columns) * step_bytes;
 }
 
@@ -2245,6 +2357,10 @@ struct Ops<NeonDot> : Ops<Neon> {
 #endif  // PERSONALIZE_NO_XSIMD
 
 }  // namespace kernels
+}  // namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE
+namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
+
+#endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
 // Room 4: kernels. Owns the arithmetic on rows and vectors, made of an instruction set's
@@ -2254,6 +2370,10 @@ struct Ops<NeonDot> : Ops<Neon> {
 // up to `lanes` elements past a row of a matrix: Matrix (room 6) keeps that slack.
 // ============================================================================================
 
+#if PERSONALIZE_HAS_BODIES
+
+}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
+namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE {
 namespace kernels {
 
 // Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
@@ -2961,8 +3081,8 @@ struct Kernels : Vectors<Tag> {
 
 // Writes row `lane` of a panel of 8 bits (or, with values in [-8, 7], of 4 bits that was zero).
 template <int Bits>
-void put_in_panel(std::uint8_t* panel, std::size_t lane, const std::int8_t* row,
-                  std::size_t columns) noexcept {
+PERSONALIZE_INLINE inline void put_in_panel(std::uint8_t* panel, std::size_t lane,
+                                            const std::int8_t* row, std::size_t columns) noexcept {
   const auto put = [&](std::size_t c, std::size_t count) {
     std::uint8_t* const four =
         panel + (Bits == 8 ? c / 4 : c / 8) * step_bytes + lane * (step_bytes / panel_rows);
@@ -3038,6 +3158,10 @@ inline const Table* const* available(std::size_t& count) noexcept {
 #endif
 
 }  // namespace kernels
+}  // namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE
+namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
+
+#endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
 // Room 5: container. Owns the file format's outside: header, section table, checksums, compression,
@@ -3208,6 +3332,13 @@ struct SectionInfo {
     return index == 0 ? text : text + "[" + std::to_string(index) + "]";
   }
 };
+
+// The section table of a model file. Reads the whole file once: every stored byte matches its
+// checksum.
+Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
+                                               const LoadLimits& limits = {});
+
+#if PERSONALIZE_HAS_BODIES
 
 namespace detail {
 
@@ -3709,10 +3840,8 @@ class SectionDecoder {
 
 }  // namespace detail
 
-// The section table of a model file. Reads the whole file once: every stored byte matches its
-// checksum.
-inline Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
-                                                      const LoadLimits& limits = {}) {
+PERSONALIZE_API Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
+                                                               const LoadLimits& limits) {
   return detail::catching_bad_alloc([&]() -> Result<std::vector<SectionInfo>> {
     detail::ByteSource source{file};
     auto sections = detail::read_table(source, limits);
@@ -3883,6 +4012,8 @@ class FileBuilder {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 6: model. Owns what a model file holds, as plain data, and what must hold between its parts.
 // Uses rooms 1, 2, 3 and 5.
@@ -3923,33 +4054,9 @@ class StringTable {
   // The index of the new string. Errors: empty, over 256 bytes, not UTF-8 or with a control
   // character (invalid_argument); already there, or made to fall together with others (corrupt);
   // out of memory. The table is then as it was.
-  Result<std::uint32_t> add(std::string_view text) {
-    return detail::catching_bad_alloc([&]() -> Result<std::uint32_t> {
-      if (auto checked = check_text(text); !checked) return checked.error();
-      if ((size() + 1) * 4 > slots_.size() * 3)
-        if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
-          return grown.error();
-      const std::uint64_t hash = hash_of(text);
-      std::size_t slot = find_slot(text, hash);
-      // Ids that were made to fall together part in a larger table, unless their whole hashes
-      // agree.
-      for (std::size_t larger = 2; slot == npos && larger <= most_growth; larger *= 2)
-        if (rehash(size(), slots_.size() * larger)) slot = find_slot(text, hash);
-      if (auto checked = check_free(text, slot); !checked) return checked.error();
-      text_.resize(empty() ? begin_ : ends_.back());
-      text_.insert(text_.end(), text.begin(), text.end());
-      ends_.push_back(text_.size());
-      slots_[slot] = entry(hash, size());
-      return static_cast<std::uint32_t>(size() - 1);
-    });
-  }
+  Result<std::uint32_t> add(std::string_view text);
 
-  std::optional<std::uint32_t> find(std::string_view text) const noexcept {
-    if (slots_.empty()) return std::nullopt;
-    const std::size_t slot = find_slot(text, hash_of(text));
-    if (slot == npos || slots_[slot] == 0) return std::nullopt;
-    return number_in(slots_[slot]);
-  }
+  std::optional<std::uint32_t> find(std::string_view text) const noexcept;
 
   // Valid until the next add.
   std::string_view operator[](std::size_t index) const noexcept {
@@ -3963,13 +4070,7 @@ class StringTable {
   // For a reader of files, on an empty table: room for `count` strings of `bytes` bytes together,
   // which takes pages only as it is written. Their u16 lengths go to [0], their text to [1], which
   // lies directly behind; then number() makes a table of them.
-  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes) {
-    begin_ = count * sizeof(std::uint16_t);
-    ends_.resize(count);
-    text_.resize(begin_ + bytes);
-    const auto raw = std::as_writable_bytes(std::span(text_));
-    return {raw.first(begin_), raw.subspan(begin_)};
-  }
+  std::array<std::span<std::byte>, 2> make_room(std::size_t count, std::size_t bytes);
 
   // How far number() has come.
   struct Numbering {
@@ -3980,13 +4081,8 @@ class StringTable {
   // the last call stopped: so a file is refused at its first bad string, for memory in proportion
   // to the good ones. Errors (corrupt): lengths that do not add up to the text; a string that add()
   // would refuse. The table can then only be destroyed.
-  Result<void> number(Numbering& numbering, std::uint64_t arrived) {
-    return detail::catching_bad_alloc([&] { return number_strings(numbering, arrived); });
-  }
-  Result<void> number() {
-    Numbering all;
-    return number(all, text_.size());
-  }
+  Result<void> number(Numbering& numbering, std::uint64_t arrived);
+  Result<void> number();
 
  private:
   static constexpr std::size_t npos = std::numeric_limits<std::size_t>::max();
@@ -3994,59 +4090,15 @@ class StringTable {
   static constexpr std::size_t max_probes = 512;
   static constexpr std::size_t most_growth = 32;
 
-  std::uint64_t length_of(std::size_t index) const noexcept {
-    std::uint16_t length;
-    std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
-    return length;
-  }
+  std::uint64_t length_of(std::size_t index) const noexcept;
 
-  Result<void> number_strings(Numbering& numbering, std::uint64_t arrived) {
-    if (arrived < begin_) return {};
-    std::size_t& next = numbering.strings;
-    // A batch of slots comes out of memory while the next strings are hashed.
-    constexpr std::size_t batch = 32;
-    std::array<std::uint64_t, batch> hashes;
-    for (std::size_t begin = next; begin < size(); begin = next) {
-      if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
-      std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
-      std::size_t count = 0;
-      for (; count < std::min(batch, size() - begin); ++count) {
-        end += length_of(begin + count);
-        if (end > arrived) break;
-        ends_[begin + count] = end;
-        hashes[count] = hash_of((*this)[begin + count]);
-        prefetch(hashes[count]);
-      }
-      for (std::size_t i = 0; i < count; ++i, ++next) {
-        const std::string_view text = (*this)[next];
-        const std::size_t slot = find_slot(text, hashes[i]);
-        auto checked = check_text(text);
-        if (checked) checked = check_free(text, slot);
-        if (!checked)
-          return Error{Errc::corrupt,
-                       "string " + std::to_string(next) + ": " + checked.error().message};
-        slots_[slot] = entry(hashes[i], next + 1);
-      }
-      if (count == 0) break;
-    }
-    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
-    if (arrived == text_.size() && (next != size() || end != arrived))
-      return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
-    return {};
-  }
+  Result<void> number_strings(Numbering& numbering, std::uint64_t arrived);
 
   // Room for `wanted` strings, of which the first `numbered` have their slots. Grows in large
   // steps, at most to what all strings of a file need.
-  Result<void> make_slots(std::size_t numbered, std::size_t wanted) {
-    if (wanted * 4 <= slots_.size() * 3) return {};
-    std::size_t most = 16;
-    while (size() * 4 > most * 3) most *= 2;
-    return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
-  }
+  Result<void> make_slots(std::size_t numbered, std::size_t wanted);
 
-  static std::uint64_t hash_of(std::string_view text) noexcept {
-    return xxh64(std::as_bytes(std::span(text)));
-  }
+  static std::uint64_t hash_of(std::string_view text) noexcept;
   // Half of the hash, so that other strings are seldom looked at, and the number + 1.
   static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
     return (hash >> 32) << 32 | number;
@@ -4055,53 +4107,18 @@ class StringTable {
     return static_cast<std::uint32_t>(entry) - 1;
   }
 
-  static Result<void> check_text(std::string_view text) {
-    if (text.empty() || text.size() > max_id_bytes)
-      return Error{Errc::invalid_argument,
-                   "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
-    if (!detail::valid_id(text))
-      return Error{Errc::invalid_argument,
-                   "an id is UTF-8 without control characters, this one is not"};
-    return {};
-  }
+  static Result<void> check_text(std::string_view text);
 
-  Result<void> check_free(std::string_view text, std::size_t slot) const {
-    if (slot == npos)
-      return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-    if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
-    return {};
-  }
+  Result<void> check_free(std::string_view text, std::size_t slot) const;
 
   PERSONALIZE_INLINE void prefetch(std::uint64_t hash) const noexcept {
     __builtin_prefetch(slots_.data() + (static_cast<std::size_t>(hash) & (slots_.size() - 1)), 1);
   }
 
-  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept {
-    const std::size_t mask = slots_.size() - 1;
-    std::size_t slot = static_cast<std::size_t>(hash) & mask;
-    for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
-      const std::uint64_t there = slots_[slot];
-      if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text))
-        return slot;
-    }
-    return npos;
-  }
+  std::size_t find_slot(std::string_view text, std::uint64_t hash) const noexcept;
 
   // For the first `count` strings. Where they do not fit, the slots are as they were.
-  Result<void> rehash(std::size_t count, std::size_t slots) {
-    std::vector<std::uint64_t> old(slots);
-    old.swap(slots_);
-    for (std::size_t i = 0; i < count; ++i) {
-      const std::uint64_t hash = hash_of((*this)[i]);
-      const std::size_t slot = find_slot((*this)[i], hash);
-      if (slot == npos) {
-        slots_.swap(old);
-        return check_free((*this)[i], slot);
-      }
-      slots_[slot] = entry(hash, i + 1);
-    }
-    return {};
-  }
+  Result<void> rehash(std::size_t count, std::size_t slots);
 
   std::uint64_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
   detail::BareVector<char> text_;
@@ -4119,13 +4136,7 @@ class Matrix {
   Matrix() = default;
 
   // type: f32 or i8.
-  static Matrix zeros(std::size_t rows, std::size_t columns, ElementType type = ElementType::f32) {
-    Matrix m;
-    m.columns_ = columns;
-    m.type_ = type;
-    m.resize_rows(rows);
-    return m;
-  }
+  static Matrix zeros(std::size_t rows, std::size_t columns, ElementType type = ElementType::f32);
 
   std::size_t rows() const noexcept { return rows_; }
   std::size_t columns() const noexcept { return columns_; }
@@ -4146,75 +4157,22 @@ class Matrix {
   std::span<const float> scales() const noexcept { return scales_; }
 
   // Writes row `r`, dequantised, to out[0, columns).
-  void row(std::size_t r, std::span<float> out) const noexcept {
-    if (type_ == ElementType::i8) {
-      const float scale = scales_[r];
-      for (std::size_t c = 0; c < columns_; ++c)
-        out[c] = scale * static_cast<float>(i8_[r * columns_ + c]);
-    } else {
-      std::copy_n(f32_.data() + r * columns_, columns_, out.data());
-    }
-  }
+  void row(std::size_t r, std::span<float> out) const noexcept;
 
   // Adds row `r`, dequantised, to out[0, columns).
-  void add_row(std::size_t r, std::span<float> out) const noexcept {
-    for (std::size_t c = 0; c < columns_; ++c) out[c] += at(r, c);
-  }
+  void add_row(std::size_t r, std::span<float> out) const noexcept;
 
   // Replaces row `r`; int8 rows get a scale of their own, as in quantised(), infinite where a value
   // is not finite (then finite() is false). values: [columns].
-  void set_row(std::size_t r, std::span<const float> values) noexcept {
-    if (type_ == ElementType::f32) {
-      std::copy(values.begin(), values.end(), f32_.data() + r * columns_);
-      return;
-    }
-    float largest = 0;
-    for (const float value : values) largest = std::max(largest, std::abs(value));
-    if (!detail::all_finite(values)) largest = std::numeric_limits<float>::infinity();
-    const float scale = largest / 127.0f;
-    scales_[r] = scale;
-    for (std::size_t c = 0; c < columns_; ++c)
-      i8_[r * columns_ + c] = scale > 0 && scale < std::numeric_limits<float>::infinity()
-                                  ? static_cast<std::int8_t>(std::clamp(
-                                        std::nearbyint(values[c] / scale), -127.0f, 127.0f))
-                                  : std::int8_t{0};
-  }
+  void set_row(std::size_t r, std::span<const float> values) noexcept;
 
   // Rows that are added are zero.
-  void resize_rows(std::size_t rows) {
-    const std::size_t kept = std::min(rows, rows_) * columns_;
-    if (type_ == ElementType::f32) {
-      f32_.resize(rows * columns_ + kernels::lanes);
-      std::fill(f32_.begin() + static_cast<std::ptrdiff_t>(kept), f32_.end(), 0.0f);
-    } else {
-      scales_.resize(rows);
-      if (rows > rows_)
-        std::fill(scales_.begin() + static_cast<std::ptrdiff_t>(rows_), scales_.end(), 0.0f);
-      i8_.resize(rows * columns_ + kernels::lanes);
-      std::fill(i8_.begin() + static_cast<std::ptrdiff_t>(kept), i8_.end(), std::int8_t{0});
-    }
-    rows_ = rows;
-  }
+  void resize_rows(std::size_t rows);
 
   // For a reader of files, who writes every value and then calls end_rows(): memory that takes
   // pages only as it is written.
-  static Matrix unwritten(std::size_t rows, std::size_t columns, ElementType type) {
-    Matrix m;
-    m.columns_ = columns;
-    m.type_ = type;
-    m.rows_ = rows;
-    if (type == ElementType::f32) {
-      m.f32_.resize(rows * columns + kernels::lanes);
-    } else {
-      m.scales_.resize(rows);
-      m.i8_.resize(rows * columns + kernels::lanes);
-    }
-    return m;
-  }
-  void end_rows() noexcept {
-    if (!f32_.empty()) std::fill_n(f32_.end() - kernels::lanes, kernels::lanes, 0.0f);
-    if (!i8_.empty()) std::fill_n(i8_.end() - kernels::lanes, kernels::lanes, std::int8_t{0});
-  }
+  static Matrix unwritten(std::size_t rows, std::size_t columns, ElementType type);
+  void end_rows() noexcept;
 
   float at(std::size_t r, std::size_t c) const noexcept {
     const std::size_t i = r * columns_ + c;
@@ -4222,19 +4180,11 @@ class Matrix {
   }
 
   // The int8 form: scale = max |row| / 127, values rounded to nearest.
-  Matrix quantised() const {
-    if (type_ == ElementType::i8) return *this;
-    Matrix m = zeros(rows_, columns_, ElementType::i8);
-    for (std::size_t r = 0; r < rows_; ++r) m.set_row(r, f32().subspan(r * columns_, columns_));
-    return m;
-  }
+  Matrix quantised() const;
 
   // At least every |value|, and no more than the largest possible with these scales; infinite where
   // a value is not finite.
-  float magnitude() const noexcept {
-    return detail::largest(f32_.empty() ? std::span<const float>(scales_) : f32()) *
-           (f32_.empty() ? 127.0f : 1.0f);
-  }
+  float magnitude() const noexcept;
   bool finite() const noexcept { return magnitude() < std::numeric_limits<float>::infinity(); }
 
   friend bool operator==(const Matrix&, const Matrix&) = default;
@@ -4369,6 +4319,237 @@ struct ModelParts {
     return input_vectors.empty() ? item_vectors : input_vectors;
   }
 };
+
+#if PERSONALIZE_HAS_BODIES
+
+PERSONALIZE_API Result<std::uint32_t> StringTable::add(std::string_view text) {
+  return detail::catching_bad_alloc([&]() -> Result<std::uint32_t> {
+    if (auto checked = check_text(text); !checked) return checked.error();
+    if ((size() + 1) * 4 > slots_.size() * 3)
+      if (auto grown = rehash(size(), std::max<std::size_t>(16, slots_.size() * 2)); !grown)
+        return grown.error();
+    const std::uint64_t hash = hash_of(text);
+    std::size_t slot = find_slot(text, hash);
+    // Ids that were made to fall together part in a larger table, unless their whole hashes
+    // agree.
+    for (std::size_t larger = 2; slot == npos && larger <= most_growth; larger *= 2)
+      if (rehash(size(), slots_.size() * larger)) slot = find_slot(text, hash);
+    if (auto checked = check_free(text, slot); !checked) return checked.error();
+    text_.resize(empty() ? begin_ : ends_.back());
+    text_.insert(text_.end(), text.begin(), text.end());
+    ends_.push_back(text_.size());
+    slots_[slot] = entry(hash, size());
+    return static_cast<std::uint32_t>(size() - 1);
+  });
+}
+
+PERSONALIZE_API std::optional<std::uint32_t> StringTable::find(
+    std::string_view text) const noexcept {
+  if (slots_.empty()) return std::nullopt;
+  const std::size_t slot = find_slot(text, hash_of(text));
+  if (slot == npos || slots_[slot] == 0) return std::nullopt;
+  return number_in(slots_[slot]);
+}
+
+PERSONALIZE_API std::array<std::span<std::byte>, 2> StringTable::make_room(std::size_t count,
+                                                                           std::size_t bytes) {
+  begin_ = count * sizeof(std::uint16_t);
+  ends_.resize(count);
+  text_.resize(begin_ + bytes);
+  const auto raw = std::as_writable_bytes(std::span(text_));
+  return {raw.first(begin_), raw.subspan(begin_)};
+}
+
+PERSONALIZE_API Result<void> StringTable::number(Numbering& numbering, std::uint64_t arrived) {
+  return detail::catching_bad_alloc([&] { return number_strings(numbering, arrived); });
+}
+
+PERSONALIZE_API Result<void> StringTable::number() {
+  Numbering all;
+  return number(all, text_.size());
+}
+
+PERSONALIZE_API std::uint64_t StringTable::length_of(std::size_t index) const noexcept {
+  std::uint16_t length;
+  std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
+  return length;
+}
+
+PERSONALIZE_API Result<void> StringTable::number_strings(Numbering& numbering,
+                                                         std::uint64_t arrived) {
+  if (arrived < begin_) return {};
+  std::size_t& next = numbering.strings;
+  // A batch of slots comes out of memory while the next strings are hashed.
+  constexpr std::size_t batch = 32;
+  std::array<std::uint64_t, batch> hashes;
+  for (std::size_t begin = next; begin < size(); begin = next) {
+    if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
+    std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
+    std::size_t count = 0;
+    for (; count < std::min(batch, size() - begin); ++count) {
+      end += length_of(begin + count);
+      if (end > arrived) break;
+      ends_[begin + count] = end;
+      hashes[count] = hash_of((*this)[begin + count]);
+      prefetch(hashes[count]);
+    }
+    for (std::size_t i = 0; i < count; ++i, ++next) {
+      const std::string_view text = (*this)[next];
+      const std::size_t slot = find_slot(text, hashes[i]);
+      auto checked = check_text(text);
+      if (checked) checked = check_free(text, slot);
+      if (!checked)
+        return Error{Errc::corrupt,
+                     "string " + std::to_string(next) + ": " + checked.error().message};
+      slots_[slot] = entry(hashes[i], next + 1);
+    }
+    if (count == 0) break;
+  }
+  const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+  if (arrived == text_.size() && (next != size() || end != arrived))
+    return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
+  return {};
+}
+
+PERSONALIZE_API Result<void> StringTable::make_slots(std::size_t numbered, std::size_t wanted) {
+  if (wanted * 4 <= slots_.size() * 3) return {};
+  std::size_t most = 16;
+  while (size() * 4 > most * 3) most *= 2;
+  return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
+}
+
+PERSONALIZE_API std::uint64_t StringTable::hash_of(std::string_view text) noexcept {
+  return xxh64(std::as_bytes(std::span(text)));
+}
+
+PERSONALIZE_API Result<void> StringTable::check_text(std::string_view text) {
+  if (text.empty() || text.size() > max_id_bytes)
+    return Error{Errc::invalid_argument,
+                 "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+  if (!detail::valid_id(text))
+    return Error{Errc::invalid_argument,
+                 "an id is UTF-8 without control characters, this one is not"};
+  return {};
+}
+
+PERSONALIZE_API Result<void> StringTable::check_free(std::string_view text,
+                                                     std::size_t slot) const {
+  if (slot == npos)
+    return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
+  if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+  return {};
+}
+
+PERSONALIZE_API std::size_t StringTable::find_slot(std::string_view text,
+                                                   std::uint64_t hash) const noexcept {
+  const std::size_t mask = slots_.size() - 1;
+  std::size_t slot = static_cast<std::size_t>(hash) & mask;
+  for (std::size_t probe = 0; probe < max_probes; ++probe, slot = (slot + 1) & mask) {
+    const std::uint64_t there = slots_[slot];
+    if (there == 0 || (there >> 32 == hash >> 32 && (*this)[number_in(there)] == text)) return slot;
+  }
+  return npos;
+}
+
+PERSONALIZE_API Result<void> StringTable::rehash(std::size_t count, std::size_t slots) {
+  std::vector<std::uint64_t> old(slots);
+  old.swap(slots_);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t hash = hash_of((*this)[i]);
+    const std::size_t slot = find_slot((*this)[i], hash);
+    if (slot == npos) {
+      slots_.swap(old);
+      return check_free((*this)[i], slot);
+    }
+    slots_[slot] = entry(hash, i + 1);
+  }
+  return {};
+}
+
+PERSONALIZE_API Matrix Matrix::zeros(std::size_t rows, std::size_t columns, ElementType type) {
+  Matrix m;
+  m.columns_ = columns;
+  m.type_ = type;
+  m.resize_rows(rows);
+  return m;
+}
+
+PERSONALIZE_API void Matrix::row(std::size_t r, std::span<float> out) const noexcept {
+  if (type_ == ElementType::i8) {
+    const float scale = scales_[r];
+    for (std::size_t c = 0; c < columns_; ++c)
+      out[c] = scale * static_cast<float>(i8_[r * columns_ + c]);
+  } else {
+    std::copy_n(f32_.data() + r * columns_, columns_, out.data());
+  }
+}
+
+PERSONALIZE_API void Matrix::add_row(std::size_t r, std::span<float> out) const noexcept {
+  for (std::size_t c = 0; c < columns_; ++c) out[c] += at(r, c);
+}
+
+PERSONALIZE_API void Matrix::set_row(std::size_t r, std::span<const float> values) noexcept {
+  if (type_ == ElementType::f32) {
+    std::copy(values.begin(), values.end(), f32_.data() + r * columns_);
+    return;
+  }
+  float largest = 0;
+  for (const float value : values) largest = std::max(largest, std::abs(value));
+  if (!detail::all_finite(values)) largest = std::numeric_limits<float>::infinity();
+  const float scale = largest / 127.0f;
+  scales_[r] = scale;
+  for (std::size_t c = 0; c < columns_; ++c)
+    i8_[r * columns_ + c] = scale > 0 && scale < std::numeric_limits<float>::infinity()
+                                ? static_cast<std::int8_t>(std::clamp(
+                                      std::nearbyint(values[c] / scale), -127.0f, 127.0f))
+                                : std::int8_t{0};
+}
+
+PERSONALIZE_API void Matrix::resize_rows(std::size_t rows) {
+  const std::size_t kept = std::min(rows, rows_) * columns_;
+  if (type_ == ElementType::f32) {
+    f32_.resize(rows * columns_ + kernels::lanes);
+    std::fill(f32_.begin() + static_cast<std::ptrdiff_t>(kept), f32_.end(), 0.0f);
+  } else {
+    scales_.resize(rows);
+    if (rows > rows_)
+      std::fill(scales_.begin() + static_cast<std::ptrdiff_t>(rows_), scales_.end(), 0.0f);
+    i8_.resize(rows * columns_ + kernels::lanes);
+    std::fill(i8_.begin() + static_cast<std::ptrdiff_t>(kept), i8_.end(), std::int8_t{0});
+  }
+  rows_ = rows;
+}
+
+PERSONALIZE_API Matrix Matrix::unwritten(std::size_t rows, std::size_t columns, ElementType type) {
+  Matrix m;
+  m.columns_ = columns;
+  m.type_ = type;
+  m.rows_ = rows;
+  if (type == ElementType::f32) {
+    m.f32_.resize(rows * columns + kernels::lanes);
+  } else {
+    m.scales_.resize(rows);
+    m.i8_.resize(rows * columns + kernels::lanes);
+  }
+  return m;
+}
+
+PERSONALIZE_API void Matrix::end_rows() noexcept {
+  if (!f32_.empty()) std::fill_n(f32_.end() - kernels::lanes, kernels::lanes, 0.0f);
+  if (!i8_.empty()) std::fill_n(i8_.end() - kernels::lanes, kernels::lanes, std::int8_t{0});
+}
+
+PERSONALIZE_API Matrix Matrix::quantised() const {
+  if (type_ == ElementType::i8) return *this;
+  Matrix m = zeros(rows_, columns_, ElementType::i8);
+  for (std::size_t r = 0; r < rows_; ++r) m.set_row(r, f32().subspan(r * columns_, columns_));
+  return m;
+}
+
+PERSONALIZE_API float Matrix::magnitude() const noexcept {
+  return detail::largest(f32_.empty() ? std::span<const float>(scales_) : f32()) *
+         (f32_.empty() ? 127.0f : 1.0f);
+}
 
 // 0: no previous event; else 1 + min(floor(log2(max(gap, 0) + 1)), buckets - 2), gap in seconds.
 inline std::uint32_t time_gap_bucket(std::optional<std::int64_t> previous, std::int64_t timestamp,
@@ -4693,10 +4874,76 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 7: model file. Owns how a model is read and written, and Model, which serves from memory.
 // Uses rooms 1, 2, 5 and 6.
 // ============================================================================================
+
+struct WriteOptions {
+  // f32: matrices as they are. i8: f32 matrices of more than one row in 8 bits (one of one row is a
+  // norm or bias: small, and every row depends on it). i4: matrices of more than one row in 4 bits;
+  // in 8 where they have fewer than 16 columns, and users' states.
+  ElementType element_type = ElementType::i8;
+  int zstd_level = 19;                   // 1 to 22; 0 writes stored sections
+  std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^24]; see LoadOptions
+};
+
+// The bytes of a model file. The same parts and options give the same bytes (with one zstd
+// version). limits: those of who will read it. Errors: parts that contradict one another or are
+// over a limit; out of memory.
+Result<std::vector<std::byte>> write_model(const ModelParts& parts,
+                                           const WriteOptions& options = {},
+                                           const LoadLimits& limits = {});
+
+// Writes the model file, replacing `path` at once or not at all (as write_file does). Takes memory
+// for two chunks and, where f32 matrices are to be written in 8 bits, for the largest of them in
+// that form.
+Result<void> save_model(const ModelParts& parts, const std::string& path,
+                        const WriteOptions& options = {}, const LoadLimits& limits = {});
+
+// The parts of a model file in memory, every value checked. Errors name the section and the reason.
+Result<ModelParts> read_model(std::span<const std::byte> file, const LoadOptions& options = {});
+
+// The same of a file on disk, of which no more than a chunk at a time is held in memory.
+Result<ModelParts> read_model(const std::string& path, const LoadOptions& options = {});
+
+// An immutable model: share it between threads and recommenders freely.
+class Model {
+ public:
+  // Reads and checks a model file, as read_model does.
+  static Result<std::shared_ptr<const Model>> load(const std::string& path,
+                                                   const LoadOptions& options = {});
+  static Result<std::shared_ptr<const Model>> from_bytes(std::span<const std::byte> file,
+                                                         const LoadOptions& options = {});
+  // limits: how many items and dimensions are allowed.
+  static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts,
+                                                         const LoadLimits& limits = {});
+
+  std::size_t item_count() const noexcept { return parts_.item_ids.size(); }
+  std::size_t dimension() const noexcept { return parts_.item_vectors.columns(); }
+  std::string_view item_id(std::uint32_t item) const noexcept { return parts_.item_ids[item]; }
+  std::optional<std::uint32_t> find_item(std::string_view id) const noexcept {
+    return parts_.item_ids.find(id);
+  }
+  const ModelParts& parts() const noexcept { return parts_; }
+
+  // The vector of an item that has only metadata: the sum of its values' embeddings, to out[0, d).
+  // fields: name and value, categories separated by '|', numbers with a point whatever the locale.
+  // Unknown fields and values add nothing; the number of values that were known is returned.
+  std::size_t metadata_vector(std::span<const std::pair<std::string_view, std::string_view>> fields,
+                              std::span<float> out) const;
+
+ private:
+  explicit Model(ModelParts parts) noexcept : parts_(std::move(parts)) {}
+
+  static Result<std::shared_ptr<const Model>> of(Result<ModelParts> parts);
+
+  ModelParts parts_;
+};
+
+#if PERSONALIZE_HAS_BODIES
 
 namespace detail {
 
@@ -5034,15 +5281,6 @@ std::span<const std::byte> bytes_of(const std::vector<T>& values) noexcept {
 
 }  // namespace detail
 
-struct WriteOptions {
-  // f32: matrices as they are. i8: f32 matrices of more than one row in 8 bits (one of one row is a
-  // norm or bias: small, and every row depends on it). i4: matrices of more than one row in 4 bits;
-  // in 8 where they have fewer than 16 columns, and users' states.
-  ElementType element_type = ElementType::i8;
-  int zstd_level = 19;                   // 1 to 22; 0 writes stored sections
-  std::uint32_t chunk_bytes = 1u << 20;  // a power of two in [2^6, 2^24]; see LoadOptions
-};
-
 namespace detail {
 
 inline Result<void> check_options(const WriteOptions& options) {
@@ -5139,32 +5377,6 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
 }
 
 }  // namespace detail
-
-// The bytes of a model file. The same parts and options give the same bytes (with one zstd
-// version). limits: those of who will read it. Errors: parts that contradict one another or are
-// over a limit; out of memory.
-inline Result<std::vector<std::byte>> write_model(const ModelParts& parts,
-                                                  const WriteOptions& options = {},
-                                                  const LoadLimits& limits = {}) {
-  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
-    detail::MemorySink sink;
-    if (auto written = detail::write_parts(parts, options, limits, sink); !written)
-      return written.error();
-    return std::move(sink.bytes);
-  });
-}
-
-// Writes the model file, replacing `path` at once or not at all (as write_file does). Takes memory
-// for two chunks and, where f32 matrices are to be written in 8 bits, for the largest of them in
-// that form.
-inline Result<void> save_model(const ModelParts& parts, const std::string& path,
-                               const WriteOptions& options = {}, const LoadLimits& limits = {}) {
-  return detail::catching_bad_alloc([&]() -> Result<void> {
-    detail::FileSink file{path};
-    if (auto written = detail::write_parts(parts, options, limits, file); !written) return written;
-    return file.commit();
-  });
-}
 
 namespace detail {
 
@@ -5298,17 +5510,35 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
 
 }  // namespace detail
 
-// The parts of a model file in memory, every value checked. Errors name the section and the reason.
-inline Result<ModelParts> read_model(std::span<const std::byte> file,
-                                     const LoadOptions& options = {}) {
+PERSONALIZE_API Result<std::vector<std::byte>> write_model(const ModelParts& parts,
+                                                           const WriteOptions& options,
+                                                           const LoadLimits& limits) {
+  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+    detail::MemorySink sink;
+    if (auto written = detail::write_parts(parts, options, limits, sink); !written)
+      return written.error();
+    return std::move(sink.bytes);
+  });
+}
+
+PERSONALIZE_API Result<void> save_model(const ModelParts& parts, const std::string& path,
+                                        const WriteOptions& options, const LoadLimits& limits) {
+  return detail::catching_bad_alloc([&]() -> Result<void> {
+    detail::FileSink file{path};
+    if (auto written = detail::write_parts(parts, options, limits, file); !written) return written;
+    return file.commit();
+  });
+}
+
+PERSONALIZE_API Result<ModelParts> read_model(std::span<const std::byte> file,
+                                              const LoadOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<ModelParts> {
     detail::ByteSource source{file};
     return detail::read_parts(source, options);
   });
 }
 
-// The same of a file on disk, of which no more than a chunk at a time is held in memory.
-inline Result<ModelParts> read_model(const std::string& path, const LoadOptions& options = {}) {
+PERSONALIZE_API Result<ModelParts> read_model(const std::string& path, const LoadOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<ModelParts> {
     auto source = detail::ByteSource::open(path);
     if (!source) return source.error();
@@ -5321,87 +5551,69 @@ inline Result<ModelParts> read_model(const std::string& path, const LoadOptions&
   });
 }
 
-// An immutable model: share it between threads and recommenders freely.
-class Model {
- public:
-  // Reads and checks a model file, as read_model does.
-  static Result<std::shared_ptr<const Model>> load(const std::string& path,
-                                                   const LoadOptions& options = {}) {
-    return of(read_model(path, options));
-  }
+PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::load(const std::string& path,
+                                                                 const LoadOptions& options) {
+  return of(read_model(path, options));
+}
 
-  static Result<std::shared_ptr<const Model>> from_bytes(std::span<const std::byte> file,
-                                                         const LoadOptions& options = {}) {
-    return of(read_model(file, options));
-  }
+PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::from_bytes(
+    std::span<const std::byte> file, const LoadOptions& options) {
+  return of(read_model(file, options));
+}
 
-  // limits: how many items and dimensions are allowed.
-  static Result<std::shared_ptr<const Model>> from_parts(ModelParts parts,
-                                                         const LoadLimits& limits = {}) {
-    return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
-      if (auto checked = detail::check_parts(parts, limits); !checked) return checked.error();
-      return of(std::move(parts));
-    });
-  }
+PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::from_parts(ModelParts parts,
+                                                                       const LoadLimits& limits) {
+  return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
+    if (auto checked = detail::check_parts(parts, limits); !checked) return checked.error();
+    return of(std::move(parts));
+  });
+}
 
-  std::size_t item_count() const noexcept { return parts_.item_ids.size(); }
-  std::size_t dimension() const noexcept { return parts_.item_vectors.columns(); }
-  std::string_view item_id(std::uint32_t item) const noexcept { return parts_.item_ids[item]; }
-  std::optional<std::uint32_t> find_item(std::string_view id) const noexcept {
-    return parts_.item_ids.find(id);
-  }
-  const ModelParts& parts() const noexcept { return parts_; }
+PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::of(Result<ModelParts> parts) {
+  if (!parts) return parts.error();
+  return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
+    return std::shared_ptr<const Model>(new Model(std::move(*parts)));
+  });
+}
 
-  // The vector of an item that has only metadata: the sum of its values' embeddings, to out[0, d).
-  // fields: name and value, categories separated by '|', numbers with a point whatever the locale.
-  // Unknown fields and values add nothing; the number of values that were known is returned.
-  std::size_t metadata_vector(std::span<const std::pair<std::string_view, std::string_view>> fields,
-                              std::span<float> out) const {
-    std::fill(out.begin(), out.end(), 0.0f);
-    std::size_t known = 0;
-    const auto add = [&](const MetadataField& field, std::size_t row) {
-      for (std::size_t c = 0; c < dimension(); ++c) out[c] += field.embedding.at(row, c);
-      ++known;
-    };
-    for (const auto& [name, value] : fields) {
-      for (const MetadataField& field : parts_.fields) {
-        if (field.name != name) continue;
-        if (field.numeric) {
-          const auto number = detail::parse_float(value);
-          if (!number) continue;
-          const auto at =
-              std::upper_bound(field.boundaries.begin(), field.boundaries.end(), *number);
-          add(field, static_cast<std::size_t>(at - field.boundaries.begin()));
-          continue;
-        }
-        for (std::size_t begin = 0; begin <= value.size();) {
-          const std::size_t end = std::min(value.find('|', begin), value.size());
-          if (const auto row = field.vocabulary.find(value.substr(begin, end - begin)))
-            add(field, *row);
-          begin = end + 1;
-        }
+PERSONALIZE_API std::size_t Model::metadata_vector(
+    std::span<const std::pair<std::string_view, std::string_view>> fields,
+    std::span<float> out) const {
+  std::fill(out.begin(), out.end(), 0.0f);
+  std::size_t known = 0;
+  const auto add = [&](const MetadataField& field, std::size_t row) {
+    for (std::size_t c = 0; c < dimension(); ++c) out[c] += field.embedding.at(row, c);
+    ++known;
+  };
+  for (const auto& [name, value] : fields) {
+    for (const MetadataField& field : parts_.fields) {
+      if (field.name != name) continue;
+      if (field.numeric) {
+        const auto number = detail::parse_float(value);
+        if (!number) continue;
+        const auto at = std::upper_bound(field.boundaries.begin(), field.boundaries.end(), *number);
+        add(field, static_cast<std::size_t>(at - field.boundaries.begin()));
+        continue;
+      }
+      for (std::size_t begin = 0; begin <= value.size();) {
+        const std::size_t end = std::min(value.find('|', begin), value.size());
+        if (const auto row = field.vocabulary.find(value.substr(begin, end - begin)))
+          add(field, *row);
+        begin = end + 1;
       }
     }
-    return known;
   }
+  return known;
+}
 
- private:
-  explicit Model(ModelParts parts) noexcept : parts_(std::move(parts)) {}
-
-  static Result<std::shared_ptr<const Model>> of(Result<ModelParts> parts) {
-    if (!parts) return parts.error();
-    return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
-      return std::shared_ptr<const Model>(new Model(std::move(*parts)));
-    });
-  }
-
-  ModelParts parts_;
-};
+#endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
 // Room 8: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
 // 2, 3, 4, 5, 6 and 7.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 inline constexpr std::uint32_t no_event_type = std::numeric_limits<std::uint32_t>::max();
 
@@ -5869,11 +6081,85 @@ class Encoder {
   std::size_t width_ = 0;
 };
 
+// |h| of most queries: after a last layer norm it hardly depends on the user.
+inline float usual_query_length(const Model& model) noexcept {
+  const ModelParts& parts = model.parts();
+  const std::size_t d = parts.item_vectors.columns();
+  if (parts.operations.back().kind != EncoderOp::Kind::layer_norm)
+    return std::sqrt(static_cast<float>(d));
+  const Matrix& weight = parts.weights[parts.weights.size() - 2];
+  const Matrix& bias = parts.weights.back();
+  float squares = 0;
+  for (std::size_t c = 0; c < d; ++c)
+    squares += weight.at(0, c) * weight.at(0, c) + bias.at(0, c) * bias.at(0, c);
+  return std::sqrt(squares);
+}
+
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 9: filters and rows. Owns which items may be ranked, and their ids and vectors, as
 // generations of a catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3,
 // 4, 5, 6 and 7.
 // ============================================================================================
+
+// One bit an item.
+class ItemMask {
+ public:
+  explicit ItemMask(std::size_t items, bool value = false)
+      : items_(items),
+        count_(value ? items : 0),
+        words_((items + 63) / 64, value ? ~std::uint64_t{0} : 0) {
+    clear_behind();
+  }
+
+  std::size_t size() const noexcept { return items_; }
+  // How many items are in it; O(1).
+  std::size_t count() const noexcept { return count_; }
+  // Items that are added are not in the mask. O(items).
+  void resize(std::size_t items) {
+    words_.resize((items + 63) / 64);
+    items_ = items;
+    clear_behind();
+    count_ = 0;
+    for (const std::uint64_t word : words_) count_ += static_cast<std::size_t>(std::popcount(word));
+  }
+  // False, and nothing changes, where item >= size().
+  bool set(std::uint32_t item) noexcept {
+    if (item >= items_) return false;
+    count_ += !test(item);
+    words_[item / 64] |= bit(item);
+    return true;
+  }
+  bool reset(std::uint32_t item) noexcept {
+    if (item >= items_) return false;
+    count_ -= test(item);
+    words_[item / 64] &= ~bit(item);
+    return true;
+  }
+  // An item behind the last is not in the mask.
+  bool test(std::uint32_t item) const noexcept {
+    return item < items_ && (words_[item / 64] & bit(item)) != 0;
+  }
+  // Bits of items [64 w, 64 w + 64); 0 behind the last.
+  std::uint64_t word(std::size_t w) const noexcept { return w < words_.size() ? words_[w] : 0; }
+
+ private:
+  static std::uint64_t bit(std::uint32_t item) noexcept { return std::uint64_t{1} << (item % 64); }
+  void clear_behind() noexcept {
+    if (items_ % 64 != 0) words_.back() &= (std::uint64_t{1} << (items_ % 64)) - 1;
+  }
+
+  std::size_t items_, count_;
+  std::vector<std::uint64_t> words_;
+};
+
+struct ScoredItem {
+  std::uint32_t item;
+  float score;
+};
+
+#if PERSONALIZE_HAS_BODIES
 
 // An array whose copies share their pages: a copy costs O(pages), a changed element one page.
 // Copies may be read by any number of threads; one that is being changed belongs to one thread. The
@@ -5959,62 +6245,6 @@ class PagedArray {
   std::span<const T> base_;
   std::vector<std::shared_ptr<const T[]>> pages_;
   std::vector<bool> owned_;  // pages that no other array has seen
-};
-
-// One bit an item.
-class ItemMask {
- public:
-  explicit ItemMask(std::size_t items, bool value = false)
-      : items_(items),
-        count_(value ? items : 0),
-        words_((items + 63) / 64, value ? ~std::uint64_t{0} : 0) {
-    clear_behind();
-  }
-
-  std::size_t size() const noexcept { return items_; }
-  // How many items are in it; O(1).
-  std::size_t count() const noexcept { return count_; }
-  // Items that are added are not in the mask. O(items).
-  void resize(std::size_t items) {
-    words_.resize((items + 63) / 64);
-    items_ = items;
-    clear_behind();
-    count_ = 0;
-    for (const std::uint64_t word : words_) count_ += static_cast<std::size_t>(std::popcount(word));
-  }
-  // False, and nothing changes, where item >= size().
-  bool set(std::uint32_t item) noexcept {
-    if (item >= items_) return false;
-    count_ += !test(item);
-    words_[item / 64] |= bit(item);
-    return true;
-  }
-  bool reset(std::uint32_t item) noexcept {
-    if (item >= items_) return false;
-    count_ -= test(item);
-    words_[item / 64] &= ~bit(item);
-    return true;
-  }
-  // An item behind the last is not in the mask.
-  bool test(std::uint32_t item) const noexcept {
-    return item < items_ && (words_[item / 64] & bit(item)) != 0;
-  }
-  // Bits of items [64 w, 64 w + 64); 0 behind the last.
-  std::uint64_t word(std::size_t w) const noexcept { return w < words_.size() ? words_[w] : 0; }
-
- private:
-  static std::uint64_t bit(std::uint32_t item) noexcept { return std::uint64_t{1} << (item % 64); }
-  void clear_behind() noexcept {
-    if (items_ % 64 != 0) words_.back() &= (std::uint64_t{1} << (items_ % 64)) - 1;
-  }
-
-  std::size_t items_, count_;
-  std::vector<std::uint64_t> words_;
-};
-
-struct ScoredItem {
-  std::uint32_t item;
-  float score;
 };
 
 // The order of a ranking: by score, ties by item index.
@@ -6586,9 +6816,13 @@ class ItemIds {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 3, 4, 5, 6, 7 and 9.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 // Immutable; one for all threads, each with its own Workspace. The score of an item is
 //   f32(b_i + scale_i * sum_c q_c v_ic), summed in double as Kernels::dot says,
@@ -6707,20 +6941,6 @@ class Scorer {
     std::size_t sum = sizeof *this + unbounded_.capacity() * sizeof(std::uint32_t);
     for (const Part& part : parts_) sum += sizeof part + part.memory();
     return sum;
-  }
-
-  // After a last layer norm a query's length hardly depends on the user.
-  static float usual_query_length(const Model& model) noexcept {
-    const ModelParts& parts = model.parts();
-    const std::size_t d = parts.item_vectors.columns();
-    if (parts.operations.back().kind != EncoderOp::Kind::layer_norm)
-      return std::sqrt(static_cast<float>(d));
-    const Matrix& weight = parts.weights[parts.weights.size() - 2];
-    const Matrix& bias = parts.weights.back();
-    float squares = 0;
-    for (std::size_t c = 0; c < d; ++c)
-      squares += weight.at(0, c) * weight.at(0, c) + bias.at(0, c) * bias.at(0, c);
-    return std::sqrt(squares);
   }
 
   Workspace make_workspace() const {
@@ -7536,11 +7756,47 @@ inline std::size_t Scorer::Workspace::bytes() const noexcept {
   return sum;
 }
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
 // contexts in which it was shown and chosen, each user's recent impressions, the slates behind
 // recommendation ids, and the log's entries. Uses rooms 2 and 9.
 // ============================================================================================
+
+// One place of a slate and how it came about (room 12).
+struct SlotChoice {
+  ScoredItem pick{};
+  ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
+  bool explored = false;  // drawn from the pool
+  float propensity = 1;   // probability of this pick, given those above it
+  float pool_share = 0;   // softmax of the pick in the pool as it stood; 0: not in the pool
+  float pool_logit = 0;   // log odds that the pool wins an exploring slot, before the handicap
+  float pool_value = 0;   // mean value of the pool, weighted by softmax
+};
+
+// One impression or, where `positive`, one positive event on it. With these, other exploration
+// weights and other policies can be evaluated (personalize evaluate --protocol off-policy).
+struct LogEntry {
+  std::int64_t timestamp;
+  std::string_view user;  // or session
+  std::string_view recommendation_id;
+  std::string_view item;
+  std::uint32_t position;  // from 1
+  bool positive;
+  SlotChoice choice;    // propensity and alternatives; pool_value: mean expected of the pool
+  float expected;       // positive events expected of the pick if seen, by all that is known
+  float best_expected;  // the same had the slot gone to choice.best
+};
+
+inline constexpr std::string_view log_csv_header =
+    "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
+    "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
+
+// The entry as a line of CSV under log_csv_header, the same in every locale. Appends to `line`.
+void append_csv(const LogEntry& entry, std::string& line);
+
+#if PERSONALIZE_HAS_BODIES
 
 // A time on the scale of exponential decay: counts made at different times are comparable once each
 // is multiplied by 2^(t / half-life) (forward decay: Cormode et al. 2009), here split into a whole
@@ -7983,17 +8239,6 @@ class RecentImpressions {
   std::vector<Entry> entries_;
 };
 
-// One place of a slate and how it came about (room 12).
-struct SlotChoice {
-  ScoredItem pick{};
-  ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
-  bool explored = false;  // drawn from the pool
-  float propensity = 1;   // probability of this pick, given those above it
-  float pool_share = 0;   // softmax of the pick in the pool as it stood; 0: not in the pool
-  float pool_logit = 0;   // log odds that the pool wins an exploring slot, before the handicap
-  float pool_value = 0;   // mean value of the pool, weighted by softmax
-};
-
 // One pick of a remembered slate; its place is its index. "Log clicks": the natural logarithm of an
 // expected number of positive events.
 struct LoggedPick {
@@ -8290,24 +8535,6 @@ class SlateLog {
   std::vector<Stripe> stripes_;
 };
 
-// One impression or, where `positive`, one positive event on it. With these, other exploration
-// weights and other policies can be evaluated (personalize evaluate --protocol off-policy).
-struct LogEntry {
-  std::int64_t timestamp;
-  std::string_view user;  // or session
-  std::string_view recommendation_id;
-  std::string_view item;
-  std::uint32_t position;  // from 1
-  bool positive;
-  SlotChoice choice;    // propensity and alternatives; pool_value: mean expected of the pool
-  float expected;       // positive events expected of the pick if seen, by all that is known
-  float best_expected;  // the same had the slot gone to choice.best
-};
-
-inline constexpr std::string_view log_csv_header =
-    "TIMESTAMP,USER_ID,RECOMMENDATION_ID,ITEM_ID,POSITION,POSITIVE,PROPENSITY,BEST,POOL_SHARE,"
-    "POOL_LOGIT,EXPECTED,BEST_EXPECTED,POOL_EXPECTED\n";
-
 namespace detail {
 
 // Appends a field of a CSV, in quotes where it needs them (RFC 4180).
@@ -8323,8 +8550,7 @@ inline void append_csv_field(std::string_view field, std::string& line) {
 
 }  // namespace detail
 
-// The entry as a line of CSV under log_csv_header, the same in every locale. Appends to `line`.
-inline void append_csv(const LogEntry& entry, std::string& line) {
+PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
   const auto quoted = [&line](std::string_view text) {
     detail::append_csv_field(text, line);
     line += ',';
@@ -8350,11 +8576,15 @@ inline void append_csv(const LogEntry& entry, std::string& line) {
   number(entry.choice.pool_value, '\n');
 }
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction),
 // the random choice of a slate with its probabilities, and the memory in which a request makes it
 // up. Uses rooms 2, 3, 4, 8, 9, 10 and 11.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 // From relevance S to expected positive events of an examined impression: exp(slope S + intercept).
 struct Calibration {
@@ -8784,6 +9014,14 @@ class SlotPolicy {
 
 namespace detail {
 
+// A pick of a slate that an event says was seen.
+struct SeenPick {
+  std::uint32_t place;
+  LoggedPick pick;
+  LoggedChoice logged;
+  bool shared;  // others may learn from it
+};
+
 // Request-sized memory.
 struct Scratch {
   std::vector<float> query;             // [padded(d)], h with g
@@ -8806,16 +9044,9 @@ struct Scratch {
   SlotPolicy policy;
   std::vector<SlotChoice> choices;
   LoggedSlate logged;  // of a slate that is made, or that an event answers
-  // Of an event: the items listed, with their places; the picks seen, by place, and which of them
-  // others may learn from.
-  struct Seen {
-    std::uint32_t place;
-    LoggedPick pick;
-    LoggedChoice logged;
-    bool shared;  // others may learn from it
-  };
+  // Of an event: the items listed, with their places; the picks seen, by place.
   std::vector<ScoredItem> listed;  // score: the place
-  std::vector<Seen> seen;
+  std::vector<SeenPick> seen;
 
   std::size_t bytes() const noexcept {
     return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
@@ -8838,11 +9069,15 @@ struct Scratch {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 13: catalogue. Owns the items: one published generation of what is known of them, how the
 // next one is built, and how threads share it, each with the memory of its request. Uses all
 // earlier rooms.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 namespace detail {
 
@@ -9113,8 +9348,8 @@ class CatalogueBuilder {
       c.quality.push_back(0);
       c.correction_of.push_back(0);
     }
-    c.scorer = std::make_shared<const Scorer>(c.vectors, c.biases,
-                                              Scorer::usual_query_length(*model), table);
+    c.scorer =
+        std::make_shared<const Scorer>(c.vectors, c.biases, usual_query_length(*model), table);
     c.interactions = c.trained_interactions;
     Pace pace;
     CatalogueBuilder builder(c, options, table, pace);
@@ -9759,11 +9994,15 @@ class ScratchLease {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
 // within a budget in bytes; the window of event ids, and the gate of time through which events
 // come. Uses rooms 1, 2, 11 and 13.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 namespace detail {
 
@@ -10481,6 +10720,8 @@ class TimeGate {
 
 }  // namespace detail
 
+#endif  // PERSONALIZE_HAS_BODIES
+
 // ============================================================================================
 // Room 15: state. Owns all that a recommender knows and where it lies: what waits for an update,
 // who runs updates, and how items rank for a user. Uses all earlier rooms. (What outlives the
@@ -10496,6 +10737,8 @@ class TimeGate {
 // encoder: no memory is taken (but for items and events that wait for an update), nothing is
 // solved, no foreign string is hashed, no callback is called.
 // ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
 
 namespace detail {
 
@@ -11317,12 +11560,58 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
   known = known && all_finite(std::span<const float>(scratch.query).first(d));
 }
 
+// The kernels that RecommenderOptions::instruction_set names.
+inline Result<const kernels::Table*> find_kernels(const std::string& name) {
+  if (name.empty()) return &kernels::chosen();
+  std::size_t count = 0;
+  const kernels::Table* const* tables = kernels::available(count);
+  std::string names;
+  for (std::size_t t = 0; t < count; ++t) {
+    if (name == tables[t]->name) return tables[t];
+    names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
+  }
+  return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
+                                           "'; this program has for this processor: " + names};
+}
+
+// A model file's times come through the same gate.
+inline Result<void> check_statistics(const Model& model, const State& state) {
+  const std::int64_t now = state.times.now();
+  const std::int64_t skew = state.options.clock_skew.count();
+  const ModelParts& parts = model.parts();
+  for (std::uint32_t i = 0; i < parts.statistics.size(); ++i) {
+    const ItemStatistics& s = parts.statistics[i];
+    for (const std::int64_t t : {s.first_timestamp, s.last_timestamp, s.creation_timestamp}) {
+      if (t == no_timestamp || elapsed(now, t) <= skew) continue;
+      const std::string what =
+          "section STAT: a time of item '" + std::string(model.item_id(i)) + "'";
+      return state.times.check(t, what.c_str()).error();
+    }
+  }
+  return {};
+}
+
 }  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
 // Room 16: recommender. Owns Recommender: answers requests and learns from events. The order of the
 // locks stands at the top of room 15, with the locks. Uses all earlier rooms.
 // ============================================================================================
+
+namespace detail {
+
+struct Catalogue;
+struct Ranking;
+struct Scratch;
+struct SeenPick;
+struct State;
+struct Time;
+class User;
+class UserKey;
+
+}  // namespace detail
 
 // Serves a model to any number of threads: every member function may be called at any time from
 // any thread, but for moving and ending it. A moved-from Recommender can only be assigned to or
@@ -11344,6 +11633,10 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
 // this recommender: from the fifth on), and in all 1,600 events and 4,096 impressions in 14 days.
 class Recommender {
  public:
+  Recommender(Recommender&& other) noexcept;
+  Recommender& operator=(Recommender&& other) noexcept;
+  ~Recommender();
+
   // Takes slate_log_bytes and, with Updates::by_thread and an interval, starts the thread. Errors
   // (invalid_argument): an option outside its range; statistics of the model that lie ahead of the
   // clock. io: no random bytes. unsupported: no thread to be had.
@@ -11419,7 +11712,7 @@ class Recommender {
   bool forget(std::string_view user, std::string_view session = {});
 
   // Of the kernels in use: "avx512+vnni", "avx2+fma", "sse2", "neon", "scalar" and so on.
-  const char* instruction_set() const noexcept { return state_->table.name; }
+  const char* instruction_set() const noexcept;
 
   std::size_t user_count() const;  // users and sessions remembered now
   std::size_t item_count() const;  // in the catalogue, with those removed
@@ -11428,7 +11721,7 @@ class Recommender {
   std::optional<std::uint32_t> find_item(std::string_view item) const;
   MemoryUse memory() const;  // O(threads + items / 256 + items that were put)
   // Users whose state was not finite and began anew: a sign of a broken model.
-  std::uint64_t restarted_states() const noexcept { return state_->restarted.load(); }
+  std::uint64_t restarted_states() const noexcept;
 
   // The model with the items that updates have added, which can be saved: the model itself where
   // there are none, else a copy, O(items x d), kept until the next update. With Updates::by_thread
@@ -11449,10 +11742,8 @@ class Recommender {
   static constexpr std::size_t together = 32;  // requests in one pass
   static constexpr std::size_t most_impressions = 10'000;
 
-  explicit Recommender(std::unique_ptr<State> state) noexcept : state_(std::move(state)) {}
+  explicit Recommender(std::unique_ptr<State> state) noexcept;
 
-  static Result<const kernels::Table*> find_kernels(const std::string& name);
-  static Result<void> check_statistics(const Model& model, const State& state);
   static Result<void> check_ids(std::string_view user, std::string_view session,
                                 bool recorded = true);
   static Result<void> check_request(const Request& request);
@@ -11475,11 +11766,13 @@ class Recommender {
                   const Impression& shown, const Time& time, bool has_query,
                   std::optional<std::uint32_t> chosen, const UserKey* owner);
   static void pull(const Catalogue& catalogue, Scratch& scratch) noexcept;
-  void write_log(const Catalogue& catalogue, const Impression& shown, const Scratch::Seen& seen,
+  void write_log(const Catalogue& catalogue, const Impression& shown, const detail::SeenPick& seen,
                  std::int64_t timestamp, bool positive) const;
 
   std::unique_ptr<State> state_;
 };
+
+#if PERSONALIZE_HAS_BODIES
 
 // A request and what was found out about its user.
 struct Recommender::Prepared {
@@ -11514,38 +11807,14 @@ struct Recommender::Prepared {
   Eligibility eligibility;
 };
 
-inline Result<const kernels::Table*> Recommender::find_kernels(const std::string& name) {
-  if (name.empty()) return &kernels::chosen();
-  std::size_t count = 0;
-  const kernels::Table* const* tables = kernels::available(count);
-  std::string names;
-  for (std::size_t t = 0; t < count; ++t) {
-    if (name == tables[t]->name) return tables[t];
-    names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
-  }
-  return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
-                                           "'; this program has for this processor: " + names};
-}
+PERSONALIZE_API Recommender::Recommender(std::unique_ptr<State> state) noexcept
+    : state_(std::move(state)) {}
+PERSONALIZE_API Recommender::Recommender(Recommender&& other) noexcept = default;
+PERSONALIZE_API Recommender& Recommender::operator=(Recommender&& other) noexcept = default;
+PERSONALIZE_API Recommender::~Recommender() = default;
 
-// A model file's times come through the same gate.
-inline Result<void> Recommender::check_statistics(const Model& model, const State& state) {
-  const std::int64_t now = state.times.now();
-  const std::int64_t skew = state.options.clock_skew.count();
-  const ModelParts& parts = model.parts();
-  for (std::uint32_t i = 0; i < parts.statistics.size(); ++i) {
-    const ItemStatistics& s = parts.statistics[i];
-    for (const std::int64_t t : {s.first_timestamp, s.last_timestamp, s.creation_timestamp}) {
-      if (t == no_timestamp || detail::elapsed(now, t) <= skew) continue;
-      const std::string what =
-          "section STAT: a time of item '" + std::string(model.item_id(i)) + "'";
-      return state.times.check(t, what.c_str()).error();
-    }
-  }
-  return {};
-}
-
-inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> model,
-                                               const RecommenderOptions& options) {
+PERSONALIZE_API Result<Recommender> Recommender::create(std::shared_ptr<const Model> model,
+                                                        const RecommenderOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<Recommender> {
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
     if (auto checked = detail::check_options(options); !checked) return checked.error();
@@ -11558,11 +11827,11 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
             Errc::io,
             "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
     }
-    const auto table = find_kernels(options.instruction_set);
+    const auto table = detail::find_kernels(options.instruction_set);
     if (!table) return table.error();
     Recommender recommender(std::make_unique<State>(model, std::move(chosen), **table));
     State& state = *recommender.state_;
-    if (auto checked = check_statistics(*model, state); !checked) return checked.error();
+    if (auto checked = detail::check_statistics(*model, state); !checked) return checked.error();
     const std::int64_t now = state.times.now();
     state.publish(detail::CatalogueBuilder::first(model, state.options, state.table, state.key, now,
                                                   state.times.latest()));
@@ -11585,8 +11854,8 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
 
 // recorded: as ids that are kept. A request for a user whom nothing can be recorded of is one for
 // an unknown user.
-inline Result<void> Recommender::check_ids(std::string_view user, std::string_view session,
-                                           bool recorded) {
+PERSONALIZE_API Result<void> Recommender::check_ids(std::string_view user, std::string_view session,
+                                                    bool recorded) {
   if (user.empty() && session.empty())
     return Error{Errc::invalid_argument, "neither a user nor a session is given"};
   for (const std::string_view id : {user, session}) {
@@ -11599,13 +11868,14 @@ inline Result<void> Recommender::check_ids(std::string_view user, std::string_vi
   return {};
 }
 
-inline Result<void> Recommender::check_request(const Request& request) {
+PERSONALIZE_API Result<void> Recommender::check_request(const Request& request) {
   if (request.count < 1 || request.count > 10'000)
     return Error{Errc::invalid_argument, "Request::count is outside [1, 10000]"};
   return check_ids(request.user, request.session, false);
 }
 
-inline Result<void> Recommender::check_mask(const Catalogue& catalogue, const Request& request) {
+PERSONALIZE_API Result<void> Recommender::check_mask(const Catalogue& catalogue,
+                                                     const Request& request) {
   if (request.eligible && request.eligible->size() > catalogue.size())
     return Error{Errc::invalid_argument,
                  "Request::eligible has " + std::to_string(request.eligible->size()) +
@@ -11616,7 +11886,7 @@ inline Result<void> Recommender::check_mask(const Catalogue& catalogue, const Re
 // --------------------------------------------------------------------------------------------
 // Requests
 
-inline Result<void> Recommender::recommend(const Request& request, Slate& slate) {
+PERSONALIZE_API Result<void> Recommender::recommend(const Request& request, Slate& slate) {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (auto checked = check_request(request); !checked) return checked;
     const auto time = state_->times.check(request.timestamp, "Request::timestamp");
@@ -11632,14 +11902,14 @@ inline Result<void> Recommender::recommend(const Request& request, Slate& slate)
   });
 }
 
-inline Result<Slate> Recommender::recommend(const Request& request) {
+PERSONALIZE_API Result<Slate> Recommender::recommend(const Request& request) {
   Slate slate;
   if (auto done = recommend(request, slate); !done) return done.error();
   return slate;
 }
 
-inline Result<void> Recommender::recommend(std::span<const Request> requests,
-                                           std::span<Slate> slates) {
+PERSONALIZE_API Result<void> Recommender::recommend(std::span<const Request> requests,
+                                                    std::span<Slate> slates) {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (slates.size() < requests.size())
       return Error{Errc::invalid_argument, "there are more requests than slates"};
@@ -11660,8 +11930,8 @@ inline Result<void> Recommender::recommend(std::span<const Request> requests,
 }
 
 // All of them or, where memory runs out, none.
-inline void Recommender::recommend_together(std::span<const Request> requests,
-                                            std::span<Slate> slates) {
+PERSONALIZE_API void Recommender::recommend_together(std::span<const Request> requests,
+                                                     std::span<Slate> slates) {
   std::array<std::optional<Prepared>, together> all;
   std::array<Scorer::Query, together> queries;
   std::size_t known = 0;
@@ -11690,14 +11960,14 @@ inline void Recommender::recommend_together(std::span<const Request> requests,
   for (std::size_t i = 0; i < requests.size(); ++i) commit(*all[i], slates[i]);
 }
 
-inline void Recommender::clear(Slate& slate) noexcept {
+PERSONALIZE_API void Recommender::clear(Slate& slate) noexcept {
   slate.items.clear();
   slate.id.clear();
   slate.propensity = 1;
 }
 
 // Makes up the slate, once scratch.top is found, and takes all memory for it.
-inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
+PERSONALIZE_API void Recommender::answer(Prepared& prepared, Slate& slate) const {
   Scratch& scratch = *prepared.scratch;
   const Catalogue& catalogue = prepared.scratch.catalogue();
   Ranking ranking = prepared.ranking();
@@ -11729,7 +11999,7 @@ inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
 }
 
 // Fills the slate, remembers it and draws its number; takes no memory.
-inline void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept {
+PERSONALIZE_API void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept {
   Scratch& scratch = *prepared.scratch;
   const Catalogue& catalogue = prepared.scratch.catalogue();
   const Ranking ranking = prepared.ranking();
@@ -11754,8 +12024,9 @@ inline void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept
   if (scratch.drawn_session) state_->users.with(prepared.session_key, draw, false);
 }
 
-inline Result<void> Recommender::rank(const Request& request,
-                                      std::span<const std::string_view> items, Slate& slate) const {
+PERSONALIZE_API Result<void> Recommender::rank(const Request& request,
+                                               std::span<const std::string_view> items,
+                                               Slate& slate) const {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     if (auto checked = check_ids(request.user, request.session, false); !checked) return checked;
     const auto time = state_->times.check(request.timestamp, "Request::timestamp");
@@ -11790,7 +12061,8 @@ inline Result<void> Recommender::rank(const Request& request,
   });
 }
 
-inline Result<Explanation> Recommender::explain(const Request& request, std::string_view id) const {
+PERSONALIZE_API Result<Explanation> Recommender::explain(const Request& request,
+                                                         std::string_view id) const {
   return detail::catching_bad_alloc([&]() -> Result<Explanation> {
     if (auto checked = check_ids(request.user, request.session, false); !checked)
       return checked.error();
@@ -11835,7 +12107,7 @@ inline Result<Explanation> Recommender::explain(const Request& request, std::str
 // --------------------------------------------------------------------------------------------
 // Events
 
-inline Result<Recorded> Recommender::record(const Interaction& event) {
+PERSONALIZE_API Result<Recorded> Recommender::record(const Interaction& event) {
   return detail::catching_bad_alloc([&]() -> Result<Recorded> {
     State& state = *state_;
     if (auto checked = check_ids(event.user, event.session); !checked) return checked.error();
@@ -11886,7 +12158,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
   });
 }
 
-inline Result<Recorded> Recommender::record_impression(const Impression& impression) {
+PERSONALIZE_API Result<Recorded> Recommender::record_impression(const Impression& impression) {
   return detail::catching_bad_alloc([&]() -> Result<Recorded> {
     State& state = *state_;
     if (auto checked = check_ids(impression.user, impression.session); !checked)
@@ -11910,9 +12182,10 @@ inline Result<Recorded> Recommender::record_impression(const Impression& impress
 // Counts what was shown: picks of a remembered slate (all of them where none are listed) or, where
 // there is no slate, the listed items. chosen: the item of a positive event. Ids are resolved and
 // memory is taken first; then nothing can fail. Leaves what was counted in scratch.seen.
-inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catalogue,
-                                        const UserKey& key, const Impression& shown,
-                                        const Time& time, std::optional<std::uint32_t> chosen) {
+PERSONALIZE_API Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catalogue,
+                                                 const UserKey& key, const Impression& shown,
+                                                 const Time& time,
+                                                 std::optional<std::uint32_t> chosen) {
   State& state = *state_;
   scratch.seen.clear();
   bool attributed =
@@ -11963,7 +12236,7 @@ inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catal
   if (scratch.seen.empty()) return recorded;
 
   if (has_query)
-    for (const Scratch::Seen& seen : scratch.seen) state.contexts.prepare(seen.pick.item);
+    for (const detail::SeenPick& seen : scratch.seen) state.contexts.prepare(seen.pick.item);
   apply_seen(scratch, catalogue, key, shown, time, has_query, chosen,
              status == SlateStatus::found ? owner : nullptr);
   return recorded;
@@ -11971,8 +12244,8 @@ inline Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catal
 
 // The items of a list that are in the catalogue, each once, with its place; marked in
 // scratch.taken.
-inline void Recommender::list(const Catalogue& catalogue, std::span<const std::string_view> items,
-                              Scratch& scratch) {
+PERSONALIZE_API void Recommender::list(const Catalogue& catalogue,
+                                       std::span<const std::string_view> items, Scratch& scratch) {
   scratch.listed.clear();
   scratch.listed.reserve(items.size());
   for (std::size_t place = 0; place < items.size(); ++place) {
@@ -11985,8 +12258,8 @@ inline void Recommender::list(const Catalogue& catalogue, std::span<const std::s
 
 // Into scratch.seen, the picks of scratch.logged that the event says were seen: those listed, or
 // all where nothing is listed and the slate was not reported before; and the one that was chosen.
-inline void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
-                                   std::optional<std::uint32_t> chosen) {
+PERSONALIZE_API void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
+                                            std::optional<std::uint32_t> chosen) {
   scratch.seen.reserve(scratch.logged.picks.size());
   for (std::uint32_t place = 0; place < scratch.logged.picks.size(); ++place) {
     LoggedPick pick = scratch.logged.picks[place];
@@ -12004,8 +12277,8 @@ inline void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
 
 // The same without a slate: the listed items, by the user's present state; or the chosen one, where
 // an impression of it is remembered.
-inline void Recommender::see_list(Ranking& ranking, bool attributed,
-                                  std::optional<std::uint32_t> chosen) {
+PERSONALIZE_API void Recommender::see_list(Ranking& ranking, bool attributed,
+                                           std::optional<std::uint32_t> chosen) {
   Scratch& scratch = ranking.scratch;
   if (!scratch.listed.empty()) {
     ranking.find_best(Ranking::normalising_items, {});
@@ -12034,10 +12307,11 @@ inline void Recommender::see_list(Ranking& ranking, bool attributed,
 
 // Marks the picks of the slate, which gives those that another thread has not reported meanwhile;
 // then the user; then what all share. owner: of the slate, or null.
-inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue,
-                                    const UserKey& key, const Impression& shown, const Time& time,
-                                    bool has_query, std::optional<std::uint32_t> chosen,
-                                    const UserKey* owner) {
+PERSONALIZE_API void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue,
+                                             const UserKey& key, const Impression& shown,
+                                             const Time& time, bool has_query,
+                                             std::optional<std::uint32_t> chosen,
+                                             const UserKey* owner) {
   State& state = *state_;
   const std::size_t new_impressions = scratch.seen.size();
   const auto change = [&](auto apply) {
@@ -12063,7 +12337,7 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
   if (has_query) pull(catalogue, scratch);
   const std::size_t allowed = owner ? State::slate_repetitions : 1;
   change([&](User& user) {
-    for (Scratch::Seen& seen : scratch.seen) {
+    for (detail::SeenPick& seen : scratch.seen) {
       LoggedPick& pick = seen.pick;
       seen.shared =
           !user.has_events(pick.item, time.timestamp, allowed, detail::Catalogue::half_life) &&
@@ -12075,9 +12349,9 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
     if (has_query) user.move_offset(scratch.gradient);
   });
   const DecayMoment moment = state.decay.at(state.times.shared(time));
-  for (const Scratch::Seen& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
+  for (const detail::SeenPick& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
   const std::span<const float> query(scratch.query);
-  for (const Scratch::Seen& seen : scratch.seen) {
+  for (const detail::SeenPick& seen : scratch.seen) {
     if (!seen.shared) continue;
     const LoggedPick& pick = seen.pick;
     if (!pick.seen) {
@@ -12094,14 +12368,14 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
   state.changed.store(true, std::memory_order_relaxed);
   if (!state.options.log || !owner) return;
   for (const bool positive : {false, true})
-    for (const Scratch::Seen& seen : scratch.seen)
+    for (const detail::SeenPick& seen : scratch.seen)
       if (positive ? seen.pick.positive : !seen.pick.seen)
         write_log(catalogue, shown, seen, time.timestamp, positive);
 }
 
-inline void Recommender::write_log(const Catalogue& catalogue, const Impression& shown,
-                                   const Scratch::Seen& seen, std::int64_t timestamp,
-                                   bool positive) const {
+PERSONALIZE_API void Recommender::write_log(const Catalogue& catalogue, const Impression& shown,
+                                            const detail::SeenPick& seen, std::int64_t timestamp,
+                                            bool positive) const {
   state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
                        shown.recommendation_id, (*catalogue.ids)[seen.pick.item], seen.place + 1,
                        positive, seen.logged.choice, seen.pick.value, seen.logged.best_value});
@@ -12109,12 +12383,12 @@ inline void Recommender::write_log(const Catalogue& catalogue, const Impression&
 
 // Into scratch.gradient, how these impressions move the user's offset. Of vectors so short that
 // steps would be out of all proportion, nothing.
-inline void Recommender::pull(const Catalogue& catalogue, Scratch& scratch) noexcept {
+PERSONALIZE_API void Recommender::pull(const Catalogue& catalogue, Scratch& scratch) noexcept {
   std::fill(scratch.gradient.begin(), scratch.gradient.end(), 0.0f);
   constexpr float least = 1e-8f;
   if (!(catalogue.mean_square > least)) return;
   const float gain = offset_gain * catalogue.calibration.slope / catalogue.mean_square;
-  for (const Scratch::Seen& seen : scratch.seen) {
+  for (const detail::SeenPick& seen : scratch.seen) {
     // A choice may be reported after its impression: y and p come apart.
     const float surprise = (seen.pick.positive ? 1.0f : 0.0f) -
                            (seen.pick.seen ? 0.0f : std::min(seen.pick.value, 1.0f));
@@ -12124,14 +12398,15 @@ inline void Recommender::pull(const Catalogue& catalogue, Scratch& scratch) noex
   }
 }
 
-inline Result<bool> Recommender::merge_session(std::string_view session, std::string_view user) {
+PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session,
+                                                        std::string_view user) {
   if (session.empty() || user.empty())
     return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
   if (auto checked = check_ids(user, session); !checked) return checked.error();
   return detail::catching_bad_alloc([&]() -> Result<bool> { return state_->merge(session, user); });
 }
 
-inline bool Recommender::forget(std::string_view user, std::string_view session) {
+PERSONALIZE_API bool Recommender::forget(std::string_view user, std::string_view session) {
   if (!check_ids(user, session)) return false;
   const UserKey key{user, session, state_->key};
   bool forgot = state_->users.take(key) != nullptr;
@@ -12151,7 +12426,7 @@ inline bool Recommender::forget(std::string_view user, std::string_view session)
 // --------------------------------------------------------------------------------------------
 // Items and updates
 
-inline Result<void> Recommender::put_item(const NewItem& item) {
+PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     State& state = *state_;
     if (item.item.empty() || item.item.size() > max_id_bytes || !detail::valid_id(item.item))
@@ -12166,7 +12441,7 @@ inline Result<void> Recommender::put_item(const NewItem& item) {
   });
 }
 
-inline Result<bool> Recommender::remove_item(std::string_view id) {
+PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
   return detail::catching_bad_alloc([&]() -> Result<bool> {
     const bool removed = state_->remove(id);
     if (removed) state_->wake_updater();
@@ -12174,7 +12449,7 @@ inline Result<bool> Recommender::remove_item(std::string_view id) {
   });
 }
 
-inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
+PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
   const State::Hurry hurry(*state_);
@@ -12184,9 +12459,16 @@ inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
   return state_->run_update(time->timestamp, true, pace);
 }
 
-inline bool Recommender::update_due() const { return state_->due(); }
+PERSONALIZE_API const char* Recommender::instruction_set() const noexcept {
+  return state_->table.name;
+}
+PERSONALIZE_API std::uint64_t Recommender::restarted_states() const noexcept {
+  return state_->restarted.load();
+}
 
-inline UpdateReport Recommender::update_report() const {
+PERSONALIZE_API bool Recommender::update_due() const { return state_->due(); }
+
+PERSONALIZE_API UpdateReport Recommender::update_report() const {
   const std::lock_guard lock{state_->report_mutex};
   return state_->report;
 }
@@ -12194,15 +12476,17 @@ inline UpdateReport Recommender::update_report() const {
 // --------------------------------------------------------------------------------------------
 // What is there
 
-inline std::size_t Recommender::user_count() const { return state_->users.count(); }
-inline std::size_t Recommender::item_count() const { return state_->lanes.current()->size(); }
-inline std::optional<std::uint32_t> Recommender::find_item(std::string_view item) const {
+PERSONALIZE_API std::size_t Recommender::user_count() const { return state_->users.count(); }
+PERSONALIZE_API std::size_t Recommender::item_count() const {
+  return state_->lanes.current()->size();
+}
+PERSONALIZE_API std::optional<std::uint32_t> Recommender::find_item(std::string_view item) const {
   const auto catalogue = state_->lanes.current();
   const auto number = catalogue->ids->find(item);
   return number && *number < catalogue->size() ? number : std::nullopt;
 }
 
-inline MemoryUse Recommender::memory() const {
+PERSONALIZE_API MemoryUse Recommender::memory() const {
   const State& state = *state_;
   MemoryUse use;
   use.users = state.users.bytes();
@@ -12218,7 +12502,7 @@ inline MemoryUse Recommender::memory() const {
   return use;
 }
 
-inline std::shared_ptr<const Model> Recommender::model() const {
+PERSONALIZE_API std::shared_ptr<const Model> Recommender::model() const {
   State& state = *state_;
   const State::Hurry hurry(state);
   if (state.updater.joinable()) {
@@ -12242,8 +12526,9 @@ inline std::shared_ptr<const Model> Recommender::model() const {
   return state.whole_model;
 }
 
-}  // namespace v1
-}  // namespace personalize
+#endif  // PERSONALIZE_HAS_BODIES
+
+}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop

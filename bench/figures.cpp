@@ -220,7 +220,7 @@ void catalogue_change() {
   const auto scorer_of = [](const std::shared_ptr<const pz::Model>& model) {
     return pz::Scorer(pz::ItemRows({model, &model->parts().item_vectors}),
                       pz::PagedArray<float>(model, model->parts().biases),
-                      pz::Scorer::usual_query_length(*model));
+                      pz::usual_query_length(*model));
   };
   const std::vector<float> row(d, 0.1f);
   {

@@ -353,7 +353,7 @@ TEST_CASE("trained vectors and the hidden states of users are exact as well") {
     biases[i] = parts.biases[row] + 0.02f * random.normal();
   }
   const pz::Matrix stored = many.quantised();
-  const pz::Scorer large{stored, biases, pz::Scorer::usual_query_length(**model)};
+  const pz::Scorer large{stored, biases, pz::usual_query_length(**model)};
   for (std::size_t q = 0; q < queries.size(); q += 88)
     same(top_k(large, queries[q], 100), full_sort(large, items, queries[q], 100, {}));
 }
@@ -554,7 +554,7 @@ TEST_CASE("the bits by which scores are sorted are in the order of the scores") 
 
 TEST_CASE("how long queries usually are follows from a last layer norm, or from the dimension") {
   pz::ModelParts parts = small_model::parts({.dimension = 20, .hidden = 20});
-  CHECK(pz::Scorer::usual_query_length(*small_model::model()) == doctest::Approx(std::sqrt(20.0)));
+  CHECK(pz::usual_query_length(*small_model::model()) == doctest::Approx(std::sqrt(20.0)));
   parts.operations.pop_back();  // a linear map behind the layer norm
   parts.weights.resize(parts.weights.size() - 2);
   double squares = 0;
@@ -562,7 +562,7 @@ TEST_CASE("how long queries usually are follows from a last layer norm, or from 
     for (const float v : row->f32()) squares += static_cast<double>(v) * static_cast<double>(v);
   const auto model = pz::Model::from_parts(std::move(parts));
   REQUIRE(model);
-  CHECK(pz::Scorer::usual_query_length(**model) == doctest::Approx(std::sqrt(squares)));
+  CHECK(pz::usual_query_length(**model) == doctest::Approx(std::sqrt(squares)));
 }
 
 TEST_CASE("a query that is zero, and one that is not finite") {

@@ -1,10 +1,6 @@
 // The kernels of one instruction set; only what bears its tag may be compiled here.
 #include "tables.hpp"
 
-namespace personalize {
-inline namespace v1 {
-namespace kernels {
-const Table* const avx2_table = &table_of<Avx2>;
-}  // namespace kernels
-}  // namespace v1
-}  // namespace personalize
+namespace personalize::tables {
+const kernels::Table* const avx2_table = &kernels::table_of<kernels::Avx2>;
+}  // namespace personalize::tables

@@ -1,10 +1,6 @@
 // The kernels of one instruction set; only what bears its tag may be compiled here.
 #include "tables.hpp"
 
-namespace personalize {
-inline namespace v1 {
-namespace kernels {
-const Table* const avx512_vnni_table = &table_of<Avx512Vnni>;
-}  // namespace kernels
-}  // namespace v1
-}  // namespace personalize
+namespace personalize::tables {
+const kernels::Table* const avx512_vnni_table = &kernels::table_of<kernels::Avx512Vnni>;
+}  // namespace personalize::tables

@@ -11,11 +11,13 @@
 #include <sys/auxv.h>
 #endif
 
-namespace personalize {
-inline namespace v1 {
-namespace kernels {
+namespace personalize::tables {
 
 namespace {
+
+using kernels::Scalar;
+using kernels::Table;
+using kernels::table_of;
 
 struct Available {
   std::array<const Table*, 5> tables{};
@@ -55,13 +57,17 @@ const Available& all() noexcept {
 }
 
 }  // namespace
+}  // namespace personalize::tables
 
-const Table* const* available(std::size_t& count) noexcept {
+using personalize::kernels::Table;
+using personalize::tables::all;
+
+const Table* const* personalize::kernels::available(std::size_t& count) noexcept {
   count = all().count;
   return all().tables.data();
 }
 
-const Table& chosen() noexcept {
+const Table& personalize::kernels::chosen() noexcept {
   static const Table& table = []() -> const Table& {
     if (const char* wanted = std::getenv("PERSONALIZE_KERNELS"))
       for (std::size_t t = 0; t < all().count; ++t)
@@ -70,7 +76,3 @@ const Table& chosen() noexcept {
   }();
   return table;
 }
-
-}  // namespace kernels
-}  // namespace v1
-}  // namespace personalize

@@ -1,10 +1,6 @@
 // The kernels of one instruction set; only what bears its tag may be compiled here.
 #include "tables.hpp"
 
-namespace personalize {
-inline namespace v1 {
-namespace kernels {
-const Table* const neon_table = &table_of<Neon>;
-}  // namespace kernels
-}  // namespace v1
-}  // namespace personalize
+namespace personalize::tables {
+const kernels::Table* const neon_table = &kernels::table_of<kernels::Neon>;
+}  // namespace personalize::tables
