@@ -195,7 +195,15 @@
 #else
 #include <random>
 #if defined(_WIN32)
-extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const char*, unsigned long);
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
+extern "C" {
+__declspec(dllimport) int __stdcall MoveFileExW(const wchar_t*, const wchar_t*, unsigned long);
+__declspec(dllimport) unsigned long __stdcall GetLastError();
+__declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long, const char*, int,
+                                                        wchar_t*, int);
+}
 #endif
 #define PERSONALIZE_HAS_POSIX 0
 #endif
@@ -390,7 +398,8 @@ struct RecommenderOptions {
   std::chrono::seconds update_interval = std::chrono::hours{2};
   Updates updates = Updates::by_thread;
   // Slates whose recommendation ids are known: at most so many, [1, 2^28], in so many bytes,
-  // [2^16, 2^50], which are taken at once, for so long, > 0 and at most 2^32.
+  // [2^16, 2^50] (of 32-bit programs 2^31 - 1), which are taken at once, for so long, > 0 and at
+  // most 2^32.
   std::uint32_t remembered_slates = 65'536;
   std::uint64_t slate_log_bytes = std::uint64_t{64} << 20;
   std::chrono::seconds slate_expiry = std::chrono::days{1};
@@ -627,6 +636,8 @@ inline Result<void> check_options(const RecommenderOptions& options) {
     return error("remembered_slates is outside [1, 2^28]");
   if (outside(options.slate_log_bytes, 16, 50))
     return error("slate_log_bytes is outside [2^16, 2^50]");
+  if (options.slate_log_bytes > std::numeric_limits<std::size_t>::max() / 2)
+    return error("slate_log_bytes, which are taken at once, are more than a 32-bit program has");
   if (!within(options.slate_expiry, 1, std::int64_t{1} << 32))
     return error("slate_expiry is not above 0, or above 2^32 seconds");
   if (outside(options.remembered_event_ids, 6, 28))
@@ -787,6 +798,11 @@ T load_integer(const std::byte* p) noexcept {
   T value;
   std::memcpy(&value, p, sizeof value);
   return value;
+}
+
+// std::span takes no text in libc++ 14.
+inline std::span<const std::byte> text_bytes(std::string_view text) noexcept {
+  return std::as_bytes(std::span(text.data(), text.size()));
 }
 
 template <class T>
@@ -1085,10 +1101,59 @@ inline Error io_error(const std::string& path, const char* what) {
   return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
 }
 
+#if defined(_WIN32)
+// Paths are UTF-8, whatever the code page; what is not becomes a name that no file has.
+inline std::wstring native_path(const std::string& path) {
+  const int size = static_cast<int>(path.size());
+  std::wstring wide(path.size(), L'\0');
+  const int length = ::MultiByteToWideChar(65001, 0, path.data(), size, wide.data(), size);
+  wide.resize(static_cast<std::size_t>(length));
+  return wide;
+}
+inline std::FILE* open_file(const std::string& path, const char* mode) {
+  return ::_wfopen(native_path(path).c_str(), native_path(mode).c_str());
+}
+// A file that is not there yet.
+inline std::FILE* create_file(const std::string& path) {
+  const int descriptor =
+      ::_wopen(native_path(path).c_str(), _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY | _O_NOINHERIT,
+               _S_IREAD | _S_IWRITE);
+  return descriptor < 0 ? nullptr : ::_wfdopen(descriptor, L"wb");
+}
+inline bool sync_file(std::FILE* file) noexcept { return ::_commit(::_fileno(file)) == 0; }
+inline bool replace_file(const std::string& from, const std::string& to) {
+  // MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH
+  if (::MoveFileExW(native_path(from).c_str(), native_path(to).c_str(), 1 | 8) != 0) return true;
+  const unsigned long error = ::GetLastError();
+  errno = error == 2 || error == 3      ? ENOENT
+          : error == 5 || error == 32   ? EACCES  // denied, or open elsewhere
+          : error == 39 || error == 112 ? ENOSPC
+                                        : EIO;
+  return false;
+}
+inline void remove_file(const std::string& path) { ::_wremove(native_path(path).c_str()); }
+#else
+inline std::FILE* open_file(const std::string& path, const char* mode) {
+  return std::fopen(path.c_str(), mode);
+}
+inline void remove_file(const std::string& path) { std::remove(path.c_str()); }
+#if !PERSONALIZE_HAS_POSIX
+inline std::FILE* create_file(const std::string& path) { return open_file(path, "wbx"); }
+inline bool sync_file(std::FILE*) noexcept { return true; }
+inline bool replace_file(const std::string& from, const std::string& to) {
+  return std::rename(from.c_str(), to.c_str()) == 0;
+}
+#endif
+#endif
+
 inline bool seek(std::FILE* file, std::uint64_t offset, int from) noexcept {
 #if defined(_WIN32)
   return ::_fseeki64(file, static_cast<std::int64_t>(offset), from) == 0;
 #else
+  if (offset > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) {
+    errno = EFBIG;
+    return false;
+  }
   return ::fseeko(file, static_cast<off_t>(offset), from) == 0;
 #endif
 }
@@ -1109,7 +1174,7 @@ class ByteSource {
 
   static Result<ByteSource> open(const std::string& path) {
     ByteSource source{{}};
-    source.file_.reset(std::fopen(path.c_str(), "rb"));
+    source.file_.reset(open_file(path, "rb"));
     if (!source.file_) return io_error(path, "cannot open");
     const std::int64_t size =
         seek(source.file_.get(), 0, SEEK_END) ? position(source.file_.get()) : -1;
@@ -1193,7 +1258,7 @@ class FileSink final : public ByteSink {
   ~FileSink() override {
     if (!file_) return;
     file_.reset();
-    std::remove(part_.c_str());
+    remove_file(part_);
   }
 
   void append(std::span<const std::byte> bytes) override {
@@ -1216,11 +1281,13 @@ class FileSink final : public ByteSink {
     bool written = std::fflush(file_.get()) == 0;
 #if PERSONALIZE_HAS_POSIX
     written = written && ::fsync(::fileno(file_.get())) == 0;
+#else
+    written = written && sync_file(file_.get());
 #endif
     written = std::fclose(file_.release()) == 0 && written;
     if (written && replace()) return {};
     const Error error = io_error(path_, "cannot write");
-    std::remove(part_.c_str());
+    remove_file(part_);
     return error;
   }
 
@@ -1230,7 +1297,11 @@ class FileSink final : public ByteSink {
   }
 
   std::string folder() const {
+#if defined(_WIN32)
+    const std::size_t slash = path_.find_last_of("/\\:");
+#else
     const std::size_t slash = path_.find_last_of('/');
+#endif
     return slash == std::string::npos ? "" : path_.substr(0, slash + 1);
   }
 
@@ -1261,11 +1332,11 @@ class FileSink final : public ByteSink {
         file_.reset(::fdopen(descriptor, "wb"));
         if (file_) return;
         ::close(descriptor);
-        std::remove(part_.c_str());
+        remove_file(part_);
         break;
       }
 #else
-      file_.reset(std::fopen(part_.c_str(), "wbx"));
+      file_.reset(create_file(part_));
       if (file_) return;
 #endif
       if (errno != EEXIST) break;
@@ -1274,19 +1345,17 @@ class FileSink final : public ByteSink {
   }
 
   bool replace() {
-#if defined(_WIN32)
-    return ::MoveFileExA(part_.c_str(), path_.c_str(), 1 | 8) != 0;  // replace, write through
-#else
-    if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
 #if PERSONALIZE_HAS_POSIX
+    if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
     // So that the new name outlives a power cut. The file is whole with or without.
     const int descriptor = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor >= 0) {
       (void)::fsync(descriptor);
       ::close(descriptor);
     }
-#endif
     return true;
+#else
+    return replace_file(part_, path_);
 #endif
   }
 
@@ -1341,7 +1410,7 @@ class FileSink final : public ByteSink {
 // The bytes of a file of at most `limit` bytes.
 inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
   return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
-    const detail::File file{std::fopen(path.c_str(), "rb")};
+    const detail::File file{detail::open_file(path, "rb")};
     if (!file) return detail::io_error(path, "cannot open");
     std::vector<std::byte> bytes;
     constexpr std::size_t piece = std::size_t{1} << 20;
@@ -4172,7 +4241,7 @@ class StringTable {
   }
 
   static std::uint64_t hash_of(std::string_view text) noexcept {
-    return xxh64(std::as_bytes(std::span(text)));
+    return xxh64(detail::text_bytes(text));
   }
   // Half of the hash, so that other strings are seldom looked at, and the number + 1.
   static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
@@ -4833,7 +4902,7 @@ void write_strings(const StringTable& table, const auto& append) {
   for (std::size_t i = 0; i < table.size(); ++i)
     append_integer(lengths, static_cast<std::uint16_t>(table[i].size()));
   append(std::span<const std::byte>(lengths));
-  for (std::size_t i = 0; i < table.size(); ++i) append(std::as_bytes(std::span(table[i])));
+  for (std::size_t i = 0; i < table.size(); ++i) append(text_bytes(table[i]));
 }
 inline std::uint64_t string_bytes(const StringTable& table) {
   std::uint64_t bytes = 0;
@@ -5226,8 +5295,7 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
              [&table](const FileBuilder::Append& append) { write_strings(table, append); });
   };
   const ElementType type = options.element_type;
-  file.add("META", 0, ElementType::u8, {parts.metadata.size()},
-           std::as_bytes(std::span(parts.metadata)));
+  file.add("META", 0, ElementType::u8, {parts.metadata.size()}, text_bytes(parts.metadata));
   add_strings("IIDS", 0, parts.item_ids);
   add_matrix("IVEC", 0, parts.item_vectors, type);
   if (!parts.input_vectors.empty()) add_matrix("IINP", 0, parts.input_vectors, type);
@@ -6702,7 +6770,7 @@ class ItemIds {
 
  private:
   std::uint64_t hash_of(std::string_view id) const noexcept {
-    return siphash(key_, std::as_bytes(std::span(id)));
+    return siphash(key_, text_bytes(id));
   }
   std::size_t part_of(std::uint64_t hash) const noexcept {
     return static_cast<std::size_t>(hash % parts_.size());
@@ -8393,7 +8461,7 @@ class SlateLog {
   }
 
   std::uint64_t owner_hash(std::string_view owner) const noexcept {
-    return detail::siphash(key_, std::as_bytes(std::span(owner)));
+    return detail::siphash(key_, detail::text_bytes(owner));
   }
   std::uint64_t tag(std::uint64_t number, std::uint64_t of_owner) const noexcept {
     const std::array<std::uint64_t, 2> both{number, of_owner};
@@ -10189,7 +10257,7 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   std::uint8_t impressions_ = 0;
   static_assert(RecentImpressions::capacity < 256);
 };
-static_assert(sizeof(User) % 16 == 0 && std::is_trivially_copyable_v<RecentImpressions::Entry>);
+static_assert(std::is_trivially_copyable_v<RecentImpressions::Entry>);
 
 // Any number of threads may call. Users are spread over 64 locks by a keyed hash. A user's memory
 // is taken and given back outside of them; what is done under one is a look-up and what apply()
@@ -10424,8 +10492,7 @@ class EventIds {
    public:
     Claim(EventIds& ids, std::string_view id, const UserKey& user, const HashKey& key) {
       if (id.empty()) return;
-      const std::array<std::uint64_t, 2> both{siphash(key, std::as_bytes(std::span(id))),
-                                              user.hash()};
+      const std::array<std::uint64_t, 2> both{siphash(key, text_bytes(id)), user.hash()};
       hash_ = siphash(key, std::as_bytes(std::span(both)));
       known_ = !ids.claim(hash_);
       if (!known_) ids_ = &ids;
@@ -10678,7 +10745,7 @@ struct State {
     using is_transparent = void;
     HashKey key;
     std::size_t operator()(std::string_view id) const noexcept {
-      return static_cast<std::size_t>(siphash(key, std::as_bytes(std::span(id))));
+      return static_cast<std::size_t>(siphash(key, text_bytes(id)));
     }
   };
 
@@ -10696,8 +10763,8 @@ struct State {
         event_ids(options.remembered_event_ids),
         contexts(model->dimension(), to_memory(options.context_bytes)),
         slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(), key,
-               options.feedback ? to_memory(options.slate_log_bytes) : 0, model->dimension(),
-               static_cast<bool>(options.log)),
+               options.feedback ? static_cast<std::size_t>(options.slate_log_bytes) : 0,
+               model->dimension(), static_cast<bool>(options.log)),
         forgotten((model->parts().user_ids.size() + 63) / 64),
         put_items(0, PutHash{key}) {}
 
@@ -11846,9 +11913,8 @@ inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
   SlotPolicy& policy = scratch.policy;
   policy.configure(state_->options.exploration_weight, exploration_temperature,
                    catalogue.calibration.slope);
-  const CounterRandom random{
-      xxh64(std::as_bytes(std::span(prepared.key.text())), state_->options.seed),
-      scratch.request_number};
+  const CounterRandom random{xxh64(detail::text_bytes(prepared.key.text()), state_->options.seed),
+                             scratch.request_number};
   policy.choose(scratch.top, scratch.pool, scratch.pool_expected, prepared.request.count, random,
                 scratch.taken, scratch.choices);
   LoggedSlate& logged = scratch.logged;
