@@ -173,6 +173,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
@@ -193,6 +194,7 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <concepts>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -455,6 +457,21 @@ class [[nodiscard]] Result<void> {
   std::optional<Error> error_;
 };
 
+// A std::vector of which units with other flags share no function: its allocator's name is not
+// theirs. Of types that are not this library's, whose vectors have one name in all units.
+template <class T>
+struct UnitAllocator {
+  using value_type = T;
+  UnitAllocator() = default;
+  template <class Other>
+  UnitAllocator(const UnitAllocator<Other>&) noexcept {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T))); }
+  void deallocate(T* p, std::size_t) noexcept { ::operator delete(p); }
+  friend bool operator==(const UnitAllocator&, const UnitAllocator&) noexcept { return true; }
+};
+template <class T>
+using Vector = std::vector<T, UnitAllocator<T>>;
+
 class ItemMask;
 struct LogEntry;
 
@@ -485,11 +502,11 @@ struct RecommenderOptions {
   // could not end, and has no id.
   bool feedback = true;
   // Event types that count as a choice of the item; empty: all of them.
-  std::vector<std::string> positive_event_types = {};
+  Vector<std::string> positive_event_types = {};
   // Probability that a user looks at the first, second, ... place, each in (0, 1]; the last holds
   // for all further ones. Empty: 1 / log2(place + 1), the discount of DCG (Jarvelin, Kekalainen
   // 2002).
-  std::vector<float> examination = {};
+  Vector<float> examination = {};
   // An automatic update falls due so long after the last one, by the clock; 0: never, whoever
   // `updates` names. [0, 2^32]. Items that were put come in at once where a thread runs updates.
   std::chrono::seconds update_interval = std::chrono::hours{2};
@@ -533,7 +550,7 @@ struct NewItem {
   std::string_view item = {};  // 1 to 256 bytes of UTF-8 without control characters
   std::optional<std::int64_t> creation_timestamp = {};  // of a new item: the time of the call
   // Name and value of metadata fields, categories separated by '|'. At most 64 KiB together.
-  std::vector<std::pair<std::string_view, std::string_view>> fields = {};
+  Vector<std::pair<std::string_view, std::string_view>> fields = {};
 };
 
 // What the last update did. An update that had nothing to do leaves the report of the one before.
@@ -690,6 +707,39 @@ struct MemoryUse {
 
 namespace detail {
 
+// Text, or a whole number as digits.
+class Piece {
+ public:
+  Piece(const char* text) : text_(text) {}
+  Piece(std::string_view text) : text_(text) {}
+  Piece(const std::string& text) : text_(text) {}
+  template <std::integral Number>
+  Piece(Number number) {
+    std::size_t first = digits_.size();
+    auto rest =
+        number < 0 ? 0 - static_cast<std::uint64_t>(number) : static_cast<std::uint64_t>(number);
+    do {
+      digits_[--first] = static_cast<char>('0' + rest % 10);
+    } while ((rest /= 10) != 0);
+    if (number < 0) digits_[--first] = '-';
+    text_ = {digits_.data() + first, digits_.size() - first};
+  }
+  Piece(const Piece&) = delete;
+  Piece& operator=(const Piece&) = delete;
+  std::string_view text() const noexcept { return text_; }
+
+ private:
+  std::array<char, 20> digits_;
+  std::string_view text_;
+};
+
+// Of pieces: the standard library's functions for it have one name in units of all flags.
+inline std::string joined(std::initializer_list<Piece> pieces) {
+  std::string all;
+  for (const Piece& piece : pieces) all.append(piece.text().data(), piece.text().size());
+  return all;
+}
+
 // What `call` returns, a Result; where it runs out of memory, that as an error. The message is
 // short enough to need none.
 template <class Call>
@@ -709,7 +759,7 @@ auto catching_bad_alloc(Call call) -> decltype(call()) {
 
 inline Result<void> check_options(const RecommenderOptions& options) {
   const auto error = [](const char* text) {
-    return Error{Errc::invalid_argument, std::string("RecommenderOptions::") + text};
+    return Error{Errc::invalid_argument, joined({"RecommenderOptions::", text})};
   };
   const auto outside = [](std::uint64_t value, unsigned low, unsigned high) {
     return value < std::uint64_t{1} << low || value > std::uint64_t{1} << high;
@@ -970,7 +1020,7 @@ inline std::span<const std::byte> text_bytes(std::string_view text) noexcept {
 }
 
 template <class T>
-void append_integer(std::vector<std::byte>& out, T value) {
+void append_integer(Vector<std::byte>& out, T value) {
   const auto* p = reinterpret_cast<const std::byte*>(&value);
   out.insert(out.end(), p, p + sizeof value);
 }
@@ -1205,7 +1255,7 @@ struct CloseFile {
 using File = std::unique_ptr<std::FILE, CloseFile>;
 
 inline Error io_error(const std::string& path, const char* what) {
-  return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
+  return {Errc::io, joined({path, ": ", what, ": ", std::strerror(errno)})};
 }
 
 #if defined(_WIN32)
@@ -1339,7 +1389,7 @@ class MemorySink final : public ByteSink {
   void overwrite(std::uint64_t offset, std::span<const std::byte> with) override {
     std::copy(with.begin(), with.end(), bytes.begin() + static_cast<std::ptrdiff_t>(offset));
   }
-  std::vector<std::byte> bytes;
+  Vector<std::byte> bytes;
 };
 
 // A file that replaces `path` at once or not at all: written beside it under a name of its own,
@@ -1430,7 +1480,7 @@ class FileSink final : public ByteSink {
       std::array<char, 17> digits{};
       std::snprintf(digits.data(), digits.size(), "%016llx",
                     static_cast<unsigned long long>(number));
-      part_ = start + "." + digits.data() + ".part";
+      part_ = joined({start, ".", digits.data(), ".part"});
 #if PERSONALIZE_HAS_POSIX
       const int descriptor =
           ::open(part_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
@@ -1482,7 +1532,7 @@ class FileSink final : public ByteSink {
         return true;
       }
       const std::string_view name{target.data(), static_cast<std::size_t>(size)};
-      path_ = name.starts_with('/') ? std::string(name) : folder() + std::string(name);
+      path_ = name.starts_with('/') ? std::string(name) : joined({folder(), name});
     }
   }
 
@@ -1515,11 +1565,11 @@ class FileSink final : public ByteSink {
 }  // namespace detail
 
 // The bytes of a file of at most `limit` bytes.
-inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
-  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+inline Result<Vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
+  return detail::catching_bad_alloc([&]() -> Result<Vector<std::byte>> {
     const detail::File file{detail::open_file(path, "rb")};
     if (!file) return detail::io_error(path, "cannot open");
-    std::vector<std::byte> bytes;
+    Vector<std::byte> bytes;
     constexpr std::size_t piece = std::size_t{1} << 20;
     for (;;) {
       const std::size_t have = bytes.size();
@@ -1528,7 +1578,7 @@ inline Result<std::vector<std::byte>> read_file(const std::string& path, std::ui
       const std::size_t got = std::fread(bytes.data() + have, 1, piece, file.get());
       bytes.resize(have + got);
       if (bytes.size() > limit)
-        return Error{Errc::limit, path + ": larger than " + std::to_string(limit) + " bytes"};
+        return Error{Errc::limit, detail::joined({path, ": larger than ", limit, " bytes"})};
       if (got < piece) {
         if (std::ferror(file.get())) return detail::io_error(path, "cannot read");
         return bytes;
@@ -1561,8 +1611,8 @@ inline std::int64_t elapsed(std::int64_t from, std::int64_t to) noexcept {
 constexpr std::size_t allocated(std::size_t bytes) noexcept {
   return bytes == 0 ? 0 : std::max<std::size_t>((bytes + 8 + 15) / 16 * 16, 32);
 }
-template <class T>
-std::size_t allocated(const std::vector<T>& values) noexcept {
+template <class T, class Allocator>
+std::size_t allocated(const std::vector<T, Allocator>& values) noexcept {
   return allocated(values.capacity() * sizeof(T));
 }
 // Of a string of that capacity, beside the object itself, in which short ones lie.
@@ -3402,12 +3452,7 @@ struct SectionInfo {
     return raw_size / chunk_raw_size() + (raw_size % chunk_raw_size() != 0);
   }
 
-  std::string label() const {
-    std::string text(tag.data(), tag.size());
-    for (char& c : text)
-      if (c < 32 || c > 126) c = '?';
-    return index == 0 ? text : text + "[" + std::to_string(index) + "]";
-  }
+  std::string label() const;
 };
 
 // The section table of a model file. Reads the whole file once: every stored byte matches its
@@ -3416,6 +3461,13 @@ Result<std::vector<SectionInfo>> list_sections(std::span<const std::byte> file,
                                                const LoadLimits& limits = {});
 
 #if PERSONALIZE_HAS_BODIES
+
+PERSONALIZE_API std::string SectionInfo::label() const {
+  std::string text(tag.data(), tag.size());
+  for (char& c : text)
+    if (c < 32 || c > 126) c = '?';
+  return index == 0 ? text : detail::joined({text, "[", index, "]"});
+}
 
 namespace detail {
 
@@ -3429,7 +3481,7 @@ inline constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << most_chunk
 inline constexpr std::uint64_t most_zstd_ratio = std::uint64_t{1} << 15;
 
 inline Error section_error(Errc code, const SectionInfo& section, const std::string& what) {
-  return {code, "section " + section.label() + ": " + what, section.offset};
+  return {code, joined({"section ", section.label(), ": ", what}), section.offset};
 }
 
 // Errors: the header is not that of a file of `size` bytes that this reader knows and allows.
@@ -3446,15 +3498,13 @@ inline Result<void> check_header(std::span<const std::byte> header, std::uint64_
   const auto major = load_integer<std::uint16_t>(head + 8);
   if (major == 0 || major > format_major)
     return Error{Errc::version,
-                 "header: format version " + std::to_string(major) + ", this reader knows up to " +
-                     std::to_string(format_major) + "; use a newer personalize_runtime.hpp",
+                 joined({"header: format version ", major, ", this reader knows up to ",
+                         format_major, "; use a newer personalize_runtime.hpp"}),
                  8};
   const auto count = load_integer<std::uint32_t>(head + 12);
   if (count > limits.sections)
     return Error{Errc::limit,
-                 "header: " + std::to_string(count) + " sections, the limit is " +
-                     std::to_string(limits.sections),
-                 12};
+                 joined({"header: ", count, " sections, the limit is ", limits.sections}), 12};
   if (std::any_of(head + 32, head + 56, [](std::byte b) { return b != std::byte{0}; }))
     return Error{Errc::corrupt, "header: reserved bytes are not zero", 32};
   const auto total = load_integer<std::uint64_t>(head + 16);
@@ -3462,9 +3512,7 @@ inline Result<void> check_header(std::span<const std::byte> header, std::uint64_
     return Error{Errc::limit, "header: the file is larger than LoadLimits::file_bytes", 16};
   if (size < total)
     return Error{Errc::truncated,
-                 "the file has " + std::to_string(size) + " of its " + std::to_string(total) +
-                     " bytes; copy it again",
-                 size};
+                 joined({"the file has ", size, " of its ", total, " bytes; copy it again"}), size};
   if (size > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
   if (total > most_memory)
     return Error{Errc::limit, "header: the file is larger than a 32-bit program can hold", 16};
@@ -3519,7 +3567,7 @@ inline Result<void> check_sizes(const SectionInfo& section) {
 }
 
 // Numbers of the sections in the order of tag and index: find_section() looks them up.
-using SectionOrder = std::vector<std::uint32_t>;
+using SectionOrder = Vector<std::uint32_t>;
 inline std::pair<std::string_view, std::uint32_t> section_key(const SectionInfo& section) noexcept {
   return {std::string_view(section.tag.data(), section.tag.size()), section.index};
 }
@@ -3769,10 +3817,10 @@ class SectionDecoder {
           std::min(section.raw_size - c * section.chunk_raw_size(), section.chunk_raw_size());
       if (stored > raw || (section.codec == Codec::stored && stored != raw))
         return section_error(Errc::corrupt, section,
-                             "chunk " + std::to_string(c) + " has an impossible stored size");
+                             joined({"chunk ", c, " has an impossible stored size"}));
       if (section.codec == Codec::zstd && raw > stored * most_zstd_ratio)
         return section_error(Errc::compression, section,
-                             "chunk " + std::to_string(c) + " is smaller than zstd can make it");
+                             joined({"chunk ", c, " is smaller than zstd can make it"}));
       sum += stored;
     }
     if (sum != section.stored_size)
@@ -3902,8 +3950,8 @@ class SectionDecoder {
   struct Progress {
     bool taken = false;
     SectionTarget::Areas areas{};
-    std::uint64_t chunks = 0;          // that have come, without a gap
-    std::vector<std::uint64_t> ahead;  // numbers of the others, a heap with the least first
+    std::uint64_t chunks = 0;     // that have come, without a gap
+    Vector<std::uint64_t> ahead;  // numbers of the others, a heap with the least first
     bool telling = false;
   };
 
@@ -3915,8 +3963,8 @@ class SectionDecoder {
   std::size_t section_ = 0;               // that chunks come from, + 1
   std::uint64_t chunk_ = 0, chunks_ = 0;  // of it: the next one, and how many it has
   std::uint64_t ordinal_ = 0;
-  std::vector<std::byte> directory_;  // of it
-  std::vector<Progress> progress_;    // of each section
+  Vector<std::byte> directory_;     // of it
+  std::vector<Progress> progress_;  // of each section
   std::uint64_t done_ = 0;
   bool stopped_ = false;
   std::optional<Error> error_;
@@ -3980,8 +4028,8 @@ class FileBuilder {
 
   // Errors: zstd could not compress (out of memory).
   Result<void> finish() {
-    put(std::vector<std::byte>(header_size + sections_.size() * entry_size));
-    std::vector<std::byte> table;
+    put(Vector<std::byte>(header_size + sections_.size() * entry_size));
+    Vector<std::byte> table;
     for (Section& planned : sections_) {
       write(planned);
       if (error_) return std::move(*error_);
@@ -3999,7 +4047,7 @@ class FileBuilder {
       append_integer(table, section.raw_size);
       append_integer(table, section.checksum);
     }
-    std::vector<std::byte> head;
+    Vector<std::byte> head;
     for (const unsigned char c : model_magic) head.push_back(static_cast<std::byte>(c));
     append_integer(head, format_major);
     append_integer(head, format_minor);
@@ -4027,9 +4075,8 @@ class FileBuilder {
   void write(Section& section) {
     SectionInfo& info = section.info;
     info.offset = size_;
-    put(std::vector<std::byte>(static_cast<std::size_t>(info.chunk_count()) *
-                               directory_entry_size));
-    std::vector<std::byte> directory, gathered;
+    put(Vector<std::byte>(static_cast<std::size_t>(info.chunk_count()) * directory_entry_size));
+    Vector<std::byte> directory, gathered;
     const auto chunk_size =
         static_cast<std::size_t>(std::min(info.chunk_raw_size(), info.raw_size));
     const auto store = [&](std::span<const std::byte> raw) {
@@ -4208,7 +4255,7 @@ class StringTable {
   std::size_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
   detail::BareVector<char> text_;
   detail::BareVector<std::size_t> ends_;
-  std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
+  Vector<std::uint64_t> slots_;  // 0 where free; a power of two
 };
 
 // The largest magnitude of anything in a model that is multiplied or added: a product of two stays
@@ -4370,7 +4417,7 @@ struct MetadataField {
   std::string name;
   bool numeric = false;
   StringTable vocabulary;
-  std::vector<float> boundaries;
+  Vector<float> boundaries;
   Matrix embedding;
 };
 
@@ -4388,7 +4435,7 @@ struct ModelParts {
   StringTable item_ids;
   Matrix item_vectors;                     // [N, d]
   Matrix input_vectors;                    // [N, e], empty where they are the item vectors
-  std::vector<float> biases;               // [N]
+  Vector<float> biases;                    // [N]
   std::vector<ItemStatistics> statistics;  // [N]
   StringTable event_types;
   Matrix event_type_embedding;  // [E, e], empty without event types
@@ -4484,7 +4531,7 @@ PERSONALIZE_API Result<void> StringTable::number_strings(Numbering& numbering,
       if (checked) checked = check_free(text, slot);
       if (!checked)
         return Error{Errc::corrupt,
-                     "string " + std::to_string(next) + ": " + checked.error().message};
+                     detail::joined({"string ", next, ": ", checked.error().message})};
       slots_[slot] = entry(hashes[i], next + 1);
     }
     if (count == 0) break;
@@ -4509,7 +4556,7 @@ PERSONALIZE_API std::uint64_t StringTable::hash_of(std::string_view text) noexce
 PERSONALIZE_API Result<void> StringTable::check_text(std::string_view text) {
   if (text.empty() || text.size() > max_id_bytes)
     return Error{Errc::invalid_argument,
-                 "an id has 1 to 256 bytes, this one has " + std::to_string(text.size())};
+                 detail::joined({"an id has 1 to 256 bytes, this one has ", text.size()})};
   if (!detail::valid_id(text))
     return Error{Errc::invalid_argument,
                  "an id is UTF-8 without control characters, this one is not"};
@@ -4520,7 +4567,7 @@ PERSONALIZE_API Result<void> StringTable::check_free(std::string_view text,
                                                      std::size_t slot) const {
   if (slot == npos)
     return Error{Errc::corrupt, "too many ids fall together; they look made to collide"};
-  if (slots_[slot] != 0) return Error{Errc::corrupt, "'" + std::string(text) + "' stands twice"};
+  if (slots_[slot] != 0) return Error{Errc::corrupt, detail::joined({"'", text, "' stands twice"})};
   return {};
 }
 
@@ -4536,7 +4583,7 @@ PERSONALIZE_API std::size_t StringTable::find_slot(std::string_view text,
 }
 
 PERSONALIZE_API Result<void> StringTable::rehash(std::size_t count, std::size_t slots) {
-  std::vector<std::uint64_t> old(slots);
+  Vector<std::uint64_t> old(slots);
   old.swap(slots_);
   for (std::size_t i = 0; i < count; ++i) {
     const std::uint64_t hash = hash_of((*this)[i]);
@@ -4651,9 +4698,8 @@ namespace detail {
 
 inline Error shape_error(const std::string& what, const Matrix& m, std::size_t rows,
                          std::size_t columns) {
-  return {Errc::corrupt, what + " has shape [" + std::to_string(m.rows()) + ", " +
-                             std::to_string(m.columns()) + "], expected [" + std::to_string(rows) +
-                             ", " + std::to_string(columns) + "]"};
+  return {Errc::corrupt, joined({what, " has shape [", m.rows(), ", ", m.columns(), "], expected [",
+                                 rows, ", ", columns, "]"})};
 }
 
 inline constexpr std::uint32_t encoder_slots = 8;
@@ -4771,14 +4817,14 @@ inline Result<Program> check_program(std::span<const EncoderOp> operations,
   for (std::size_t o = 0; o < operations.size(); ++o) {
     const EncoderOp& op = operations[o];
     const auto fail = [&](Errc code, const std::string& what) {
-      return Error{code, "encoder: operation " + std::to_string(o) + ": " + what};
+      return Error{code, joined({"encoder: operation ", o, ": ", what})};
     };
     const std::string label{name(op.kind)};
     const auto shape =
         shape_of(op, dimension, next < weights.size() ? weights[next] : OpShape::Weight{});
     if (!shape)
-      return fail(Errc::unsupported,
-                  "unknown kind or argument (" + label + "); use a newer personalize_runtime.hpp");
+      return fail(Errc::unsupported, joined({"unknown kind or argument (", label,
+                                             "); use a newer personalize_runtime.hpp"}));
     if (op.kind == EncoderOp::Kind::embed_sum && o != 0)
       return fail(Errc::corrupt, "embed_sum stands only first");
     if (op.kind == EncoderOp::Kind::gru && (op.argument & GruForm::gate_input) != 0 &&
@@ -4795,10 +4841,9 @@ inline Result<Program> check_program(std::span<const EncoderOp> operations,
       if (next == weights.size()) return fail(Errc::corrupt, "a weight is missing");
       const auto& [rows, columns] = shape->weights[w];
       if (weights[next] != shape->weights[w])
-        return fail(Errc::corrupt, "weight " + std::to_string(next) + " has shape [" +
-                                       std::to_string(weights[next].rows) + ", " +
-                                       std::to_string(weights[next].columns) + "], expected [" +
-                                       std::to_string(rows) + ", " + std::to_string(columns) + "]");
+        return fail(Errc::corrupt,
+                    joined({"weight ", next, " has shape [", weights[next].rows, ", ",
+                            weights[next].columns, "], expected [", rows, ", ", columns, "]"}));
     }
     dimension = shape->outputs;
     if (dimension == 0) return fail(Errc::corrupt, "an empty vector");
@@ -4810,8 +4855,8 @@ inline Result<Program> check_program(std::span<const EncoderOp> operations,
   if (next != weights.size())
     return Error{Errc::corrupt, "encoder: more weights than its operations use"};
   if (dimension != outputs)
-    return Error{Errc::corrupt, "encoder: ends with " + std::to_string(dimension) +
-                                    " values, item vectors have " + std::to_string(outputs)};
+    return Error{Errc::corrupt, joined({"encoder: ends with ", dimension,
+                                        " values, item vectors have ", outputs})};
   if (program.state == 0) return Error{Errc::corrupt, "encoder: has no recurrent operation"};
   return program;
 }
@@ -4835,10 +4880,10 @@ inline Result<void> check_recurrences(const ModelParts& parts, const Program& pr
       const Matrix& weight = parts.weights[next];
       const double real = weight.at(0, j), imaginary = complex ? weight.at(0, j + values) : 0.0f;
       if (!(std::hypot(real, imaginary) <= max_modulus))
-        return Error{Errc::corrupt, "encoder: operation " + std::to_string(o) + " (" +
-                                        std::string(name(parts.operations[o].kind)) +
-                                        "): a recurrent weight of magnitude over 1 lets users' "
-                                        "states grow without bound"};
+        return Error{Errc::corrupt,
+                     joined({"encoder: operation ", o, " (", name(parts.operations[o].kind),
+                             "): a recurrent weight of magnitude over 1 lets users' "
+                             "states grow without bound"})};
     }
     next += shape.weight_count;
   }
@@ -4896,7 +4941,7 @@ inline Result<void> check_shapes(const ModelParts& parts, const Program& program
                    "section FLDN: a field name has 1 to 256 bytes of UTF-8 without control "
                    "characters"};
     if (field.embedding.rows() != rows || (rows > 0 && field.embedding.columns() != d))
-      return shape_error("section FEMB of field " + field.name, field.embedding, rows, d);
+      return shape_error(joined({"section FEMB of field ", field.name}), field.embedding, rows, d);
   }
   const std::size_t stored = program.state + d;
   if (parts.user_states.rows() != parts.user_ids.size() ||
@@ -4907,7 +4952,7 @@ inline Result<void> check_shapes(const ModelParts& parts, const Program& program
 
 inline Result<void> check_finite(float magnitude, const std::string& what) {
   if (!(magnitude < std::numeric_limits<float>::infinity()))
-    return Error{Errc::corrupt, what + ": holds a value that is not finite"};
+    return Error{Errc::corrupt, joined({what, ": holds a value that is not finite"})};
   return {};
 }
 
@@ -4916,7 +4961,7 @@ inline Result<void> check_finite(float magnitude, const std::string& what) {
 inline Result<void> check_values(const ModelParts& parts, bool served) {
   const auto check = [served](float magnitude, const char* what) -> Result<void> {
     if (served && std::isfinite(magnitude) && magnitude > max_magnitude)
-      return Error{Errc::corrupt, std::string(what) + ": holds a value over 1e18 in magnitude"};
+      return Error{Errc::corrupt, joined({what, ": holds a value over 1e18 in magnitude"})};
     return check_finite(magnitude, what);
   };
   if (auto r = check(parts.item_vectors.magnitude(), "section IVEC"); !r) return r;
@@ -4932,7 +4977,8 @@ inline Result<void> check_values(const ModelParts& parts, bool served) {
     if (!all_finite(field.boundaries))
       return Error{Errc::corrupt, "section FBND: holds a value that is not finite"};
     if (!std::is_sorted(field.boundaries.begin(), field.boundaries.end()))
-      return Error{Errc::corrupt, "section FBND of field " + field.name + ": not ascending"};
+      return Error{Errc::corrupt,
+                   joined({"section FBND of field ", field.name, ": not ascending"})};
   }
   return {};
 }
@@ -4977,9 +5023,8 @@ struct WriteOptions {
 // The bytes of a model file. The same parts and options give the same bytes (with one zstd
 // version). limits: those of who will read it. Errors: parts that contradict one another or are
 // over a limit; out of memory.
-Result<std::vector<std::byte>> write_model(const ModelParts& parts,
-                                           const WriteOptions& options = {},
-                                           const LoadLimits& limits = {});
+Result<Vector<std::byte>> write_model(const ModelParts& parts, const WriteOptions& options = {},
+                                      const LoadLimits& limits = {});
 
 // Writes the model file, replacing `path` at once or not at all (as write_file does). Takes memory
 // for two chunks and, where f32 matrices are to be written in 8 bits, for the largest of them in
@@ -5033,7 +5078,7 @@ namespace detail {
 
 // The bytes of a section of strings, and how many there are.
 void write_strings(const StringTable& table, const auto& append) {
-  std::vector<std::byte> lengths;
+  Vector<std::byte> lengths;
   for (std::size_t i = 0; i < table.size(); ++i)
     append_integer(lengths, static_cast<std::uint16_t>(table[i].size()));
   append(std::span<const std::byte>(lengths));
@@ -5063,7 +5108,7 @@ class FourBitWriter {
         best_groups_(groups_.size()) {}
 
   void write(const FileBuilder::Append& append, unsigned chunk_log2) {
-    std::array<std::vector<std::byte>, 3> parts;  // scales, groups, values
+    std::array<Vector<std::byte>, 3> parts;  // scales, groups, values
     const auto in_chunk =
         static_cast<std::size_t>(FourBitRows::rows_in_chunk(columns_, chunk_log2));
     for (std::size_t r = 0; r < matrix_->rows(); ++r) {
@@ -5071,7 +5116,7 @@ class FourBitWriter {
       append_nibbles(parts[1], std::span<const std::uint8_t>(best_groups_));
       append_nibbles(parts[2], std::span<const std::uint8_t>(best_values_));
       if ((r + 1) % in_chunk != 0 && r + 1 != matrix_->rows()) continue;
-      for (std::vector<std::byte>& part : parts) {
+      for (Vector<std::byte>& part : parts) {
         append(part);
         part.clear();
       }
@@ -5081,7 +5126,7 @@ class FourBitWriter {
  private:
   static constexpr float most = 15;  // of a group's scale
 
-  static void append_nibbles(std::vector<std::byte>& out, std::span<const std::uint8_t> nibbles) {
+  static void append_nibbles(Vector<std::byte>& out, std::span<const std::uint8_t> nibbles) {
     for (std::size_t c = 0; c < nibbles.size(); c += 2)
       out.push_back(
           static_cast<std::byte>(nibbles[c] | (c + 1 < nibbles.size() ? nibbles[c + 1] << 4 : 0)));
@@ -5153,8 +5198,8 @@ class FourBitWriter {
 
   const Matrix* matrix_;
   std::size_t columns_;
-  std::vector<float> row_;
-  std::vector<std::uint8_t> values_, best_values_, groups_, best_groups_;
+  Vector<float> row_;
+  Vector<std::uint8_t> values_, best_values_, groups_, best_groups_;
 };
 
 // The rows of one chunk, as FourBitWriter writes it, to `target` from row `first` on.
@@ -5287,7 +5332,7 @@ class SectionPlan {
       SectionInfo missing;
       std::copy_n(tag.begin(), 4, missing.tag.begin());
       missing.index = index;
-      fail({Errc::corrupt, "section " + missing.label() + ": is missing"});
+      fail({Errc::corrupt, joined({"section ", missing.label(), ": is missing"})});
       return nullptr;
     }
     if (std::find(types.begin(), types.end(), section->element_type) == types.end()) {
@@ -5295,14 +5340,15 @@ class SectionPlan {
     } else if (section->rank != shape.size()) {
       fail(section_error(Errc::corrupt, *section, "unexpected rank"));
     } else if (!std::equal(shape.begin(), shape.end(), section->shape.begin())) {
-      fail(section_error(Errc::corrupt, *section,
-                         "has shape " + text_of(std::span(section->shape).first(shape.size())) +
-                             ", expected " + text_of(shape)));
+      fail(section_error(
+          Errc::corrupt, *section,
+          joined({"has shape ", text_of(std::span(section->shape).first(shape.size())),
+                  ", expected ", text_of(shape)})));
     } else if (!raw_size_fits(*section)) {
       fail(section_error(Errc::corrupt, *section, "raw size does not follow from its shape"));
     } else if (last_ && section < last_) {
       fail(section_error(Errc::corrupt, *section,
-                         "stands before section " + last_->label() + ", which it follows"));
+                         joined({"stands before section ", last_->label(), ", which it follows"})));
     } else if (section->codec != Codec::stored && section->codec != Codec::zstd) {
       fail(section_error(Errc::unsupported, *section, "unknown codec"));
     }
@@ -5315,9 +5361,8 @@ class SectionPlan {
 
   static std::string text_of(std::span<const std::uint64_t> shape) {
     std::string text;
-    for (const std::uint64_t extent : shape)
-      text += (text.empty() ? "[" : ", ") + std::to_string(extent);
-    return text + "]";
+    for (const std::uint64_t extent : shape) text += joined({(text.empty() ? "[" : ", "), extent});
+    return joined({text, "]"});
   }
 
   static bool raw_size_fits(const SectionInfo& section) noexcept {
@@ -5359,8 +5404,8 @@ class SectionPlan {
   std::optional<Error> error_;
 };
 
-template <class T>
-std::span<const std::byte> bytes_of(const std::vector<T>& values) noexcept {
+template <class T, class Allocator>
+std::span<const std::byte> bytes_of(const std::vector<T, Allocator>& values) noexcept {
   return std::as_bytes(std::span(values));
 }
 
@@ -5433,7 +5478,7 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
   }
   if (!parts.time_gap_embedding.empty()) add_matrix("GAPE", 0, parts.time_gap_embedding, type);
   StringTable names;
-  std::vector<std::byte> kinds;
+  Vector<std::byte> kinds;
   for (const MetadataField& field : parts.fields) {
     if (auto added = names.add(field.name); !added) return added.error();
     kinds.push_back(static_cast<std::byte>(field.numeric ? 1 : 0));
@@ -5468,7 +5513,7 @@ namespace detail {
 struct FileParts {
   ModelParts model;
   StringTable field_names;
-  std::vector<std::uint8_t> field_kinds;
+  Vector<std::uint8_t> field_kinds;
   std::vector<OpShape::Weight> weight_shapes;
 };
 
@@ -5543,9 +5588,9 @@ inline void plan_encoder(SectionPlan& plan, FileParts& parts, const LoadLimits& 
                     check_program(parts.model.operations, parts.weight_shapes, e, d, limits);
                 if (!program) return program.error();
                 if (users && stored != program->state + d)
-                  return Error{Errc::corrupt, "users' states have " + std::to_string(stored) +
-                                                  " values, the encoder's have " +
-                                                  std::to_string(program->state + d)};
+                  return Error{Errc::corrupt,
+                               joined({"users' states have ", stored,
+                                       " values, the encoder's have ", program->state + d})};
                 return {};
               });
   parts.model.weights.resize(weights);
@@ -5594,10 +5639,10 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
 
 }  // namespace detail
 
-PERSONALIZE_API Result<std::vector<std::byte>> write_model(const ModelParts& parts,
-                                                           const WriteOptions& options,
-                                                           const LoadLimits& limits) {
-  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+PERSONALIZE_API Result<Vector<std::byte>> write_model(const ModelParts& parts,
+                                                      const WriteOptions& options,
+                                                      const LoadLimits& limits) {
+  return detail::catching_bad_alloc([&]() -> Result<Vector<std::byte>> {
     detail::MemorySink sink;
     if (auto written = detail::write_parts(parts, options, limits, sink); !written)
       return written.error();
@@ -5630,7 +5675,7 @@ PERSONALIZE_API Result<ModelParts> read_model(const std::string& path, const Loa
     if (parts || parts.error().code == Errc::out_of_memory || parts.error().code == Errc::io)
       return parts;
     Error error = parts.error();
-    error.message = path + ": " + error.message;
+    error.message = detail::joined({path, ": ", error.message});
     return error;
   });
 }
@@ -5717,8 +5762,8 @@ struct EncoderInput {
 class Encoder {
  public:
   struct Workspace {
-    std::vector<float> values;
-    std::vector<std::int8_t> quantised;
+    Vector<float> values;
+    Vector<std::int8_t> quantised;
   };
 
   // The model must outlive the encoder. gate_lookup: see looks_up_gates().
@@ -5799,7 +5844,7 @@ class Encoder {
   }
 
   Workspace make_workspace() const {
-    return {std::vector<float>(width_ * areas), std::vector<std::int8_t>(width_)};
+    return {Vector<float>(width_ * areas), Vector<std::int8_t>(width_)};
   }
 
   // Advances `state` ([state_size()], zeros for a new user) by one event, and returns whether all
@@ -6008,8 +6053,8 @@ class Encoder {
     const std::size_t inputs = rows.columns(), size = layer.blocks * kernels::lanes;
     detail::LineVector<float> result;
     result.assign(detail::elements(rows.rows(), size), 0.0f);
-    const std::vector<float> zeros(size);
-    std::vector<float> row(kernels::padded(inputs) + kernels::lanes);
+    const Vector<float> zeros(size);
+    Vector<float> row(kernels::padded(inputs) + kernels::lanes);
     for (std::size_t r = 0; r < rows.rows(); ++r) {
       rows.row(r, {row.data(), inputs});
       const double mean =
@@ -6235,7 +6280,7 @@ class ItemMask {
   }
 
   std::size_t items_, count_;
-  std::vector<std::uint64_t> words_;
+  Vector<std::uint64_t> words_;
 };
 
 struct ScoredItem {
@@ -6325,7 +6370,7 @@ class HashIndex {
     return s;
   }
 
-  std::vector<std::uint64_t> slots_;  // the hash's upper half, then the number + 1; 0: free
+  Vector<std::uint64_t> slots_;  // the hash's upper half, then the number + 1; 0: free
   std::size_t size_ = 0;
 };
 
@@ -6378,7 +6423,7 @@ class PagedArray {
     if (size_ % page_size == 0) {
       if (pages_.size() == pages_.capacity()) pages_.reserve(2 * pages_.size() + 1);
       owned_.reserve(pages_.capacity());
-      pages_.push_back(std::make_unique<T[]>(page_size));
+      pages_.push_back(make_page());
       owned_.push_back(true);
     }
     own(size_ / page_size)[size_ % page_size] = value;
@@ -6396,13 +6441,19 @@ class PagedArray {
   }
 
  private:
+  struct Delete {
+    void operator()(const T* page) const noexcept { delete[] page; }
+  };
+  static std::unique_ptr<T[], Delete> make_page() {
+    return std::unique_ptr<T[], Delete>(new T[page_size]());
+  }
   static std::size_t page_count(std::size_t size) noexcept {
     return (size + page_size - 1) / page_size;
   }
   T* own(std::size_t p) {
     assert(!owned_[p] || pages_[p].use_count() == 1);
     if (!owned_[p]) {
-      auto copy = std::make_unique<T[]>(page_size);
+      auto copy = make_page();
       const auto from = page(p);
       std::copy(from.begin(), from.end(), copy.get());
       pages_[p] = std::move(copy);
@@ -6413,8 +6464,8 @@ class PagedArray {
 
   std::size_t size_ = 0;
   std::span<const T> base_;
-  std::vector<std::shared_ptr<const T[]>> pages_;
-  std::vector<bool> owned_;  // pages that no other array has seen
+  Vector<std::shared_ptr<const T[]>> pages_;
+  Vector<std::uint8_t> owned_;  // pages that no other array has seen
 };
 
 // The order of a ranking: by score, ties by item index.
@@ -6620,8 +6671,8 @@ class ItemRows {
   const std::int8_t* base_i8_ = nullptr;
   const float* base_f32_ = nullptr;
   std::vector<std::shared_ptr<const Matrix>> made_;  // of [page_rows, columns]; null: in base_
-  std::vector<std::uint64_t> elsewhere_;             // a bit a page: made_ has it
-  std::vector<bool> own_;  // pages that no other object has seen, unless shared_
+  Vector<std::uint64_t> elsewhere_;                  // a bit a page: made_ has it
+  Vector<std::uint8_t> own_;  // pages that no other object has seen, unless shared_
   mutable detail::atomic<bool> shared_{false};
 };
 
@@ -6666,17 +6717,17 @@ inline std::uint32_t ordered_bits(float v) noexcept {
 }
 
 // Ascending by the upper halves; what is alike there keeps its order. Three passes of a radix sort.
-inline void sort_by_upper_half(std::vector<std::uint64_t>& keys) {
+inline void sort_by_upper_half(Vector<std::uint64_t>& keys) {
   constexpr int bits = 11, passes = 3;
   constexpr std::size_t buckets = std::size_t{1} << bits;
-  std::vector<std::uint32_t> starts(passes * buckets);
+  Vector<std::uint32_t> starts(passes * buckets);
   const auto digit = [](std::uint64_t key, int pass) {
     return static_cast<std::size_t>(key >> (32 + bits * pass)) & (buckets - 1);
   };
   for (const std::uint64_t key : keys)
     for (int pass = 0; pass < passes; ++pass)
       ++starts[static_cast<std::size_t>(pass) * buckets + digit(key, pass)];
-  std::vector<std::uint64_t> other(keys.size());
+  Vector<std::uint64_t> other(keys.size());
   for (int pass = 0; pass < passes; ++pass) {
     std::uint32_t* const start = starts.data() + static_cast<std::size_t>(pass) * buckets;
     std::exclusive_scan(start, start + buckets, start, 0u);
@@ -6745,7 +6796,7 @@ struct Panels {
         bytes_a_panel(bits == 8 ? kernels::panel_bytes<8>(columns)
                                 : kernels::panel_bytes<4>(columns)) {
     const std::size_t count = sources.size(), padded = kernels::padded(count);
-    std::vector<std::uint64_t> keys(count);
+    Vector<std::uint64_t> keys(count);
     for (std::size_t i = 0; i < count; ++i) {
       const float reach = usual_length * sources[i].norm + sources[i].place.bias;
       keys[i] = std::uint64_t{~ordered_bits(reach)} << 32 | i;
@@ -6763,7 +6814,7 @@ struct Panels {
       raised_biases.resize(padded, bfloat16(never));
     }
     chunks.resize((padded + chunk_rows - 1) / chunk_rows);
-    std::vector<std::int8_t> values(kernels::padded(columns));
+    Vector<std::int8_t> values(kernels::padded(columns));
     const auto source_at = [&](std::size_t p) -> const Source& {
       return sources[static_cast<std::uint32_t>(keys[p])];
     };
@@ -6815,10 +6866,10 @@ struct Panels {
 
   int bits;
   std::size_t columns, bytes_a_panel;
-  LineVector<Place> order;             // by position, padded to whole panels
-  std::vector<std::uint32_t> by_item;  // positions, ascending by their items
-  LineVector<std::uint8_t> bytes;      // see kernels::PanelRows
-  LineVector<float> scales, biases;    // of 8 bits
+  LineVector<Place> order;           // by position, padded to whole panels
+  Vector<std::uint32_t> by_item;     // positions, ascending by their items
+  LineVector<std::uint8_t> bytes;    // see kernels::PanelRows
+  LineVector<float> scales, biases;  // of 8 bits
   // Of 4 bits. Biases are raised by usual_length |r|: what a query of the usual length needs for a
   // margin, each row its own.
   LineVector<std::uint16_t> short_scales, raised_biases;
@@ -7031,7 +7082,7 @@ class Scorer {
 
   // Belongs to no scorer: whichever uses it makes it as large as it needs, and it stays so.
   struct Workspace {
-    std::vector<double> query;
+    Vector<double> query;
     std::vector<Search> searches;
     std::vector<Search*> active;
     std::size_t bytes() const noexcept;
@@ -7087,7 +7138,7 @@ class Scorer {
     next.biases_ = std::move(biases);
     const std::size_t added = next.rows_.rows() - rows_.rows();
     if (parts_.empty() || (changed.size() + added) * ratio >= parts_.front().live) {
-      std::vector<std::uint16_t> known = short_scales();
+      Vector<std::uint16_t> known = short_scales();
       if (!known.empty())
         for (const std::uint32_t item : changed)
           if (!same_row(next.rows_, item)) known[item] = 0;
@@ -7275,18 +7326,18 @@ class Scorer {
     // Candidates: bounds of their scores, positions; up to settled the places there, all of which
     // may be ranked. lower is -inf from found to the next multiple of kernels::lanes.
     std::size_t found = 0, settled = 0;
-    std::vector<float> lower, upper;
-    std::vector<std::uint32_t> positions;
+    Vector<float> lower, upper;
+    Vector<std::uint32_t> positions;
     std::vector<Place> places;
     Eligibility eligibility;
-    std::vector<double> query;  // [padded(d)]
-    std::vector<std::int8_t> quantised;
-    std::vector<std::uint64_t> keys, best;  // of the candidates and of the k best, once resolved
+    Vector<double> query;  // [padded(d)]
+    Vector<std::int8_t> quantised;
+    Vector<std::uint64_t> keys, best;  // of the candidates and of the k best, once resolved
     // Positions for a second look and how far off that can be; up to `ready` the places there.
     // [most_waiting] with panels of 4 bits.
     std::size_t waiting = 0, ready = 0;
-    std::vector<std::uint32_t> waiting_positions;
-    std::vector<float> waiting_margins;
+    Vector<std::uint32_t> waiting_positions;
+    Vector<float> waiting_margins;
     std::vector<Place> waiting_places;
 
     // Whether candidates go through the filter before their bounds are counted.
@@ -7338,8 +7389,8 @@ class Scorer {
   }
 
   // The scales of all items' rows in 4 bits, 0 where they have none; empty with 8 bits.
-  std::vector<std::uint16_t> short_scales() const {
-    std::vector<std::uint16_t> known(bits_ == 4 ? rows_.rows() : 0);
+  Vector<std::uint16_t> short_scales() const {
+    Vector<std::uint16_t> known(bits_ == 4 ? rows_.rows() : 0);
     if (bits_ == 4)
       for (const Part& part : parts_)
         for (const std::uint32_t position : part.panels->by_item)
@@ -7883,7 +7934,7 @@ class Scorer {
   // the greatest, and each bucket sorted: random comparisons, half of them predicted wrongly, took
   // four times as long.
   static void sort_best(std::span<const std::uint64_t> keys, std::size_t k,
-                        std::vector<std::uint64_t>& best) {
+                        Vector<std::uint64_t>& best) {
     constexpr int most_bits = 10;
     best.resize(keys.size());
     if (keys.empty()) return;
@@ -7911,10 +7962,10 @@ class Scorer {
   PagedArray<float> biases_;
   const kernels::Table* table_;
   std::size_t largest_8bit_;
-  float length_;                          // of a usual query
-  int bits_ = 8;                          // of all parts
-  std::vector<Part> parts_;               // oldest and largest first
-  std::vector<std::uint32_t> unbounded_;  // items with a |v| that f32 cannot hold, ascending
+  float length_;                     // of a usual query
+  int bits_ = 8;                     // of all parts
+  std::vector<Part> parts_;          // oldest and largest first
+  Vector<std::uint32_t> unbounded_;  // items with a |v| that f32 cannot hold, ascending
   Bounds all_;
   float largest_bias_ = 0;
 };
@@ -8067,7 +8118,7 @@ class ItemCounters {
   }
 
   // Items added to since they were last taken, ascending, appended to `items`. O(size() / 64).
-  void take_touched(std::vector<std::uint32_t>& items) {
+  void take_touched(Vector<std::uint32_t>& items) {
     std::size_t count = 0;
     for (const auto& block : blocks_)
       for (const auto& word : block->touched)
@@ -8211,7 +8262,7 @@ class ContextSums {
   template <class Visit>
   void for_each(const DecayMoment& moment, Visit visit) const {
     std::vector<Row> rows;
-    std::vector<float> sums;
+    Vector<float> sums;
     for (const Stripe& stripe : stripes_) {
       for (std::size_t count = 0;;) {  // memory is taken without the lock
         rows.reserve(count);
@@ -8269,7 +8320,7 @@ class ContextSums {
     mutable detail::RankedMutex<1> mutex;
     detail::HashIndex index;
     std::vector<Row> rows;
-    std::vector<std::unique_ptr<float[]>> blocks;  // of block_rows rows: positive, then expected
+    Vector<std::unique_ptr<float[]>> blocks;  // of block_rows rows: positive, then expected
     RecencyList order;
     std::uint32_t free = RecencyList::none;  // a row without an item, its links.older the next
   };
@@ -8293,7 +8344,7 @@ class ContextSums {
   void grow(Stripe& stripe, std::size_t index_slots, bool rows, std::size_t count) const {
     detail::HashIndex larger;
     std::vector<Row> more_rows;
-    std::vector<std::unique_ptr<float[]>> blocks;
+    Vector<std::unique_ptr<float[]>> blocks;
     std::unique_ptr<float[]> block;
     if (index_slots != 0) larger = detail::HashIndex::of_capacity(index_slots);
     if (rows) {
@@ -8471,7 +8522,7 @@ struct LoggedChoice {
 
 struct LoggedSlate {
   std::int64_t timestamp = 0;
-  std::vector<float> query;  // the user's, when served; empty for a user without events
+  Vector<float> query;  // the user's, when served; empty for a user without events
   std::vector<LoggedPick> picks;
   std::vector<LoggedChoice> choices;  // as many as picks, or none
 };
@@ -8597,7 +8648,7 @@ class SlateLog {
   // lock is held meanwhile. Cost: O(capacity) beside the visits.
   template <class Visit>
   void for_each_reported(std::size_t limit, Visit visit) const {
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> newest;  // order and number
+    Vector<std::pair<std::uint64_t, std::uint64_t>> newest;  // order and number
     for (const Stripe& stripe : stripes_) {
       newest.reserve(newest.size() + stripe.slots.size());
       const detail::lock_guard lock{stripe.mutex};
@@ -8701,8 +8752,8 @@ class SlateLog {
     if (count > 0) std::memcpy(at, values, count * sizeof(T));
     return at + count * sizeof(T);
   }
-  template <class T>
-  static const std::byte* take(const std::byte* at, std::vector<T>& values,
+  template <class T, class Allocator>
+  static const std::byte* take(const std::byte* at, std::vector<T, Allocator>& values,
                                std::size_t count) noexcept {
     values.resize(count);  // reserved
     if (count > 0) std::memcpy(values.data(), at, count * sizeof(T));
@@ -8903,10 +8954,10 @@ class VectorCorrection {
   static constexpr double ridge = 16.0, damping = 0.7;
 
   // second_moment: [d, d], mean of query query^T. Cost: some 8 d^3.
-  VectorCorrection(std::vector<double> second_moment, std::size_t dimension,
+  VectorCorrection(Vector<double> second_moment, std::size_t dimension,
                    const kernels::Table& table = kernels::chosen())
       : dimension_(dimension), padded_(kernels::padded(dimension)), table_(&table) {
-    std::vector<double> values(dimension), vectors(dimension * dimension);
+    Vector<double> values(dimension), vectors(dimension * dimension);
     diagonalise(second_moment, vectors, values);
     values_.resize(padded_);
     zeros_.resize(padded_);
@@ -8952,15 +9003,14 @@ class VectorCorrection {
 
   // a = vectors^T diag(values) vectors, of a symmetric a [n, n], which is used up: Householder's
   // reduction to a tridiagonal matrix, then implicit QL (Golub and Van Loan, 8.3).
-  static void diagonalise(std::vector<double>& a, std::vector<double>& vectors,
-                          std::vector<double>& values) {
+  static void diagonalise(Vector<double>& a, Vector<double>& vectors, Vector<double>& values) {
     const std::size_t n = values.size();
-    std::vector<double> beside(n), scales(n);
+    Vector<double> beside(n), scales(n);
     reduce(a, values, beside, scales);
     // Rows of `vectors` are the columns of H_0 H_1 ..., whose Householder vectors lie in a's
     // columns.
     for (std::size_t i = 0; i < n; ++i) vectors[i * n + i] = 1;
-    std::vector<double> sums(n);
+    Vector<double> sums(n);
     for (std::size_t k = n > 2 ? n - 2 : 0; k-- > 0;) {
       if (scales[k] == 0) continue;
       for (std::size_t r = k + 1; r < n; ++r) {
@@ -8975,10 +9025,10 @@ class VectorCorrection {
 
   // values: the diagonal; beside: what stands next to it, from 0 on. Row k of a, from k + 1 on, is
   // the k-th Householder vector v, H = I - scales[k] v v^T.
-  static void reduce(std::vector<double>& a, std::vector<double>& values,
-                     std::vector<double>& beside, std::vector<double>& scales) {
+  static void reduce(Vector<double>& a, Vector<double>& values, Vector<double>& beside,
+                     Vector<double>& scales) {
     const std::size_t n = values.size();
-    std::vector<double> w(n);
+    Vector<double> w(n);
     for (std::size_t k = 0; k < n; ++k) {
       values[k] = a[k * n + k];
       if (k + 1 == n) break;
@@ -9005,8 +9055,7 @@ class VectorCorrection {
     }
   }
 
-  static void iterate(std::vector<double>& vectors, std::vector<double>& values,
-                      std::vector<double>& beside) {
+  static void iterate(Vector<double>& vectors, Vector<double>& values, Vector<double>& beside) {
     const std::size_t n = values.size();
     constexpr double epsilon = std::numeric_limits<double>::epsilon();
     const auto small = [&](std::size_t i) {
@@ -9055,9 +9104,9 @@ class VectorCorrection {
 
   std::size_t dimension_, padded_;
   const kernels::Table* table_;
-  std::vector<float> to_basis_, from_basis_, values_, zeros_;
+  Vector<float> to_basis_, from_basis_, values_, zeros_;
   double trace_ = 0;
-  mutable std::vector<float> projection_, residual_, result_;  // while solving
+  mutable Vector<float> projection_, residual_, result_;  // while solving
 };
 
 // tau, in log clicks. The higher, the more mediocre items of a large pool count together as one
@@ -9222,9 +9271,9 @@ class SlotPolicy {
   float weight_ = 0, temperature_ = 1;
   double handicap_ = 0;
   static constexpr std::size_t block = 64;
-  std::vector<float> weights_;  // softmax numerators of the pool, 0 where taken
-  std::vector<double> blocks_;  // their sums over blocks
-  std::vector<char> open_;
+  Vector<float> weights_;  // softmax numerators of the pool, 0 where taken
+  Vector<double> blocks_;  // their sums over blocks
+  Vector<char> open_;
   std::size_t remaining_ = 0;
   float largest_ = 0;
   double total_ = 0, value_ = 0;  // sums over weights_, of weights_ x values_
@@ -9242,13 +9291,13 @@ struct SeenPick {
 
 // Request-sized memory.
 struct Scratch {
-  std::vector<float> query;             // [padded(d)], h with g
-  std::vector<float> offset;            // [d], g
-  std::vector<float> gradient, vector;  // [d], for moving g
-  std::vector<float> input;             // [e], of an item that is none of the model's
+  Vector<float> query;             // [padded(d)], h with g
+  Vector<float> offset;            // [d], g
+  Vector<float> gradient, vector;  // [d], for moving g
+  Vector<float> input;             // [e], of an item that is none of the model's
   Encoder::Workspace encoding;
   Scorer::Workspace scoring;
-  std::vector<std::uint32_t> interacted;
+  Vector<std::uint32_t> interacted;
   std::vector<ScoredItem> ignored;  // item and its discount, ascending by item
   std::array<std::uint64_t, 16>
       ignored_filter{};  // a bit set for each, by the item's last ten bits
@@ -9257,7 +9306,7 @@ struct Scratch {
   bool grown = false;                              // users have: Settle looks at their budget
   ItemMask taken{0}, excluded{0};                  // all zero between requests
   std::vector<ScoredItem> top, pool;
-  std::vector<float> pool_scores, pool_expected;
+  Vector<float> pool_scores, pool_expected;
   float normaliser = 0;
   SlotPolicy policy;
   std::vector<SlotChoice> choices;
@@ -9324,29 +9373,28 @@ struct Catalogue {
   ItemRows vectors;           // rows with corrections
   PagedArray<float> biases;   // offsets with quality and corrections
   PagedArray<float> quality;  // empty without feedback
-  PagedArray<std::uint32_t> correction_of;                // row + 1 of corrections, 0: none
-  std::shared_ptr<const std::vector<float>> corrections;  // [rows, d + 1]: delta, then a constant
-  std::shared_ptr<const std::vector<std::uint32_t>> corrected;  // the item of each
+  PagedArray<std::uint32_t> correction_of;                 // row + 1 of corrections, 0: none
+  std::shared_ptr<const Vector<float>> corrections;        // [rows, d + 1]: delta, then a constant
+  std::shared_ptr<const Vector<std::uint32_t>> corrected;  // the item of each
   std::shared_ptr<const Scorer> scorer;
   // log of interactions, on the scale of those in training; share of all = exp(popularity + scale)
   PagedArray<float> popularity;
   float popularity_scale = 0;
   double trained_interactions = 0, interactions = 0;  // of all items; on that scale
   std::int64_t started = 0;  // the training's interactions count as of this time
-  std::shared_ptr<const std::vector<std::uint32_t>>
-      popular;                               // by popularity and quality, best first
-  std::vector<std::uint32_t> popular_later;  // put or changed since that was sorted, best first
-  std::vector<std::uint32_t> later_items;    // the same, ascending
-  std::vector<PoolItem> pool;                // ascending by item
-  std::vector<float> pool_vectors, pool_biases;
+  std::shared_ptr<const Vector<std::uint32_t>> popular;  // by popularity and quality, best first
+  Vector<std::uint32_t> popular_later;  // put or changed since that was sorted, best first
+  Vector<std::uint32_t> later_items;    // the same, ascending
+  std::vector<PoolItem> pool;           // ascending by item
+  Vector<float> pool_vectors, pool_biases;
   Calibration calibration;
   GammaPrior well_known_prior{10, 1}, cold_prior{2, 1};
-  std::shared_ptr<const std::vector<double>> second_moment;  // of queries of reported slates
+  std::shared_ptr<const Vector<double>> second_moment;  // of queries of reported slates
   float mean_square = 0;  // of the lengths of the model's item vectors
   float low_bias = 0;     // of an item of which nothing is known
   // Ascending: items with counts, whose scores each learning sets anew. All others have the quality
   // of items without feedback: 0 where they are well known, else unseen_quality.
-  std::shared_ptr<const std::vector<std::uint32_t>> active;
+  std::shared_ptr<const Vector<std::uint32_t>> active;
   float unseen_quality = 0;
   bool changed_base = false;  // items were put or removed: `base` alone is not the model
 
@@ -9458,7 +9506,7 @@ struct Catalogue {
     parts.item_ids = {};
     parts.biases.clear();
     parts.statistics.clear();
-    std::vector<std::uint32_t> items;
+    Vector<std::uint32_t> items;
     for (std::uint32_t i = 0; i < size(); ++i) {
       if (!available(i)) continue;
       if (auto added = parts.item_ids.add((*ids)[i]); !added) return added.error();
@@ -9501,8 +9549,7 @@ struct Catalogue {
 inline Result<std::size_t> metadata_of(const Model& model,
                                        std::span<const std::pair<std::string, std::string>> fields,
                                        std::span<float> vector) {
-  const std::vector<std::pair<std::string_view, std::string_view>> views(fields.begin(),
-                                                                         fields.end());
+  const Vector<std::pair<std::string_view, std::string_view>> views(fields.begin(), fields.end());
   const std::size_t known = model.metadata_vector(views, vector);
   for (const float v : vector)
     if (!(std::abs(v) <= max_magnitude))
@@ -9516,7 +9563,7 @@ inline Result<std::size_t> metadata_of(const Model& model,
 // learning a few passes over the items, O(d^2) for each with context sums, and some 8 d^3.
 class CatalogueBuilder {
  public:
-  using Fields = std::vector<std::pair<std::string, std::string>>;
+  using Fields = Vector<std::pair<std::string, std::string>>;
   static constexpr std::size_t calibration_slates = 2048;  // the newest
   static constexpr std::size_t largest_correction = 1024;  // d, beyond which d^3 is too much
 
@@ -9557,7 +9604,7 @@ class CatalogueBuilder {
     c.biases = c.offsets;
     c.started = std::max(now, latest);
     c.low_bias = tenth_percentile(parts);
-    c.active = c.corrected = std::make_shared<const std::vector<std::uint32_t>>();
+    c.active = c.corrected = std::make_shared<const Vector<std::uint32_t>>();
     if (options.feedback) c.mean_square = mean_square(parts.item_vectors);
     for (const ItemStatistics& s : parts.statistics) {
       c.popularity.push_back(std::log(std::max(static_cast<float>(s.interactions), 0.5f)));
@@ -9636,7 +9683,7 @@ class CatalogueBuilder {
   static constexpr float like = 0.7f;
 
   static float mean_square(const Matrix& vectors) {
-    std::vector<float> row(vectors.columns());
+    Vector<float> row(vectors.columns());
     double sum = 0;
     for (std::size_t i = 0; i < vectors.rows(); ++i) {
       vectors.row(i, row);
@@ -9648,7 +9695,7 @@ class CatalogueBuilder {
 
   // Of the biases of items with interactions, or of all.
   static float tenth_percentile(const ModelParts& parts) {
-    std::vector<float> biases;
+    Vector<float> biases;
     for (std::size_t i = 0; i < parts.biases.size(); ++i)
       if (parts.statistics[i].interactions > 0) biases.push_back(parts.biases[i]);
     if (biases.empty()) biases = parts.biases;
@@ -9662,12 +9709,12 @@ class CatalogueBuilder {
     if (!ids_) ids_ = std::make_shared<ItemIds>(*next.ids);
     next.ids = ids_;
     const std::uint32_t item = ids_->add(id);
-    const std::vector<float> zeros(next.dimension());
+    const Vector<float> zeros(next.dimension());
     next.statistics.push_back({});
     next.rows.push_back(zeros);
     next.vectors.push_back(zeros);
     if (!next.input_rows.empty())
-      next.input_rows.push_back(std::vector<float>(next.input_rows.columns()));
+      next.input_rows.push_back(Vector<float>(next.input_rows.columns()));
     next.offsets.push_back(next.low_bias);
     next.biases.push_back(next.low_bias);
     next.popularity.push_back(std::log(0.5f));
@@ -9693,8 +9740,8 @@ class CatalogueBuilder {
     Catalogue& next = *next_;
     const std::size_t d = next.dimension();
     std::vector<Described> known;
-    std::vector<float> own;  // [known, d]
-    std::vector<float> vector(d);
+    Vector<float> own;  // [known, d]
+    Vector<float> vector(d);
     for (const Described& one : described_) {
       // What does not fit was refused when it was put.
       const auto values = metadata_of(*next.base, *one.fields, vector);
@@ -9705,7 +9752,7 @@ class CatalogueBuilder {
     }
     if (known.empty()) return;
     const auto nearest = nearest_trained(own, known.size());
-    std::vector<float> row(d), inputs(next.input_rows.columns()), input(inputs.size());
+    Vector<float> row(d), inputs(next.input_rows.columns()), input(inputs.size());
     for (std::size_t k = 0; k < known.size(); ++k) {
       pace_.step();
       const std::uint32_t item = known[k].item;
@@ -9749,7 +9796,7 @@ class CatalogueBuilder {
     const std::size_t d = next.dimension(), items = next.base->item_count();
     const std::size_t stride = items / looked_at + 1;
     std::vector<std::vector<ScoredItem>> nearest(count);
-    std::vector<float> row(d);
+    Vector<float> row(d);
     for (std::uint32_t i = 0; i < items; i += static_cast<std::uint32_t>(stride)) {
       pace_.step();
       if (next.statistics[i].interactions == 0 || !next.available(i)) continue;
@@ -9776,7 +9823,7 @@ class CatalogueBuilder {
   }
 
   void calibrate(const SlateLog& slates);
-  std::vector<std::uint32_t> find_active();
+  Vector<std::uint32_t> find_active();
   void learn_popularity(std::span<const std::uint32_t> active, const DecayMoment& moment,
                         std::int64_t now);
   template <class Rate>
@@ -9787,13 +9834,13 @@ class CatalogueBuilder {
   void sort_popular() {
     Catalogue& next = *next_;
     next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
-    std::vector<std::uint64_t> keys(next.size());
+    Vector<std::uint64_t> keys(next.size());
     for (std::uint32_t i = 0; i < keys.size(); ++i)
       keys[i] = std::uint64_t{~ordered_bits(next.popular_score(i))} << 32 | i;
     sort_by_upper_half(keys);
-    std::vector<std::uint32_t> popular(keys.size());
+    Vector<std::uint32_t> popular(keys.size());
     for (std::size_t i = 0; i < keys.size(); ++i) popular[i] = static_cast<std::uint32_t>(keys[i]);
-    next.popular = std::make_shared<const std::vector<std::uint32_t>>(std::move(popular));
+    next.popular = std::make_shared<const Vector<std::uint32_t>>(std::move(popular));
     next.popular_later.clear();
     next.later_items.clear();
   }
@@ -9802,7 +9849,7 @@ class CatalogueBuilder {
   void adjust_popular() {
     Catalogue& next = *next_;
     next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
-    std::vector<std::uint32_t> later;
+    Vector<std::uint32_t> later;
     std::set_union(next.later_items.begin(), next.later_items.end(), changed_.begin(),
                    changed_.end(), std::back_inserter(later));
     if (later.size() > std::max<std::size_t>(256, next.size() / 16)) return sort_popular();
@@ -9843,7 +9890,7 @@ class CatalogueBuilder {
   void adjust_pool(std::int64_t now, std::int64_t latest) {
     if (!(options_.exploration_weight > 0)) return;
     const DecayMoment moment = Decay(Catalogue::half_life).at(now);
-    std::vector<std::uint32_t> items, all;
+    Vector<std::uint32_t> items, all;
     for (const PoolItem& candidate : next_->pool) items.push_back(candidate.item);
     std::set_union(items.begin(), items.end(), changed_.begin(), changed_.end(),
                    std::back_inserter(all));
@@ -9883,8 +9930,8 @@ class CatalogueBuilder {
   std::uint32_t first_added_;
   std::shared_ptr<ItemIds> ids_;  // where items are added
   std::vector<Described> described_;
-  std::vector<std::uint32_t> changed_;  // another row, bias, popularity or creation
-  std::vector<std::uint32_t> touched_;  // with counts since the generation before
+  Vector<std::uint32_t> changed_;  // another row, bias, popularity or creation
+  Vector<std::uint32_t> touched_;  // with counts since the generation before
   std::size_t values_unknown_ = 0;
 };
 
@@ -9892,16 +9939,16 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
                                            ContextSums& contexts) {
   Catalogue& next = *next_;
   const DecayMoment moment = Decay(Catalogue::half_life).at(now);
-  std::vector<std::uint32_t> active = find_active();
+  Vector<std::uint32_t> active = find_active();
   learn_popularity(active, moment, now);
   if (!options_.feedback) {
-    next.active = std::make_shared<const std::vector<std::uint32_t>>(std::move(active));
+    next.active = std::make_shared<const Vector<std::uint32_t>>(std::move(active));
     return next.active->size();
   }
   calibrate(slates);
 
   std::vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
-  std::vector<bool> well_known(active.size());
+  Vector<std::uint8_t> well_known(active.size());
   for (std::size_t a = 0; a < active.size(); ++a) {
     pace_.step(a);
     well_known[a] = next.is_well_known(active[a], moment);
@@ -9925,7 +9972,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   };
   settle_unseen(static_cast<float>((std::log(next.cold_prior.mean) - level) / slope), active,
                 moment, rate);
-  std::vector<std::uint32_t> still;
+  Vector<std::uint32_t> still;
   for (std::size_t a = 0; a < active.size(); ++a) {
     pace_.step(a);
     const GammaPrior& prior = well_known[a] ? next.well_known_prior : next.cold_prior;
@@ -9936,13 +9983,13 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
                                     : next.unseen_quality);
     if (seen || next.interactions_since(active[a], moment) > 0) still.push_back(active[a]);
   }
-  next.active = std::make_shared<const std::vector<std::uint32_t>>(std::move(still));
+  next.active = std::make_shared<const Vector<std::uint32_t>>(std::move(still));
   return well_known_items.size() + cold_items.size();
 }
 
 // Items with counts: those of the generation before and those counted since.
-inline std::vector<std::uint32_t> CatalogueBuilder::find_active() {
-  std::vector<std::uint32_t> active;
+inline Vector<std::uint32_t> CatalogueBuilder::find_active() {
+  Vector<std::uint32_t> active;
   next_->counters->take_touched(touched_);
   std::set_union(next_->active->begin(), next_->active->end(), touched_.begin(), touched_.end(),
                  std::back_inserter(active));
@@ -9972,7 +10019,7 @@ inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
   Catalogue& next = *next_;
   const std::size_t d = next.dimension();
   std::vector<CalibrationSample> samples;
-  std::vector<double> second_moment(d <= largest_correction ? d * d : 0);
+  Vector<double> second_moment(d <= largest_correction ? d * d : 0);
   double queries = 0;
   slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
     pace_.step();
@@ -9991,7 +10038,7 @@ inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
   if (!samples.empty()) next.calibration = fit_calibration(samples, next.calibration);
   if (queries == 0) return;
   for (double& value : second_moment) value /= queries;
-  next.second_moment = std::make_shared<const std::vector<double>>(std::move(second_moment));
+  next.second_moment = std::make_shared<const Vector<double>>(std::move(second_moment));
 }
 
 // Interactions at run time count beside those of training, which decay as they do.
@@ -10035,8 +10082,8 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
     changed_.push_back(item);
   }
   next.vectors = next.rows;
-  std::vector<float> corrections, residual(d), row(d);
-  std::vector<std::uint32_t> corrected, faded;
+  Vector<float> corrections, residual(d), row(d);
+  Vector<std::uint32_t> corrected, faded;
   contexts.for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
                                 std::span<const float> expected) {
     pace_.step();
@@ -10069,8 +10116,8 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   for (const std::uint32_t item : faded) contexts.forget(item);
   for (const std::uint32_t item : *next.corrected)
     if (next.correction_of[item] == 0 && next.available(item)) restore(item);
-  next.corrections = std::make_shared<const std::vector<float>>(std::move(corrections));
-  next.corrected = std::make_shared<const std::vector<std::uint32_t>>(std::move(corrected));
+  next.corrections = std::make_shared<const Vector<float>>(std::move(corrections));
+  next.corrected = std::make_shared<const Vector<std::uint32_t>>(std::move(corrected));
 }
 
 // The published generation and the idle memory of requests, in lanes: the threads of a lane share a
@@ -10171,7 +10218,7 @@ class ScratchLease {
     const Catalogue& c = *catalogue_;
     Scratch& scratch = *scratch_;
     scratch.query.resize(kernels::padded(c.dimension()));
-    for (std::vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
+    for (Vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
       each->resize(c.dimension());
     scratch.input.resize(c.base->parts().inputs().columns());
     if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
@@ -10607,7 +10654,7 @@ class Users {
     mutable Mutex mutex;
     HashIndex index;                 // of users
     std::vector<User::Owner> users;  // null: free
-    std::vector<std::uint32_t> free;
+    Vector<std::uint32_t> free;
     RecencyList order;
     std::size_t bytes = 0;  // of the users
   };
@@ -10661,7 +10708,7 @@ class Users {
   static void grow(Shard& shard, std::size_t full_at) {
     HashIndex larger;
     std::vector<User::Owner> users;
-    std::vector<std::uint32_t> free;
+    Vector<std::uint32_t> free;
     std::size_t size = 0;
     {
       const lock_guard lock{shard.mutex};
@@ -10776,9 +10823,9 @@ class EventIds {
   static constexpr std::size_t stripe_count = 64;
   struct Stripe {
     mutable RankedMutex<1> mutex;
-    HashIndex index;                     // of places in the ring
-    std::vector<std::uint64_t> ring;     // hashes in the order of arrival
-    std::vector<std::uint64_t> claimed;  // of events that are being recorded
+    HashIndex index;                // of places in the ring
+    Vector<std::uint64_t> ring;     // hashes in the order of arrival
+    Vector<std::uint64_t> claimed;  // of events that are being recorded
     std::size_t next = 0;
   };
 
@@ -10805,7 +10852,7 @@ class EventIds {
 
   static void grow(Stripe& stripe, std::size_t room, std::size_t claimed) {
     HashIndex larger = HashIndex::of_capacity(room + room / 2 + 2);
-    std::vector<std::uint64_t> ring, claims;
+    Vector<std::uint64_t> ring, claims;
     ring.reserve(room);
     claims.reserve(claimed);
     const lock_guard lock{stripe.mutex};
@@ -10868,14 +10915,14 @@ class TimeGate {
     if (!timestamp || *timestamp <= now) return Time{timestamp.value_or(now), now};
     const std::int64_t ahead = elapsed(now, *timestamp);
     if (ahead <= options_.clock_skew.count()) return Time{*timestamp, now};
-    std::string text = std::string(what) + " is " + std::to_string(*timestamp) + ", " +
-                       std::to_string(ahead) + " seconds ahead of the clock";
+    std::string text =
+        joined({what, " is ", *timestamp, ", ", ahead, " seconds ahead of the clock"});
     for (const auto& [scale, unit] : {std::pair<std::int64_t, const char*>{1'000, "milliseconds"},
                                       {1'000'000, "microseconds"},
                                       {1'000'000'000, "nanoseconds"}})
       if (const std::int64_t seconds = *timestamp / scale;
           now > 0 && seconds > now / 16 && elapsed(now, seconds) <= now) {
-        text += std::string("; it looks like ") + unit + ", and Unix seconds are wanted";
+        text += joined({"; it looks like ", unit, ", and Unix seconds are wanted"});
         break;
       }
     return Error{Errc::invalid_argument, std::move(text)};
@@ -11105,7 +11152,7 @@ struct State {
   ContextSums contexts;
   SlateLog slates;
   Decay decay{Catalogue::half_life};
-  std::vector<atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
+  Vector<atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
   Lanes lanes;
 
   atomic<bool> changed{false};                     // events or impressions since the last learning
@@ -11313,9 +11360,9 @@ inline Result<void> State::check_fields(const NewItem& item) const {
     std::string names;
     for (const MetadataField& of_model : parts.fields)
       names += (names.empty() ? "" : ", ") + of_model.name;
-    return Error{Errc::invalid_argument, "the model has no metadata field '" +
-                                             std::string(field.substr(0, 64)) + "'; it has " +
-                                             (names.empty() ? "none" : names)};
+    return Error{Errc::invalid_argument,
+                 joined({"the model has no metadata field '", field.substr(0, 64), "'; it has ",
+                         (names.empty() ? "none" : names)})};
   }
   return {};
 }
@@ -11323,7 +11370,7 @@ inline Result<void> State::check_fields(const NewItem& item) const {
 // Merges what is given into what is known of the item; where that cannot be taken in, nothing is
 // changed.
 inline Result<void> State::put(const NewItem& item, const Time& time) {
-  std::vector<float> vector(base_model->dimension());
+  Vector<float> vector(base_model->dimension());
   const lock_guard lock{pending_mutex};
   const auto found = put_items.find(item.item);
   const bool there = found != put_items.end(), waits = there && found->second.waiting;
@@ -11784,10 +11831,10 @@ inline Result<const kernels::Table*> find_kernels(const std::string& name) {
   std::string names;
   for (std::size_t t = 0; t < count; ++t) {
     if (name == tables[t]->name) return tables[t];
-    names += std::string(t == 0 ? "" : ", ") + tables[t]->name;
+    names += joined({t == 0 ? "" : ", ", tables[t]->name});
   }
-  return Error{Errc::invalid_argument, "RecommenderOptions::instruction_set is '" + name +
-                                           "'; this program has for this processor: " + names};
+  return Error{Errc::invalid_argument, joined({"RecommenderOptions::instruction_set is '", name,
+                                               "'; this program has for this processor: ", names})};
 }
 
 // A model file's times come through the same gate.
@@ -11799,8 +11846,7 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
     const ItemStatistics& s = parts.statistics[i];
     for (const std::int64_t t : {s.first_timestamp, s.last_timestamp, s.creation_timestamp}) {
       if (t == no_timestamp || elapsed(now, t) <= skew) continue;
-      const std::string what =
-          "section STAT: a time of item '" + std::string(model.item_id(i)) + "'";
+      const std::string what = joined({"section STAT: a time of item '", model.item_id(i), "'"});
       return state.times.check(t, what.c_str()).error();
     }
   }
@@ -12096,8 +12142,8 @@ PERSONALIZE_API Result<void> Recommender::check_mask(const Catalogue& catalogue,
                                                      const Request& request) {
   if (request.eligible && request.eligible->size() > catalogue.size())
     return Error{Errc::invalid_argument,
-                 "Request::eligible has " + std::to_string(request.eligible->size()) +
-                     " bits, the catalogue " + std::to_string(catalogue.size()) + " items"};
+                 detail::joined({"Request::eligible has ", request.eligible->size(),
+                                 " bits, the catalogue ", catalogue.size(), " items"})};
   return {};
 }
 
@@ -12289,7 +12335,7 @@ PERSONALIZE_API Result<Explanation> Recommender::explain(const Request& request,
     const Catalogue& catalogue = prepared.scratch.catalogue();
     const auto item = catalogue.find(id);
     if (!item)
-      return Error{Errc::unknown_item, "'" + std::string(id) + "' is not in the catalogue"};
+      return Error{Errc::unknown_item, detail::joined({"'", id, "' is not in the catalogue"})};
     prepared.read();
     const Ranking ranking = prepared.ranking();
     Scratch& scratch = *prepared.scratch;
