@@ -343,9 +343,114 @@ __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long,
 #define PERSONALIZE_KERNELS_NAMESPACE PERSONALIZE_NAMESPACE
 #endif
 
+// The 387's registers round a float later than all others do: slates would not be the same.
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#if defined(__clang__)
+#error "personalize_runtime.hpp needs SSE2 on 32-bit x86: add -msse2 -mfpmath=sse."
+#endif
+#pragma GCC push_options
+#pragma GCC target("sse2,fpmath=sse")
+#endif
+
 namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
 
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+#ifndef PERSONALIZE_NO_THREADS
+inline constexpr bool has_threads = true;
+using std::atomic, std::memory_order_relaxed, std::memory_order_acquire, std::memory_order_release;
+using std::condition_variable, std::mutex, std::lock_guard, std::unique_lock, std::try_to_lock;
+using std::thread;
+inline std::size_t thread_number() noexcept {
+  return std::hash<thread::id>{}(std::this_thread::get_id());
+}
+#else
+// What the same calls are where there is one thread: nobody to wait for, to wake or to exclude.
+inline constexpr bool has_threads = false;
+inline constexpr int memory_order_relaxed = 0, memory_order_acquire = 0, memory_order_release = 0;
+template <class T>
+class atomic {
+ public:
+  static constexpr bool is_always_lock_free = true;
+  constexpr atomic(T value = {}) noexcept : value_(value) {}
+  atomic(const atomic&) = delete;
+  atomic& operator=(const atomic&) = delete;
+  T operator=(T value) noexcept { return value_ = value; }
+  T load(int = 0) const noexcept { return value_; }
+  void store(T value, int = 0) noexcept { value_ = value; }
+  T exchange(T value, int = 0) noexcept { return std::exchange(value_, value); }
+  T fetch_add(T value, int = 0) noexcept { return std::exchange(value_, value_ + value); }
+  T fetch_or(T value, int = 0) noexcept { return std::exchange(value_, value_ | value); }
+  bool compare_exchange_weak(T& expected, T value, int = 0) noexcept {
+    const bool same = value_ == expected;
+    (same ? value_ : expected) = same ? value : value_;
+    return same;
+  }
+
+ private:
+  T value_;
+};
+struct mutex {
+  void lock() noexcept {}
+  bool try_lock() noexcept { return true; }
+  void unlock() noexcept {}
+};
+struct try_to_lock_t {};
+inline constexpr try_to_lock_t try_to_lock{};
+// Holds what it was given for as long as it is there.
+template <class Mutex>
+class unique_lock {
+ public:
+  explicit unique_lock(Mutex& held) : mutex_(held) { lock(); }
+  unique_lock(Mutex& held, try_to_lock_t) : mutex_(held), held_(held.try_lock()) {}
+  unique_lock(const unique_lock&) = delete;
+  unique_lock& operator=(const unique_lock&) = delete;
+  ~unique_lock() {
+    if (held_) mutex_.unlock();
+  }
+  explicit operator bool() const noexcept { return held_; }
+  void lock() {
+    mutex_.lock();
+    held_ = true;
+  }
+  void unlock() {
+    mutex_.unlock();
+    held_ = false;
+  }
+
+ private:
+  Mutex& mutex_;
+  bool held_ = false;
+};
+template <class Mutex>
+struct lock_guard : unique_lock<Mutex> {
+  explicit lock_guard(Mutex& held) : unique_lock<Mutex>(held) {}
+};
+struct condition_variable {
+  void notify_one() noexcept {}
+  void notify_all() noexcept {}
+  template <class Lock, class Time, class Until>
+  bool wait_for(Lock&, Time, Until until) {
+    return until();
+  }
+};
+struct thread {  // none of which is ever started
+  thread() = default;
+  template <class Call>
+  explicit thread(Call) noexcept {}
+  bool joinable() const noexcept { return false; }
+  void join() noexcept {}
+};
+inline std::size_t thread_number() noexcept { return 0; }
+#endif
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
 // Room 1: interface. Owns what goes into a recommender and what comes out of it, as plain data:
@@ -919,93 +1024,12 @@ inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed 
 
 namespace detail {
 
-#ifndef PERSONALIZE_NO_THREADS
-inline constexpr bool has_threads = true;
-using std::atomic, std::memory_order_relaxed, std::memory_order_acquire, std::memory_order_release;
-using std::condition_variable, std::mutex, std::lock_guard, std::unique_lock, std::try_to_lock;
-using std::thread;
-inline std::size_t thread_number() noexcept {
-  return std::hash<thread::id>{}(std::this_thread::get_id());
+// As std::bit_cast, which libc++ has only from version 14 on.
+template <class To, class From>
+constexpr To bit_cast(const From& from) noexcept {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
 }
-#else
-// What the same calls are where there is one thread: nobody to wait for, to wake or to exclude.
-inline constexpr bool has_threads = false;
-inline constexpr int memory_order_relaxed = 0, memory_order_acquire = 0, memory_order_release = 0;
-template <class T>
-class atomic {
- public:
-  static constexpr bool is_always_lock_free = true;
-  constexpr atomic(T value = {}) noexcept : value_(value) {}
-  atomic(const atomic&) = delete;
-  atomic& operator=(const atomic&) = delete;
-  T operator=(T value) noexcept { return value_ = value; }
-  T load(int = 0) const noexcept { return value_; }
-  void store(T value, int = 0) noexcept { value_ = value; }
-  T exchange(T value, int = 0) noexcept { return std::exchange(value_, value); }
-  T fetch_add(T value, int = 0) noexcept { return std::exchange(value_, value_ + value); }
-  T fetch_or(T value, int = 0) noexcept { return std::exchange(value_, value_ | value); }
-  bool compare_exchange_weak(T& expected, T value, int = 0) noexcept {
-    const bool same = value_ == expected;
-    (same ? value_ : expected) = same ? value : value_;
-    return same;
-  }
-
- private:
-  T value_;
-};
-struct mutex {
-  void lock() noexcept {}
-  bool try_lock() noexcept { return true; }
-  void unlock() noexcept {}
-};
-struct try_to_lock_t {};
-inline constexpr try_to_lock_t try_to_lock{};
-// Holds what it was given for as long as it is there.
-template <class Mutex>
-class unique_lock {
- public:
-  explicit unique_lock(Mutex& held) : mutex_(held) { lock(); }
-  unique_lock(Mutex& held, try_to_lock_t) : mutex_(held), held_(held.try_lock()) {}
-  unique_lock(const unique_lock&) = delete;
-  unique_lock& operator=(const unique_lock&) = delete;
-  ~unique_lock() {
-    if (held_) mutex_.unlock();
-  }
-  explicit operator bool() const noexcept { return held_; }
-  void lock() {
-    mutex_.lock();
-    held_ = true;
-  }
-  void unlock() {
-    mutex_.unlock();
-    held_ = false;
-  }
-
- private:
-  Mutex& mutex_;
-  bool held_ = false;
-};
-template <class Mutex>
-struct lock_guard : unique_lock<Mutex> {
-  explicit lock_guard(Mutex& held) : unique_lock<Mutex>(held) {}
-};
-struct condition_variable {
-  void notify_one() noexcept {}
-  void notify_all() noexcept {}
-  template <class Lock, class Time, class Until>
-  bool wait_for(Lock&, Time, Until until) {
-    return until();
-  }
-};
-struct thread {  // none of which is ever started
-  thread() = default;
-  template <class Call>
-  explicit thread(Call) noexcept {}
-  bool joinable() const noexcept { return false; }
-  void join() noexcept {}
-};
-inline std::size_t thread_number() noexcept { return 0; }
-#endif
 
 template <class T>
 T load_integer(const std::byte* p) noexcept {
@@ -1116,8 +1140,8 @@ namespace detail {
 // compilers make vectors of it.
 inline float largest(std::span<const float> values) noexcept {
   std::uint32_t most = 0;
-  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & 0x7fffffff);
-  return std::bit_cast<float>(std::min(most, 0x7f800000u));
+  for (const float v : values) most = std::max(most, bit_cast<std::uint32_t>(v) & 0x7fffffff);
+  return bit_cast<float>(std::min(most, 0x7f800000u));
 }
 
 // One added to an exponent of all ones carries into the sign. Four values a step: compilers do not
@@ -1133,8 +1157,7 @@ inline bool all_finite(std::span<const float> values) noexcept {
     carries |= (bits & magnitude) + one;
   }
   std::uint32_t carry = carries[0] | carries[1] | carries[2] | carries[3];
-  for (; i < values.size(); ++i)
-    carry |= (std::bit_cast<std::uint32_t>(values[i]) & magnitude) + one;
+  for (; i < values.size(); ++i) carry |= (bit_cast<std::uint32_t>(values[i]) & magnitude) + one;
   return carry <= magnitude;
 }
 
@@ -1622,17 +1645,17 @@ inline std::size_t allocated_text(std::size_t capacity) noexcept {
 
 // IEEE 754 half precision, rounded to nearest; what is too large becomes the largest.
 inline std::uint16_t half_of(float value) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const auto bits = bit_cast<std::uint32_t>(value);
   const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   const std::uint32_t half =
       magnitude < 0x38800000  // subnormal: the sum's last bits are those of the half
-          ? std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000
+          ? bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000
           : std::min((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13, 0x7bffu);
   return static_cast<std::uint16_t>(sign | half);
 }
 inline float float_of(std::uint16_t half) noexcept {
   // 2^112 moves the exponent's origin, of subnormals as well.
-  const float magnitude = std::bit_cast<float>(std::uint32_t{half & 0x7fffu} << 13) * 0x1p112f;
+  const float magnitude = bit_cast<float>(std::uint32_t{half & 0x7fffu} << 13) * 0x1p112f;
   return (half & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
@@ -1803,6 +1826,12 @@ struct NeonDot : Neon {
 };
 #endif
 #endif
+#if XSIMD_WITH_WASM
+struct Wasm {
+  static constexpr const char* name = "wasm simd128";
+  using simd = xsimd::wasm;
+};
+#endif
 #endif
 
 // The newest that the including translation unit's flags allow.
@@ -1820,6 +1849,8 @@ using Default = Sse2;
 using Default = NeonDot;
 #elif XSIMD_WITH_NEON64
 using Default = Neon;
+#elif XSIMD_WITH_WASM
+using Default = Wasm;
 #else
 using Default = Scalar;
 #endif
@@ -2479,6 +2510,136 @@ struct Ops<NeonDot> : Ops<Neon> {
   }
 };
 #endif
+#endif
+
+#if XSIMD_WITH_WASM
+template <>
+struct Ops<Wasm> {
+  static constexpr std::size_t panels = 1;
+  static constexpr std::size_t most_sums = 1;
+  static constexpr int query_limit = 127;
+  struct Sums {
+    v128_t v[8];  // two rows each, two partial sums a row
+    v128_t offset;
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    PERSONALIZE_UNROLL
+    for (v128_t& v : s.v) v = wasm_i32x4_splat(0);
+    s.offset = wasm_i32x4_splat(offset);
+  }
+  struct Rows {
+    v128_t v[4];
+  };
+  using Four = v128_t;  // widened, twice
+  static Rows load(const std::uint8_t* rows) noexcept {
+    return {{wasm_v128_load(rows), wasm_v128_load(rows + 16), wasm_v128_load(rows + 32),
+             wasm_v128_load(rows + 48)}};
+  }
+  static Four spread(const std::int8_t* query) noexcept {
+    return wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(query));
+  }
+  static void add_products(Sums& s, std::size_t p, v128_t rows, v128_t q) noexcept {
+    const v128_t low = wasm_u16x8_extend_low_u8x16(rows);
+    const v128_t high = wasm_u16x8_extend_high_u8x16(rows);
+    s.v[2 * p] = wasm_i32x4_add(s.v[2 * p], wasm_i32x4_dot_i16x8(low, q));
+    s.v[2 * p + 1] = wasm_i32x4_add(s.v[2 * p + 1], wasm_i32x4_dot_i16x8(high, q));
+  }
+  static void step(Sums& s, const Rows& rows, Four query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) add_products(s, p, rows.v[p], query);
+  }
+  static void step_4bit(Sums& s, const Rows& rows, Four low, Four high) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      add_products(s, p, wasm_v128_and(rows.v[p], wasm_i8x16_splat(15)), low);
+      add_products(s, p, wasm_u8x16_shr(rows.v[p], 4), high);
+    }
+  }
+  static v128_t four_dots(const Sums& s, std::size_t p, float scale) noexcept {
+    const v128_t even = wasm_i32x4_shuffle(s.v[2 * p], s.v[2 * p + 1], 0, 2, 4, 6);
+    const v128_t odd = wasm_i32x4_shuffle(s.v[2 * p], s.v[2 * p + 1], 1, 3, 5, 7);
+    const v128_t dots = wasm_i32x4_add(wasm_i32x4_add(even, odd), s.offset);
+    return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(dots), wasm_f32x4_splat(scale));
+  }
+  struct Scores {
+    v128_t v[4];
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      scores.v[p] = wasm_f32x4_add(wasm_f32x4_mul(four_dots(s, p, scale), wide(scales + 4 * p)),
+                                   wide(biases + 4 * p));
+    return scores;
+  }
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      mask |= static_cast<std::uint32_t>(
+                  wasm_i32x4_bitmask(wasm_f32x4_ge(s.v[p], wasm_f32x4_splat(limit))))
+              << (4 * p);
+    return mask;
+  }
+  static void store(const Scores& s, float* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) wasm_v128_store(out + 4 * p, s.v[p]);
+  }
+  static v128_t wide(const float* four) noexcept { return wasm_v128_load(four); }
+  static v128_t wide(const std::uint16_t* four) noexcept {
+    return wasm_i32x4_shl(wasm_u32x4_load16x4(four), 16);
+  }
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    v128_t sum = wasm_i32x4_splat(0);
+    for (std::size_t c = 0; c < columns; c += 16) {
+      const v128_t v = wasm_v128_load(row + c), q = wasm_v128_load(query + c);
+      sum =
+          wasm_i32x4_add(sum, wasm_i32x4_extadd_pairwise_i16x8(wasm_i16x8_extmul_low_i8x16(v, q)));
+      sum =
+          wasm_i32x4_add(sum, wasm_i32x4_extadd_pairwise_i16x8(wasm_i16x8_extmul_high_i8x16(v, q)));
+    }
+    return wasm_i32x4_extract_lane(sum, 0) + wasm_i32x4_extract_lane(sum, 1) +
+           wasm_i32x4_extract_lane(sum, 2) + wasm_i32x4_extract_lane(sum, 3);
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const auto four = [&](std::size_t p) {
+      return wasm_i32x4_trunc_sat_f32x4(
+          wasm_f32x4_nearest(wasm_f32x4_mul(wasm_v128_load(x + 4 * p), wasm_f32x4_splat(inverse))));
+    };
+    wasm_v128_store(q, wasm_i8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(four(0), four(1)),
+                                               wasm_i16x8_narrow_i32x4(four(2), four(3))));
+  }
+  struct Doubles {
+    v128_t v[4];
+  };
+  static void clear(Doubles& s) noexcept {
+    PERSONALIZE_UNROLL
+    for (v128_t& v : s.v) v = wasm_f64x2_splat(0);
+  }
+  static void add(Doubles& s, std::size_t p, v128_t row, const double* query) noexcept {
+    s.v[p] = wasm_f64x2_add(s.v[p], wasm_f64x2_mul(row, wasm_v128_load(query + 2 * p)));
+  }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    const v128_t v = wasm_i16x8_load8x8(row);
+    const v128_t low = wasm_i32x4_extend_low_i16x8(v), high = wasm_i32x4_extend_high_i16x8(v);
+    add(s, 0, wasm_f64x2_convert_low_i32x4(low), query);
+    add(s, 1, wasm_f64x2_convert_low_i32x4(wasm_i32x4_shuffle(low, low, 2, 3, 2, 3)), query);
+    add(s, 2, wasm_f64x2_convert_low_i32x4(high), query);
+    add(s, 3, wasm_f64x2_convert_low_i32x4(wasm_i32x4_shuffle(high, high, 2, 3, 2, 3)), query);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      add(s, p, wasm_f64x2_promote_low_f32x4(wasm_v128_load64_zero(row + 2 * p)), query);
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) wasm_v128_store(out + 2 * p, s.v[p]);
+  }
+};
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
 
@@ -4108,6 +4269,8 @@ class FileBuilder {
   Codec codec() const noexcept {
 #ifndef PERSONALIZE_NO_ZSTD
     if (zstd_level_ != 0) return Codec::zstd;
+#else
+    (void)zstd_level_;
 #endif
     return Codec::stored;
   }
@@ -4131,7 +4294,7 @@ class FileBuilder {
   }
 
   ByteSink* sink_;
-  [[maybe_unused]] int zstd_level_;  // not used in a build without zstd
+  int zstd_level_;
   std::uint8_t chunk_log2_;
   std::uint64_t size_ = 0;
   std::vector<Section> sections_;
@@ -5739,7 +5902,7 @@ PERSONALIZE_API std::size_t Model::metadata_vector(
 
 // ============================================================================================
 // Room 8: encoder. Owns the step from one event and the old user state to the new one. Uses rooms
-// 2, 3, 4, 5, 6 and 7.
+// 1, 2, 3, 4, 5, 6 and 7.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -6228,8 +6391,8 @@ inline float usual_query_length(const Model& model) noexcept {
 
 // ============================================================================================
 // Room 9: filters and rows. Owns which items may be ranked, and their ids and vectors, as
-// generations of a catalogue share them: row by row, and in panels for the scan. Uses rooms 2, 3,
-// 4, 5, 6 and 7.
+// generations of a catalogue share them: row by row, and in panels for the scan. Uses rooms 1, 2,
+// 3, 4, 5, 6 and 7.
 // ============================================================================================
 
 // One bit an item.
@@ -6700,9 +6863,9 @@ struct Place {
 };
 
 // bfloat16: the upper half of a float.
-inline float wide(std::uint16_t v) noexcept { return std::bit_cast<float>(std::uint32_t{v} << 16); }
+inline float wide(std::uint16_t v) noexcept { return bit_cast<float>(std::uint32_t{v} << 16); }
 inline std::uint16_t bfloat16(float v) noexcept {
-  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+  return static_cast<std::uint16_t>(bit_cast<std::uint32_t>(v) >> 16);
 }
 // No lower than v, which is no NaN.
 inline std::uint16_t bfloat16_above(float v) noexcept {
@@ -6712,7 +6875,7 @@ inline std::uint16_t bfloat16_above(float v) noexcept {
 
 // Bits that compare as the floats do; -0 is 0. Not for a NaN.
 inline std::uint32_t ordered_bits(float v) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(v + 0.0f);
+  const auto bits = bit_cast<std::uint32_t>(v + 0.0f);
   return bits ^ (bits >> 31 ? ~std::uint32_t{0} : std::uint32_t{1} << 31);
 }
 
@@ -7043,7 +7206,8 @@ class ItemIds {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 2, 3, 4, 5, 6, 7 and 9.
+// Room 10: scorer. Owns the exact top-k over the eligible items. Uses rooms 1, 2, 3, 4, 5, 6, 7
+// and 9.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -7506,8 +7670,8 @@ class Scorer {
   }
   static float score_of(std::uint64_t key) noexcept {
     const auto ordered = static_cast<std::uint32_t>(key >> 32);
-    return std::bit_cast<float>(ordered ^
-                                (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
+    return detail::bit_cast<float>(ordered ^
+                                   (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
   }
 
   void widen(std::span<const float> query, std::span<double> wide) const noexcept {
@@ -7942,9 +8106,7 @@ class Scorer {
     const std::uint64_t greatest = *most;
     const int bits = std::min(static_cast<int>(std::bit_width(keys.size())), most_bits);
     const int shift = std::max(static_cast<int>(std::bit_width(greatest - *least)) - bits, 0);
-    const auto bucket = [&](std::uint64_t key) {
-      return static_cast<std::size_t>((greatest - key) >> shift);
-    };
+    const auto bucket = [&](std::uint64_t key) { return std::size_t((greatest - key) >> shift); };
     std::array<std::uint32_t, (1 << most_bits) + 1> ends;
     const std::size_t buckets = std::size_t{1} << bits;
     std::fill_n(ends.begin(), buckets + 1, 0u);
@@ -7987,7 +8149,7 @@ inline std::size_t Scorer::Workspace::bytes() const noexcept {
 // ============================================================================================
 // Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
 // contexts in which it was shown and chosen, each user's recent impressions, the slates behind
-// recommendation ids, and the log's entries. Uses rooms 2 and 9.
+// recommendation ids, and the log's entries. Uses rooms 1, 2 and 9.
 // ============================================================================================
 
 // One place of a slate and how it came about (room 12).
@@ -8817,6 +8979,26 @@ inline void append_csv_field(std::string_view field, std::string& line) {
   line += '"';
 }
 
+// The fewest digits that read back as the value, in every locale.
+template <class Number>
+void append_number(Number value, std::string& line) {
+  std::array<char, 32> text{};
+  char* end = text.data();
+#if defined(_LIBCPP_VERSION) && _LIBCPP_VERSION < 14000  // has std::to_chars of integers only
+  if constexpr (std::is_floating_point_v<Number>) {
+    using Limits = std::numeric_limits<Number>;
+    for (int digits = Limits::digits10; digits <= Limits::max_digits10; ++digits) {
+      end = text.data() +
+            std::snprintf(text.data(), text.size(), "%.*g", digits, static_cast<double>(value));
+      if (static_cast<Number>(std::strtod(text.data(), nullptr)) == value) break;
+    }
+    std::replace(text.begin(), text.end(), ',', '.');
+  } else
+#endif
+    end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
+  line.append(text.data(), end);
+}
+
 }  // namespace detail
 
 PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
@@ -8824,10 +9006,8 @@ PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
     detail::append_csv_field(text, line);
     line += ',';
   };
-  std::array<char, 32> digits;
-  const auto number = [&](auto value, char behind) {
-    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
-    line.append(digits.data(), end);
+  const auto number = [&line](auto value, char behind) {
+    detail::append_number(value, line);
     line += behind;
   };
   number(entry.timestamp, ',');
@@ -8850,7 +9030,7 @@ PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
 // ============================================================================================
 // Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction),
 // the random choice of a slate with its probabilities, and the memory in which a request makes it
-// up. Uses rooms 2, 3, 4, 8, 9, 10 and 11.
+// up. Uses rooms 1, 2, 3, 4, 8, 9, 10 and 11.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -9663,7 +9843,8 @@ class CatalogueBuilder {
     // Items that were added are not the old scorer's.
     const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_);
     next.scorer = std::make_shared<const Scorer>(next.scorer->changed(
-        next.vectors, next.biases, std::span(changed_.begin(), added), &pace_));
+        next.vectors, next.biases,
+        std::span(changed_.data(), static_cast<std::size_t>(added - changed_.begin())), &pace_));
     adjust_popular();
     if (next.pool.size() == Catalogue::max_pool)  // items may wait that were not among the newest
       choose_pool(now, latest);
@@ -12793,6 +12974,9 @@ PERSONALIZE_API std::shared_ptr<const Model> Recommender::model() const {
 
 }  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
 
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#pragma GCC pop_options
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif

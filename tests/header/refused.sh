@@ -18,6 +18,5 @@ refused() {  # refused SENTENCE FLAG...: the compiler's first error
 compiler=$1
 refused "needs GCC or Clang" -D_MSC_VER=1940 -U__clang__
 refused "needs a little-endian target" -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__
-refused "needs a 64-bit target" -U__SIZEOF_POINTER__ -D__SIZEOF_POINTER__=4
 refused "cannot be built with -ffast-math" -ffast-math
 refused "cannot be built with -ffast-math" -ffinite-math-only
