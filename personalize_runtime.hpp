@@ -3101,22 +3101,23 @@ enum class ElementType : std::uint8_t {
   i4 = 6,
 };
 
+// As the command line spells them.
 constexpr std::string_view name(ElementType type) noexcept {
   switch (type) {
     case ElementType::u8:
-      return "u8";
+      return "uint8";
     case ElementType::i8:
-      return "i8";
+      return "int8";
     case ElementType::f32:
       return "f32";
     case ElementType::i64:
-      return "i64";
+      return "int64";
     case ElementType::u32:
-      return "u32";
+      return "uint32";
     case ElementType::string:
       return "string";
     case ElementType::i4:
-      return "i4";
+      return "int4";
   }
   return "unknown";
 }

@@ -59,40 +59,36 @@ std::string suggestion(std::string_view word, const std::vector<std::string>& na
   return nearest.empty() ? "; there are " + all : "; did you mean '" + nearest + "'?";
 }
 
-// What CLI11 calls an unexpected argument or a missing one, before an argument is taken for
-// another's value. Throws Usage.
-void require_known(const CLI::App& app, const std::vector<std::string>& arguments) {
-  if (arguments.empty()) return;
-  const CLI::App* command = &app;
+// Before CLI11 takes a mistyped option's value for another argument. `command` becomes the name
+// that errors begin with. Throws Usage.
+void require_known(const CLI::App& app, const std::vector<std::string>& arguments,
+                   std::string& command) {
+  const CLI::App* chosen = nullptr;
   std::vector<std::string> names;
-  if (!arguments[0].starts_with('-')) {
-    for (const CLI::App* known : app.get_subcommands([](const CLI::App*) { return true; })) {
-      names.push_back(known->get_name());
-      if (names.back() == arguments[0]) command = known;
-    }
-    if (command == &app)
-      throw Usage("no subcommand '" + printable(arguments[0]) + "'" +
-                  suggestion(arguments[0], names));
+  for (const CLI::App* known : app.get_subcommands([](const CLI::App*) { return true; })) {
+    names.push_back(known->get_name());
+    if (names.back() == arguments[0]) chosen = known;
   }
+  if (chosen)
+    command += " " + chosen->get_name();
+  else if (!arguments[0].starts_with('-'))
+    throw Usage("no subcommand '" + printable(arguments[0]) + "'" +
+                suggestion(arguments[0], names));
   names.clear();
-  for (const CLI::Option* option : command->get_options())
+  for (const CLI::Option* option : (chosen ? chosen : &app)->get_options())
     for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
   for (const std::string& argument : arguments) {
     if (argument == "--") return;
     const std::string name = argument.substr(0, argument.find('='));
+    // The values of options begin with a single - at most.
     if (!name.starts_with("--") || std::find(names.begin(), names.end(), name) != names.end())
       continue;
-    const std::string of = command == &app ? "" : " " + command->get_name();
-    throw Usage("no option '" + printable(name) + "' of personalize" + of +
-                suggestion(name, names));
+    throw Usage("no option '" + printable(name) + "'" + suggestion(name, names));
   }
 }
 
-int fail(const CLI::App& app, int status, const std::string& text) {
+int fail(const std::string& command, int status, const std::string& text) {
   if (text.empty()) return status;
-  const auto chosen = app.get_subcommands();
-  const std::string command =
-      chosen.empty() ? "personalize" : "personalize " + chosen[0]->get_name();
   const std::string line = text.substr(0, text.find('\n'));
   std::fprintf(stderr, "%s: %s%s\n", command.c_str(), line.c_str(),
                status == 2 ? (" (see " + command + " --help)").c_str() : "");
@@ -123,7 +119,9 @@ int run(std::vector<std::string> arguments,
                                         "." + std::to_string(PERSONALIZE_VERSION_MINOR) + "." +
                                         std::to_string(PERSONALIZE_VERSION_PATCH));
   app.footer("personalize help SUBCOMMAND shows the options of one.");
+  app.get_formatter()->column_width(36);
   app.require_subcommand(1);
+  std::string command = "personalize";
   try {
     open_standard_streams();
     watch_signals();
@@ -132,7 +130,7 @@ int run(std::vector<std::string> arguments,
       std::fputs(app.help().c_str(), stderr);
       return 2;
     }
-    command::require_known(app, arguments);
+    command::require_known(app, arguments, command);
     try {
       std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants them
       app.parse(std::move(arguments));
@@ -142,15 +140,15 @@ int run(std::vector<std::string> arguments,
     require_printed();
     return 0;
   } catch (const Interrupted& interrupted) {
-    return command::fail(app, 128 + interrupted.signal, interrupted.what());
+    return command::fail(command, 128 + interrupted.signal, interrupted.what());
   } catch (const CLI::ParseError& error) {
-    return command::fail(app, 2, error.what());
+    return command::fail(command, 2, error.what());
   } catch (const Usage& error) {
-    return command::fail(app, 2, error.what());
+    return command::fail(command, 2, error.what());
   } catch (const std::bad_alloc&) {
-    return command::fail(app, 1, "out of memory");
+    return command::fail(command, 1, "out of memory");
   } catch (const std::exception& error) {
-    return command::fail(app, 1, error.what());
+    return command::fail(command, 1, error.what());
   }
 }
 
@@ -212,6 +210,7 @@ Progress::Progress(std::string title)
       last_(std::chrono::steady_clock::now()) {}
 
 void Progress::start(std::string_view text) {
+  if (terminal_) std::fputs("\r\033[K", stderr);
   std::fprintf(stderr, "%s: %.*s\n", title_.c_str(), static_cast<int>(text.size()), text.data());
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -75,22 +74,24 @@ CLI::Option* add_number(CLI::App& command, const std::string& names, std::option
 // One of a few words.
 template <class T>
 CLI::Option* add_choice(CLI::App& command, const std::string& names, T& value,
-                        std::vector<std::pair<std::string, T>> choices, const std::string& text) {
+                        const std::vector<std::pair<std::string, T>>& choices,
+                        const std::string& text) {
   std::string words, initial;
   for (const auto& [word, meaning] : choices) {
     words += (words.empty() ? "" : ", ") + word;
     if (meaning == value) initial = word;
   }
-  const auto chosen = [choices](const std::string& given) {
-    return std::find_if(choices.begin(), choices.end(),
-                        [&](const auto& choice) { return choice.first == given; });
+  const auto chosen = [choices](const std::string& given) -> std::optional<T> {
+    for (const auto& [word, meaning] : choices)
+      if (word == given) return meaning;
+    return std::nullopt;
   };
-  const auto check = [choices, chosen, words](const std::string& given) -> std::string {
-    return chosen(given) == choices.end() ? "'" + given + "' is not one of " + words : "";
+  const auto check = [chosen, words](const std::string& given) -> std::string {
+    return chosen(given) ? "" : "'" + given + "' is not one of " + words;
   };
   return command
       .add_option_function<std::string>(
-          names, [&value, chosen](const std::string& given) { value = chosen(given)->second; },
+          names, [&value, chosen](const std::string& given) { value = *chosen(given); },
           text + ": " + words)
       ->check(CLI::Validator(check, ""))
       ->default_str(initial);

@@ -172,7 +172,7 @@ namespace evaluate_command {
 
 // What a model's metadata tells of its training; a model from elsewhere tells nothing.
 struct Trained {
-  std::optional<std::string> protocol;
+  std::optional<Protocol> protocol;
   std::optional<std::uint64_t> seed;
   std::optional<std::int64_t> users, interactions, first_timestamp, last_timestamp;
 };
@@ -183,7 +183,8 @@ Trained trained_with(const Model& model) {
   Trained trained;
   if (!metadata.is_object()) return trained;
   if (const auto found = metadata.find("protocol"); found != metadata.end() && found->is_string())
-    trained.protocol = found->get<std::string>();
+    for (const Protocol protocol : {Protocol::leave_one_out, Protocol::holdout, Protocol::all})
+      if (found->get<std::string>() == name(protocol)) trained.protocol = protocol;
   if (const auto found = metadata.find("seed");
       found != metadata.end() && found->is_number_unsigned())
     trained.seed = found->get<std::uint64_t>();
@@ -220,61 +221,66 @@ std::uint64_t not_later(const Dataset& data, const EvaluationOptions& options, s
   return events;
 }
 
+// What the protocol that the model was trained for makes of this one's figures.
+std::optional<std::string> protocol_doubt(const Trained& trained,
+                                          const EvaluationOptions& options) {
+  const std::string protocol(name(options.protocol));
+  if (!trained.protocol)
+    return "the model file does not say what it was trained on; if that includes the events to "
+           "predict, the figures are too good";
+  if (*trained.protocol != options.protocol)
+    return "the model was trained for --protocol " + std::string(name(*trained.protocol)) +
+           ": events that " + protocol +
+           " asks for taught it or chose it, and the figures are too good; train with --protocol " +
+           protocol;
+  if (options.protocol == Protocol::holdout && trained.seed && *trained.seed != options.seed)
+    return "the model was trained with --seed " + std::to_string(*trained.seed) +
+           ": most of the users that --seed " + std::to_string(options.seed) +
+           " holds out taught it, and the figures are too good";
+  return std::nullopt;
+}
+
+// "6123 of 300 users, 2026-01-02 to 2026-03-02"
+std::string extent(std::int64_t interactions, std::int64_t users, std::int64_t first,
+                   std::int64_t last) {
+  return std::to_string(interactions) + " of " + std::to_string(users) + " users, " + date(first) +
+         " to " + date(last);
+}
+
+// What it makes of them that the model was trained on other interactions.
+std::optional<std::string> data_doubt(const Trained& trained, const Dataset& data,
+                                      const EvaluationOptions& options) {
+  if (!trained.users || !trained.interactions || !trained.first_timestamp ||
+      !trained.last_timestamp)
+    return std::nullopt;
+  const auto interactions = static_cast<std::int64_t>(data.interactions);
+  const auto users = static_cast<std::int64_t>(data.user_ids.size());
+  if (*trained.interactions == interactions && *trained.users == users &&
+      *trained.first_timestamp == data.first_timestamp &&
+      *trained.last_timestamp == data.last_timestamp)
+    return std::nullopt;
+  std::string text = "the model was trained on other interactions (" +
+                     extent(*trained.interactions, *trained.users, *trained.first_timestamp,
+                            *trained.last_timestamp) +
+                     ") than these (" +
+                     extent(interactions, users, data.first_timestamp, data.last_timestamp) + ")";
+  const std::uint64_t seen = not_later(data, options, *trained.last_timestamp);
+  if (seen > 0)
+    text += "; " + std::to_string(seen) +
+            " of the events to predict are not later than all of those, and may be among them: the "
+            "figures may be too good";
+  return text;
+}
+
 }  // namespace evaluate_command
 
 std::vector<std::string> doubts(const Model& model, const Dataset& data,
                                 const EvaluationOptions& options) {
   using namespace evaluate_command;
   const Trained trained = trained_with(model);
-  const std::string protocol(name(options.protocol));
-  if (!trained.protocol)
-    return {
-        "the model file does not say what it was trained on; if that includes the events to "
-        "predict, the figures are too good"};
   std::vector<std::string> found;
-  if (*trained.protocol == name(Protocol::all))
-    found.push_back(
-        "the model was trained on all events, those to predict included: the figures "
-        "are too good; train with --protocol " +
-        protocol);
-  else if (*trained.protocol != protocol)
-    found.push_back("the model was trained for --protocol " + *trained.protocol + ", so that " +
-                    protocol +
-                    " asks for events that it was trained on or chosen by: the figures "
-                    "are too good; train with --protocol " +
-                    protocol);
-  else if (options.protocol == Protocol::holdout && trained.seed && *trained.seed != options.seed)
-    found.push_back("the model was trained with --seed " + std::to_string(*trained.seed) +
-                    "; that of " + std::to_string(options.seed) +
-                    " holds out other users, most of whom it was trained on: the figures are too "
-                    "good");
-  if (!trained.users || !trained.interactions || !trained.first_timestamp ||
-      !trained.last_timestamp)
-    return found;
-  if (*trained.interactions == static_cast<std::int64_t>(data.interactions) &&
-      *trained.users == static_cast<std::int64_t>(data.user_ids.size()) &&
-      *trained.first_timestamp == data.first_timestamp &&
-      *trained.last_timestamp == data.last_timestamp)
-    return found;
-  const auto size = [](std::int64_t interactions, std::int64_t users, std::int64_t first,
-                       std::int64_t last) {
-    return std::to_string(interactions) + " of " + std::to_string(users) + " users, " +
-           date(first) + " to " + date(last);
-  };
-  const std::uint64_t seen = not_later(data, options, *trained.last_timestamp);
-  std::string text = "the model was trained on other interactions (" +
-                     size(*trained.interactions, *trained.users, *trained.first_timestamp,
-                          *trained.last_timestamp) +
-                     ") than these (" +
-                     size(static_cast<std::int64_t>(data.interactions),
-                          static_cast<std::int64_t>(data.user_ids.size()), data.first_timestamp,
-                          data.last_timestamp) +
-                     ")";
-  if (seen > 0)
-    text += "; " + std::to_string(seen) +
-            " of the events to predict are not later than those that it was trained on, and may be "
-            "among them: the figures may be too good";
-  found.push_back(text);
+  if (auto doubt = protocol_doubt(trained, options)) found.push_back(std::move(*doubt));
+  if (auto doubt = data_doubt(trained, data, options)) found.push_back(std::move(*doubt));
   return found;
 }
 
@@ -293,8 +299,9 @@ struct Options {
 // The protocol and the seed: as given or else as the model was trained with.
 EvaluationOptions settings_of(const Options& options, const Trained& trained) {
   EvaluationOptions settings;
-  settings.protocol = parse_protocol(
-      !options.protocol.empty() ? options.protocol : trained.protocol.value_or("leave-one-out"));
+  settings.protocol = !options.protocol.empty()
+                          ? parse_protocol(options.protocol)
+                          : trained.protocol.value_or(Protocol::leave_one_out);
   if (settings.protocol == Protocol::all)
     throw Usage(
         "the model was trained on all events: nothing is held out; give --protocol to measure on "
@@ -329,6 +336,7 @@ void run(const Options& options) {
   files.event_type_filter = options.event_type;
   Progress reading("read");
   const Dataset data = read_dataset(files, &reading);
+  reading.finish("");
   data.bad_rows.report("evaluate");
   const KnownItems known = known_items(data, data.histories, **model);
   if (const auto unknown =
@@ -360,9 +368,10 @@ void add_evaluate(CLI::App& app) {
   for_models(add_model(*command, options->model));
   for_models(add_interactions(*command, options->interactions,
                               "CSV with the histories to predict the ends of"));
-  command
-      ->add_option("--protocol", options->protocol,
-                   "leave-one-out, holdout or off-policy, which takes --log")
+  add_choice<std::string>(
+      *command, "--protocol", options->protocol,
+      {{"leave-one-out", "leave-one-out"}, {"holdout", "holdout"}, {"off-policy", "off-policy"}},
+      "How to measure; off-policy takes --log")
       ->default_str("the model's");
   for_logs(command->add_option("--log", options->off_policy.log,
                                "Off-policy: the runtime's interaction log, or Open Bandit Data"));

@@ -35,10 +35,11 @@ struct Options {
 
 constexpr std::string_view usual_title_column = "TITLE";
 
-// By ITEM_ID. A column that was asked for must be there; without the usual one there are no titles.
-std::unordered_map<std::string, std::string> read_titles(const Options& options) {
-  std::unordered_map<std::string, std::string> titles;
-  if (options.items.empty()) return titles;
+using Titles = std::unordered_map<std::string, std::string>;  // by ITEM_ID
+
+// A column that was asked for must be there; without the usual one there are no titles.
+std::optional<Titles> read_titles(const Options& options) {
+  if (options.items.empty()) return std::nullopt;
   CsvReader reader(options.items);
   const std::size_t id = reader.require("ITEM_ID");
   const std::string wanted = options.title_column.value_or(std::string(usual_title_column));
@@ -50,8 +51,9 @@ std::unordered_map<std::string, std::string> read_titles(const Options& options)
       text += (&column == reader.columns().data() ? "" : ", ") + column;
     if (options.title_column) throw Failure(text);
     note("recommend", text);
-    return titles;
+    return std::nullopt;
   }
+  Titles titles;
   BadRows bad{.skip = options.skip_bad_rows};
   for_each_row(reader, bad, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
   bad.report("recommend");
@@ -88,8 +90,8 @@ void print_text(const nlohmann::ordered_json& out) {
                 text(out["user"]).c_str(), out["recent"].size(), count("interactions"),
                 count("known_items"), count("items"));
   else
-    std::printf("user %s has no interactions, but %s state in the model\n",
-                text(out["user"]).c_str(), out["state_in_model"].get<bool>() ? "a" : "no");
+    std::printf("user %s has no interactions%s state in the model\n", text(out["user"]).c_str(),
+                out["state_in_model"].get<bool>() ? ", but a" : " and no");
   for (const auto& event : out["recent"])
     std::printf("  %lld  %s  %s\n", event["timestamp"].get<long long>(),
                 text(event["item"]).c_str(), text(event["title"]).c_str());
@@ -106,8 +108,9 @@ void print_user(Recommender& recommender, const Model& model, const Dataset& dat
                 const Options& options) {
   const auto titles = read_titles(options);
   const auto title = [&](std::string_view item) {
-    const auto found = titles.find(std::string(item));
-    return found == titles.end() ? std::string() : found->second;
+    if (!titles) return std::string();
+    const auto found = titles->find(std::string(item));
+    return found == titles->end() ? std::string() : found->second;
   };
   const auto user = data.user_ids.find(*options.user);
   std::span<const std::vector<Event>> histories;
@@ -137,6 +140,12 @@ void print_user(Recommender& recommender, const Model& model, const Dataset& dat
                             {"title", title(pick.item)},
                             {"score", pick.score},
                             {"reason", name(pick.reason)}});
+  const auto untitled = std::count_if(
+      slate.items.begin(), slate.items.end(),
+      [&](const Pick& pick) { return titles && !titles->contains(std::string(pick.item)); });
+  if (untitled > 0)
+    note("recommend", std::to_string(untitled) + " of the " + std::to_string(slate.items.size()) +
+                          " items of the slate are not in " + options.items);
   if (options.json)
     print_json(out);
   else
@@ -145,7 +154,7 @@ void print_user(Recommender& recommender, const Model& model, const Dataset& dat
 
 void write_all(Recommender& recommender, const Dataset& data, const Options& options) {
   OutputFile out(options.output);
-  Progress progress("recommending");
+  Progress progress("recommend");
   out.append("USER_ID,RANK,ITEM_ID,SCORE,REASON\n");
   std::string lines;
   // Users together share a pass over the catalogue.

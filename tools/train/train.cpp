@@ -59,6 +59,7 @@ void run(Arguments& arguments) {
   for (const std::string& path : {options.output, checkpoint_path(options)}) require_writable(path);
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
+  reading.finish("");
   dataset.bad_rows.report("train");
   require_sequences(dataset, arguments.data.interactions);
   arguments.train.interrupted = [] { return noted_signal() != 0; };
