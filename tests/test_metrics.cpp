@@ -279,12 +279,12 @@ TEST_CASE("a model and an evaluation that do not fit are told apart from those t
   Dataset data;
   data.item_ids = table_of({"i0", "i1"});
   data.user_ids = table_of({"a", "b"});
-  constexpr std::int64_t day = 86'400, start = 1'600'000'000 / day * day;  // 2020-09-13
-  data.histories = {{{0, 0, start}, {1, 0, start + 1}, {0, 0, start + 2}},
-                    {{0, 0, start}, {1, 0, start + day}, {0, 0, start + 3 * day}}};
+  constexpr std::int64_t one_day = 86'400, begin = 18'518 * one_day;  // 2020-09-13
+  data.histories = {{{0, 0, begin}, {1, 0, begin + 1}, {0, 0, begin + 2}},
+                    {{0, 0, begin}, {1, 0, begin + one_day}, {0, 0, begin + 3 * one_day}}};
   data.interactions = 6;
-  data.first_timestamp = start;
-  data.last_timestamp = start + 3 * day;
+  data.first_timestamp = begin;
+  data.last_timestamp = begin + 3 * one_day;
   const auto told = [&](const std::string& metadata, const EvaluationOptions& options = {}) {
     pz::ModelParts parts = small_model::parts({.items = 2});
     parts.metadata = metadata;
@@ -295,10 +295,10 @@ TEST_CASE("a model and an evaluation that do not fit are told apart from those t
   const auto metadata = [&](const std::string& protocol, std::int64_t interactions,
                             std::int64_t last) {
     return R"({"protocol":")" + protocol + R"(","seed":4,"data":{"users":2,"interactions":)" +
-           std::to_string(interactions) + R"(,"first_timestamp":)" + std::to_string(start) +
+           std::to_string(interactions) + R"(,"first_timestamp":)" + std::to_string(begin) +
            R"(,"last_timestamp":)" + std::to_string(last) + "}}";
   };
-  const std::int64_t end = start + 3 * day;
+  const std::int64_t end = begin + 3 * one_day;
   CHECK(told(metadata("leave-one-out", 6, end)).empty());
   CHECK(told(metadata("holdout", 6, end), {.protocol = Protocol::holdout, .seed = 4}).empty());
 
@@ -316,7 +316,7 @@ TEST_CASE("a model and an evaluation that do not fit are told apart from those t
     CHECK(told(nothing).at(0).starts_with("the model file does not say what it was trained on"));
 
   // A model of later data, of other data, and one that ended before what it is to predict.
-  const Strings later = told(metadata("leave-one-out", 9, end + day));
+  const Strings later = told(metadata("leave-one-out", 9, end + one_day));
   REQUIRE(later.size() == 1);
   CHECK(later[0] ==
         "the model was trained on other interactions (9 of 2 users, 2020-09-13 to 2020-09-17) than "
@@ -324,8 +324,8 @@ TEST_CASE("a model and an evaluation that do not fit are told apart from those t
         "than all of those, and may be among them: the figures may be too good");
   CHECK(told(metadata("leave-one-out", 5, end)).at(0).find("; 2 of the events") !=
         std::string::npos);
-  CHECK(told(metadata("leave-one-out", 5, start + day)).at(0).find("; 1 of the events") !=
+  CHECK(told(metadata("leave-one-out", 5, begin + one_day)).at(0).find("; 1 of the events") !=
         std::string::npos);
-  CHECK(told(metadata("leave-one-out", 5, start + 1)).at(0).ends_with("to 2020-09-16)"));
+  CHECK(told(metadata("leave-one-out", 5, begin + 1)).at(0).ends_with("to 2020-09-16)"));
   CHECK(told(metadata("holdout", 5, end)).size() == 2);
 }

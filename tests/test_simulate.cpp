@@ -240,7 +240,7 @@ TEST_CASE(
   WorldOptions options = small_world;
   options.days = 3;
   const Comparison one = compare(policies, options, 0.3, 2, 1);
-  const nlohmann::json json = to_json(one);
+  const nlohmann::ordered_json json = to_json(one);
   CHECK(json == to_json(compare(policies, options, 0.3, 2, 3)));
   const auto total = [&](std::size_t policy, std::size_t seed) {
     const std::vector<double>& reward = one.runs[policy][seed].reward;
