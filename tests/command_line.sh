@@ -86,7 +86,9 @@ printf 'ITEM_ID,TITLE\ni1,One\n' >titles.csv
 grep -q 'i1  One' out || fail "no title: $(cat out)"
 grep -q ' of the 5 items of the slate are not in titles.csv' err || fail "titles were left out in silence: $(cat err)"
 refuses 2 'needs --interactions' "$personalize" recommend -m model.pzm --all-users
-refuses 2 'either --user ID or --all-users' "$personalize" recommend -m model.pzm -i one.csv
+refuses 2 'give --user ID or --interactions' "$personalize" recommend -m model.pzm
+refuses 1 'header.csv: holds no interactions' "$personalize" recommend -m model.pzm -i header.csv --all-users
+"$personalize" recommend -m model.pzm -i one.csv 2>/dev/null | cmp - one.txt  # of the first user
 "$personalize" inspect model.pzm --json >inspect.json
 (($(field inspect.json "['items']") == 120)) || fail "inspect counts the items wrong"
 "$examples/first_slate" model.pzm u1 i1 i2 | grep -q '^i'

@@ -287,12 +287,13 @@ std::vector<std::string> doubts(const Model& model, const Dataset& data,
 namespace evaluate_command {
 
 struct Options {
-  std::string model, interactions, protocol, event_type;
+  std::string model, protocol;
+  DatasetOptions data;
   OffPolicyOptions off_policy;
   std::uint32_t exclusion_window = EvaluationOptions{}.exclusion_window;
   std::optional<std::uint64_t> seed;
   unsigned threads = 0;
-  bool json = false, skip_bad_rows = false;
+  bool json = false;
   std::vector<CLI::Option*> of_a_model, of_a_log;  // by protocol: the others are refused
 };
 
@@ -322,25 +323,21 @@ void run(const Options& options) {
     if (options.off_policy.log.empty()) throw Usage("--protocol off-policy needs --log");
     OffPolicyOptions off_policy_options = options.off_policy;
     off_policy_options.json = options.json;
-    off_policy_options.skip_bad_rows = options.skip_bad_rows;
+    off_policy_options.skip_bad_rows = options.data.skip_bad_rows;
     return run_off_policy(off_policy_options);
   }
-  if (options.model.empty() || options.interactions.empty())
+  if (options.model.empty() || options.data.interactions.empty())
     throw Usage("--model and --interactions are required");
   auto model = Model::load(options.model);
   if (!model) throw Failure(model.error().message);
   const EvaluationOptions settings = settings_of(options, trained_with(**model));
-  DatasetOptions files;
-  files.interactions = options.interactions;
-  files.skip_bad_rows = options.skip_bad_rows;
-  files.event_type_filter = options.event_type;
   Progress reading("read");
-  const Dataset data = read_dataset(files, &reading);
+  const Dataset data = read_dataset(options.data, &reading);
   reading.finish("");
   data.bad_rows.report("evaluate");
   const KnownItems known = known_items(data, data.histories, **model);
   if (const auto unknown =
-          report_known(data, known, **model, options.interactions,
+          report_known(data, known, **model, options.data.interactions,
                        "teach it nothing; where they are to be predicted they count as missed"))
     note("evaluate", *unknown);
   const std::vector<std::string> warnings = doubts(**model, data, settings);
@@ -366,7 +363,7 @@ void add_evaluate(CLI::App& app) {
   const auto for_models = [&](CLI::Option* option) { options->of_a_model.push_back(option); };
   const auto for_logs = [&](CLI::Option* option) { options->of_a_log.push_back(option); };
   for_models(add_model(*command, options->model));
-  for_models(add_interactions(*command, options->interactions,
+  for_models(add_interactions(*command, options->data.interactions,
                               "CSV with the histories to predict the ends of"));
   add_choice<std::string>(
       *command, "--protocol", options->protocol,
@@ -386,9 +383,9 @@ void add_evaluate(CLI::App& app) {
                  ->default_str("the model's"));
   for_models(add_number(*command, "--exclusion-window", options->exclusion_window,
                         "A user's last items that are not recommended again; 0: none", 0, 65535));
-  for_models(add_event_type(*command, options->event_type));
+  for_models(add_event_type(*command, options->data.event_type_filter));
   for_models(add_threads(*command, options->threads));
-  add_skip_bad_rows(*command, options->skip_bad_rows);
+  add_skip_bad_rows(*command, options->data.skip_bad_rows);
   add_json(*command, options->json);
   command->callback([options] { run(*options); });
 }

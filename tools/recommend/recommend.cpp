@@ -26,11 +26,12 @@ namespace personalize::tools {
 namespace recommend_command {
 
 struct Options {
-  std::string model, interactions, items, output;
+  DatasetOptions data;
+  std::string model, items, output;
   std::optional<std::string> user, title_column;
   std::uint32_t count = 25;
   std::uint32_t recent = 10;
-  bool all_users = false, include_interacted = false, json = false, skip_bad_rows = false;
+  bool all_users = false, include_interacted = false, json = false;
 };
 
 constexpr std::string_view usual_title_column = "TITLE";
@@ -54,7 +55,7 @@ std::optional<Titles> read_titles(const Options& options) {
     return std::nullopt;
   }
   Titles titles;
-  BadRows bad{.skip = options.skip_bad_rows};
+  BadRows bad{.skip = options.data.skip_bad_rows};
   for_each_row(reader, bad, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
   bad.report("recommend");
   return titles;
@@ -193,28 +194,27 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
   progress.finish(std::to_string(data.user_ids.size()) + " slates written");
 }
 
-void run(const Options& options) {
-  if (options.all_users == options.user.has_value())
-    throw Usage("give either --user ID or --all-users");
-  if (options.all_users && options.interactions.empty())
-    throw Usage("--all-users needs --interactions");
+void run(Options& options) {
+  if (options.data.interactions.empty() && !options.user)
+    throw Usage(options.all_users ? "--all-users needs --interactions"
+                                  : "give --user ID or --interactions");
   auto model = Model::load(options.model);
   if (!model) throw Failure(model.error().message);
   auto recommender = Recommender::create(*model, {.exploration_weight = 0, .feedback = false});
   if (!recommender) throw Failure(recommender.error().message);
   Dataset data;
-  if (!options.interactions.empty()) {
-    DatasetOptions files;
-    files.interactions = options.interactions;
-    files.skip_bad_rows = options.skip_bad_rows;
-    files.may_be_empty = true;
-    data = read_dataset(files);
+  if (!options.data.interactions.empty()) {
+    options.data.may_be_empty = true;  // a user without a history is a user, too
+    data = read_dataset(options.data);
     data.bad_rows.report("recommend");
     const auto known = known_items(data, data.histories, **model);
     if (const auto left_out =
-            report_known(data, known, **model, options.interactions, "were left out"))
+            report_known(data, known, **model, options.data.interactions, "were left out"))
       note("recommend", *left_out);
   }
+  if (!options.user && data.user_ids.size() == 0)
+    throw Failure(options.data.interactions + ": holds no interactions" + data.bad_rows.reason());
+  if (!options.all_users && !options.user) options.user = data.user_ids[0];
   if (options.all_users)
     write_all(*recommender, data, options);
   else
@@ -230,12 +230,13 @@ void add_recommend(CLI::App& app) {
       app.add_subcommand("recommend", "Slates for a user, or for every user as CSV");
   add_model(*command, options->model)->required();
   add_interactions(
-      *command, options->interactions,
+      *command, options->data.interactions,
       "CSV with the histories of users; without it, of --user only what the model holds");
   auto* all = command->add_flag("--all-users", options->all_users,
                                 "Every user of the interactions, as CSV");
-  auto* user =
-      command->add_option("--user,-u", options->user, "USER_ID to recommend to")->excludes(all);
+  auto* user = command->add_option("--user,-u", options->user, "USER_ID to recommend to")
+                   ->default_str("the first in time")
+                   ->excludes(all);
   auto* items = command->add_option("--items", options->items, "CSV with titles (with --user)")
                     ->excludes(all);
   command->add_option("--title-column", options->title_column, "Column of --items to show")
@@ -251,7 +252,7 @@ void add_recommend(CLI::App& app) {
   command->add_flag("--include-interacted", options->include_interacted,
                     "Also recommend items of the user's last " +
                         std::to_string(RecommenderOptions{}.history_length) + " interactions");
-  add_skip_bad_rows(*command, options->skip_bad_rows);
+  add_skip_bad_rows(*command, options->data.skip_bad_rows);
   add_json(*command, options->json)->excludes(all);
   command->callback([options] { run(*options); });
 }
