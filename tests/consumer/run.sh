@@ -27,6 +27,8 @@ cmake -G Ninja -S "$here" -B cmake -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_PREF
 cmake --build cmake
 cmake/consumer
 cmake/consumer_dispatch
+[[ $(ldd cmake/consumer) == *libzstd.so* || ! -e $("$compiler" -print-file-name=libzstd.so) ]] ||
+  fail "links an installed zstd statically unasked"
 
 export PKG_CONFIG_PATH=$work/prefix/share/pkgconfig
 read -ra flags < <(pkg-config --cflags personalize_runtime)

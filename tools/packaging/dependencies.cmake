@@ -93,12 +93,17 @@ ${personalize_version} in ${personalize_include}")
 endif()
 
 if(PERSONALIZE_WITH_ZSTD AND NOT TARGET personalize::zstd)
-  # zstd's own build makes both kinds; which one is meant is told as for every other library.
-  set(personalize_names zstd::libzstd_static libzstd_static zstd::libzstd_shared libzstd_shared)
+  # Where there are both kinds BUILD_SHARED_LIBS tells which is meant. Where it is silent a project's
+  # own zstd is taken as static, as all that it builds is then, and an installed one as shared.
+  set(personalize_own libzstd_static libzstd_shared)
+  set(personalize_installed zstd::libzstd_shared zstd::libzstd_static)
   if(BUILD_SHARED_LIBS)
-    list(REVERSE personalize_names)
+    list(REVERSE personalize_own)
+  elseif(DEFINED BUILD_SHARED_LIBS)
+    list(REVERSE personalize_installed)
   endif()
-  set(personalize_names zstd::libzstd libzstd ${personalize_names} zstd::zstd ZSTD::ZSTD zstd)
+  set(personalize_names libzstd ${personalize_own} zstd::libzstd ${personalize_installed} zstd::zstd
+      ZSTD::ZSTD zstd)
   personalize_library(personalize_found ${personalize_names})
   if(NOT personalize_found AND NOT PERSONALIZE_ZSTD_LIBRARY)
     find_package(zstd CONFIG QUIET)
