@@ -2,7 +2,9 @@
 // serves 32 users.
 // usage: batch MODEL.pzm EVENTS.tsv > slates.csv
 // EVENTS.tsv has a line an event, in the order of time: user, item, Unix seconds.
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <span>

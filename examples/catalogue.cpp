@@ -3,6 +3,8 @@
 //
 // usage: catalogue MODEL.pzm FEED.tsv OUT.pzm
 // FEED.tsv has a line an item: its id and its fields as NAME=VALUE, with tabs between them.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <span>

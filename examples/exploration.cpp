@@ -2,6 +2,8 @@
 // the interaction log for `personalize evaluate --protocol off-policy`.
 // usage: exploration MODEL.pzm NEW_ITEM FIELD VALUE LOG.csv
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>

@@ -2,6 +2,7 @@
 // and combined for a request.
 // usage: filters MODEL.pzm ITEMS.tsv USER GENRE
 // ITEMS.tsv has a line an item: its id, its genres with | between them, how many are in stock.
+#include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <map>

@@ -55,7 +55,7 @@ int main(int argc, char** argv) {
       *model, {.log = [&log](const pz::LogEntry& entry) { log.write(entry); }});
   if (!recommender) return fail(recommender.error().message);
 
-  constexpr std::size_t servers = 4, visits = 100;
+  constexpr std::size_t servers = 4, visits = 1000;
   std::vector<std::vector<double>> microseconds(servers);
   std::vector<std::size_t> failed(servers);
   std::vector<std::thread> threads;

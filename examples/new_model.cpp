@@ -3,6 +3,7 @@
 // usage: new_model MODEL.pzm NEW_MODEL.pzm
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <mutex>

@@ -4,8 +4,10 @@
 // what impressions taught (quality, taste, discounts), nor recommendation ids. The journal is an
 // interactions file, so it can be trained on as well.
 // usage: restart MODEL.pzm JOURNAL.tsv USER [ITEM ...]
+#include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>

@@ -2,6 +2,7 @@
 // loop has time for it.
 // usage: update_loop MODEL.pzm NEW_ITEM FIELD VALUE
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <span>
 #include <string>

@@ -68,9 +68,10 @@ decisions() {  # decisions LOG: of its slates, as the off-policy evaluation coun
 (($(decisions log.csv) == 1200)) || fail "the log of exploration has lost slates"
 
 # After a restart the slate is what it was, also where the process died while it wrote.
-"$examples/restart" model.pzm journal.tsv u1 i1 nothing i2 >first
+"$examples/restart" model.pzm journal.tsv u1 i2 nothing i1 >first
 says '^nothing: unknown item$' first
 (($(wc -l <journal.tsv) == 3)) || fail "the journal has $(cat journal.tsv)"
+cp journal.tsv played.tsv
 for torn in '' 'u1	i3	17'; do
   printf %s "$torn" >>journal.tsv
   "$examples/restart" model.pzm journal.tsv u1 >second 2>err
@@ -153,14 +154,14 @@ refuses 1 'i0: no such item' "$examples/related_items" model.pzm i0
 
 # Four threads write one log: no line is lost or torn.
 "$examples/metrics" model.pzm metrics.csv >metrics
-says '^requests 400$' metrics
+says '^requests 4000$' metrics
 says '^failed 0$' metrics
-says '^users 400$' metrics
+says '^users 4000$' metrics
 says '^memory_bytes{of="all"} [1-9]' metrics
 says '^update_items_learnt [1-9]' metrics
 awk -F, 'NF != 13 {exit 1}' metrics.csv || fail "torn lines in the log"
-(($(wc -l <metrics.csv) == 1 + 400 * 11)) || fail "the log has $(wc -l <metrics.csv) lines"
-(($(decisions metrics.csv) == 400)) || fail "the log of metrics has lost slates"
+(($(wc -l <metrics.csv) == 1 + 4000 * 11)) || fail "the log has $(wc -l <metrics.csv) lines"
+(($(decisions metrics.csv) == 4000)) || fail "the log of metrics has lost slates"
 
 awk -F, 'NR > 1 {print $1 "\t" $2 "\t" $3}' data/interactions.csv >events.tsv
 "$examples/batch" model.pzm events.tsv >slates.csv 2>err
@@ -186,6 +187,8 @@ says '^1 added, 118 changed, 2 removed, 1 refused, 1 values unknown$' fed
 "$examples/related_items" tonight.pzm new_a 3 >related
 (($(wc -l <related) == 3)) || fail "the item that came in is not in the saved model"
 refuses 1 'i2: no such item' "$examples/related_items" tonight.pzm i2
+"$examples/restart" tonight.pzm played.tsv u1 >second
+says '^0 users came back; 2 events are on items that the model does not have$' second
 head -n 9 feed.tsv >half.tsv
 refuses 1 'names fewer than half of the items' "$examples/catalogue" model.pzm half.tsv half.pzm
 [[ ! -e half.pzm ]] || fail "half a feed made a model"
