@@ -84,7 +84,9 @@ int main(int argc, char** argv) {
     std::printf("%s: %s\n", id.c_str(), error.message.c_str());
   const auto whole = recommender->model();
   if (!whole) return fail("no item is left, or no memory");
-  if (auto saved = pz::save_model(whole->parts(), arguments[3]); !saved)
+  // In the precision that it came in.
+  const pz::WriteOptions precision{.element_type = whole->parts().item_vectors.type()};
+  if (auto saved = pz::save_model(whole->parts(), arguments[3], precision); !saved)
     return fail(saved.error().message);
   return 0;
 }

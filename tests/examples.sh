@@ -3,8 +3,8 @@
 # wrong.
 # usage: tests/examples.sh PERSONALIZE EXAMPLES_DIR
 set -euo pipefail
-personalize=$1
-examples=$2
+personalize=$(realpath "$1")
+examples=$(realpath "$2")
 readme=$(cd "$(dirname "$0")/.." && pwd)/README.md
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -38,9 +38,10 @@ tail -n 1 by_hand.txt | grep -q '^i[0-9]* [-0-9.]*$' || fail "no first slate: $(
 says 'NDCG' by_hand.txt
 head -n 1 data/items.csv | grep -qx 'ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE'
 
-# A model with two event types, for it is none of the first.
+# A model with two event types, in f32; the first has one, and int8.
 awk -F, 'BEGIN {OFS = ","} NR > 1 {$4 = NR % 3 ? "view" : "purchase"} {print}' data/interactions.csv >typed.csv
-"$personalize" train typed.csv --items data/items.csv -o typed.pzm --epochs 1 --hidden-dimension 32 >/dev/null 2>&1
+"$personalize" train typed.csv --items data/items.csv -o typed.pzm --epochs 1 --hidden-dimension 32 \
+  --element-type f32 >/dev/null 2>&1
 
 # Each example: its usage, and a model that is not there.
 for example in "$examples"/*; do
@@ -201,6 +202,12 @@ says '^1 added, 118 changed, 2 removed, 1 refused, 1 values unknown$' fed
 refuses 1 'i2: no such item' "$examples/related_items" tonight.pzm i2
 "$examples/restart" tonight.pzm played.tsv u1 >second
 says '^1 users came back; 2 events are on items that the model does not have$' second
+precision() { "$personalize" inspect "$1" | awk '$1 == "IVEC" {print $2}'; }
+[[ $(precision model.pzm) == *8 && $(precision typed.pzm) == f32 ]] || fail "the models have other precisions"
+for model in model typed; do
+  "$examples/catalogue" $model.pzm feed.tsv tonight.pzm >fed
+  [[ $(precision tonight.pzm) == "$(precision $model.pzm)" ]] || fail "the catalogue changed the precision"
+done
 head -n 9 feed.tsv >half.tsv
 refuses 1 'names fewer than half of the items' "$examples/catalogue" model.pzm half.tsv half.pzm
 [[ ! -e half.pzm ]] || fail "half a feed made a model"
