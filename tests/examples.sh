@@ -87,10 +87,11 @@ printf 'u1\ti3\t17' >>journal.tsv
 "$examples/restart" model.pzm journal.tsv u1 i5 >first 2>err
 again
 (($(wc -l <journal.tsv) == 5)) || fail "the journal has $(cat journal.tsv)"
-# The command reads it, too, and takes the same from the times of long ago.
+# The command takes the same from the same events, of long ago.
 awk -F'\t' 'BEGIN {OFS = "\t"} NR > 1 {$3 = 1700000000 + 90000 * NR} {print}' journal.tsv >old.tsv
 "$examples/restart" model.pzm old.tsv u1 >second
-"$personalize" recommend -m model.pzm -i old.tsv --all-users -n 10 2>err | sed -n 's/^u1,[0-9]*,\([^,]*\),.*/\1/p' |
+tr '\t' ',' <old.tsv >old.csv
+"$personalize" recommend -m model.pzm -i old.csv --all-users -n 10 2>err | sed -n 's/^u1,[0-9]*,\([^,]*\),.*/\1/p' |
   cmp <(tail -n 10 second | cut -d ' ' -f 1) - || fail "the journal tells the command something else"
 "$examples/restart" model.pzm empty.tsv u1 >second
 ! cmp -s <(tail -n 10 first) <(tail -n 10 second) || fail "the journal makes no difference"
