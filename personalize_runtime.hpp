@@ -249,12 +249,18 @@ __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long,
 #endif
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD)
 #include <xsimd/xsimd.hpp>
+#if XSIMD_VERSION_MAJOR < 8 || (XSIMD_VERSION_MAJOR == 8 && XSIMD_VERSION_MINOR < 1)
+#error "personalize_runtime.hpp needs xsimd 8.1 or newer, or PERSONALIZE_NO_XSIMD."
+#endif
 #if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
 #define PERSONALIZE_NO_XSIMD
 #endif
 #endif
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_ZSTD)
 #include <zstd.h>
+#if ZSTD_VERSION_NUMBER < 10504
+#error "personalize_runtime.hpp needs zstd 1.5.4 or newer, or PERSONALIZE_NO_ZSTD."
+#endif
 #endif
 
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD) && defined(__AVX512VNNI__) && \
@@ -3512,22 +3518,23 @@ enum class ElementType : std::uint8_t {
   i4 = 6,
 };
 
+// As the command line spells them.
 constexpr std::string_view name(ElementType type) noexcept {
   switch (type) {
     case ElementType::u8:
-      return "u8";
+      return "uint8";
     case ElementType::i8:
-      return "i8";
+      return "int8";
     case ElementType::f32:
       return "f32";
     case ElementType::i64:
-      return "i64";
+      return "int64";
     case ElementType::u32:
-      return "u32";
+      return "uint32";
     case ElementType::string:
       return "string";
     case ElementType::i4:
-      return "i4";
+      return "int4";
   }
   return "unknown";
 }

@@ -2,9 +2,12 @@
 // the interaction log for `personalize evaluate --protocol off-policy`.
 // usage: exploration MODEL.pzm NEW_ITEM FIELD VALUE LOG.csv
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <mutex>
 #include <span>
 #include <string>
 
@@ -29,48 +32,50 @@ int main(int argc, char** argv) {
   if (!model) return fail(model.error());
   std::ofstream log(arguments[5], std::ios::binary);
   log << pz::log_csv_header;
-  std::string line;
-  auto shop = pz::Recommender::create(
+  std::mutex log_mutex;  // for programs that record on several threads, as this one does not
+  auto recommender = pz::Recommender::create(
       *model, {.exploration_weight = 0.3f,
                .exploration_item_age_cut_off = std::chrono::days{30},
                .positive_event_types = {"click"},
                .update_interval = {},  // below by hand, so that the output is the same every time
                .recommendation_key = std::array<std::uint64_t, 2>{1, 2},  // leave out in production
                .log = [&](const pz::LogEntry& entry) {
-                 line.clear();
+                 std::string line;
                  pz::append_csv(entry, line);
+                 const std::lock_guard lock{log_mutex};
                  log << line;
                }});
-  if (!shop) return fail(shop.error());
+  if (!recommender) return fail(recommender.error());
 
   std::int64_t now = 1'750'000'000;
-  if (auto put = shop->put_item(
+  if (auto put = recommender->put_item(
           {.item = new_item, .creation_timestamp = now, .fields = {{arguments[3], arguments[4]}}});
       !put)
     return fail(put.error());
 
   pz::Slate slate;
   for (int hour = 0; hour < 12; ++hour) {
-    if (auto updated = shop->update(now); !updated) return fail(updated.error());
+    if (auto updated = recommender->update(now); !updated) return fail(updated.error());
     int shown = 0, explored = 0, clicks = 0;
     for (int visit = 0; visit < 100; ++visit, now += 36) {
       const std::string user = "visitor" + std::to_string(visit);
       // What brought the visitor here; the model makes a taste of it.
       const auto liked = static_cast<std::uint32_t>(visit) % (*model)->item_count();
       if (auto recorded =
-              shop->record({.user = user,
-                            .item = (*model)->item_id(static_cast<std::uint32_t>(liked)),
-                            .event_type = "view",
-                            .timestamp = now});
+              recommender->record({.user = user,
+                                   .item = (*model)->item_id(static_cast<std::uint32_t>(liked)),
+                                   .event_type = "view",
+                                   .timestamp = now});
           !recorded)
         return fail(recorded.error());
-      if (auto done = shop->recommend({.user = user, .count = 10, .timestamp = now}, slate); !done)
+      if (auto done = recommender->recommend({.user = user, .count = 10, .timestamp = now}, slate);
+          !done)
         return fail(done.error());
       const auto found = std::find_if(slate.items.begin(), slate.items.end(),
                                       [&](const pz::Pick& pick) { return pick.item == new_item; });
       if (found == slate.items.end()) {
         // Nothing was clicked; that the slate was seen is worth knowing.
-        auto counted = shop->record_impression(
+        auto counted = recommender->record_impression(
             {.user = user, .recommendation_id = slate.id, .timestamp = now});
         if (!counted) return fail(counted.error());
         continue;
@@ -82,16 +87,16 @@ int main(int argc, char** argv) {
       const bool clicked = visit % 2 == 0;
       clicks += clicked ? 1 : 0;
       auto answered = clicked
-                          ? shop->record({.user = user,
-                                          .item = new_item,
-                                          .event_type = "click",
-                                          .timestamp = now,
-                                          .recommendation_id = slate.id})
-                          : shop->record_impression(
+                          ? recommender->record({.user = user,
+                                                 .item = new_item,
+                                                 .event_type = "click",
+                                                 .timestamp = now,
+                                                 .recommendation_id = slate.id})
+                          : recommender->record_impression(
                                 {.user = user, .recommendation_id = slate.id, .timestamp = now});
       if (!answered) return fail(answered.error());
     }
-    const auto parts = shop->explain({.user = "visitor1", .timestamp = now}, new_item);
+    const auto parts = recommender->explain({.user = "visitor1", .timestamp = now}, new_item);
     if (!parts) return fail(parts.error());
     std::printf(
         "hour %2d: in %3d of 100 slates (%3d explored), %2d clicks; score %.2f = relevance %.2f + "

@@ -24,13 +24,14 @@ int main(int argc, char** argv) {
   // twelve lines: begin
   auto model = pz::Model::load(file);
   if (!model) return fail(model.error());
-  auto shop = pz::Recommender::create(*model);
-  if (!shop) return fail(shop.error());
+  auto recommender = pz::Recommender::create(*model);
+  if (!recommender) return fail(recommender.error());
   for (const char* item : arguments.subspan(3)) {
-    auto recorded = shop->record({.user = user, .item = item, .event_type = "click"});
+    auto recorded = recommender->record({.user = user, .item = item, .event_type = "click"});
     if (!recorded) return fail(recorded.error());
+    if (*recorded == pz::Recorded::unknown_item) std::fprintf(stderr, "%s: no such item\n", item);
   }
-  auto slate = shop->recommend({.user = user, .count = 10, .exclude_interacted = true});
+  auto slate = recommender->recommend({.user = user, .count = 10, .exclude_interacted = true});
   if (!slate) return fail(slate.error());
   for (const pz::Pick& pick : slate->items)
     std::printf("%.*s %.4f\n", int(pick.item.size()), pick.item.data(), double(pick.score));

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # The command from end to end on a generated data set, and what it says to bad input.
-# usage: tests/command_line.sh PERSONALIZE EXAMPLES_DIR
+# usage: tests/command_line.sh PERSONALIZE
 set -euo pipefail
 personalize=$1
-examples=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
@@ -30,12 +29,23 @@ field() { python3 -c "import json,sys; print(json.load(open('$1'))$2)"; }
 cmp data/interactions.csv again/interactions.csv
 
 "$personalize" train data/interactions.csv --items data/items.csv -o model.pzm --epochs 6 \
-  --hidden-dimension 32 --seed 5 >/dev/null
+  --hidden-dimension 32 --seed 5 --patience 0 2>train.log
+grep -q '^train: [0-9]* users, 120 items, [0-9]* events an epoch, at most 6 epochs' train.log || fail "no first line: $(cat train.log)"
+(($(grep -c '^train: .* epoch [1-6]/6 ' train.log) == 6)) || fail "not a line an epoch: $(cat train.log)"
+tail -n 1 train.log | grep -q '^train: done after 6 epochs, loss .* NDCG@10 .*; model.pzm$' || fail "no last line: $(cat train.log)"
 "$personalize" train data/interactions.csv --items data/items.csv -o f32.pzm --epochs 6 \
   --hidden-dimension 32 --seed 5 --element-type f32 >/dev/null
-"$personalize" evaluate -m model.pzm -i data/interactions.csv --json >int8.json
+"$personalize" evaluate -m model.pzm -i data/interactions.csv --json >int8.json 2>err
+[[ ! -s err ]] || fail "evaluate of what was trained for said: $(cat err)"
+(($(field int8.json "['known_items']") == $(field int8.json "['items']"))) || fail "items are not known"
 "$personalize" evaluate -m f32.pzm -i data/interactions.csv --json --threads 1 >f32.json
-"$personalize" evaluate -m model.pzm -i data/interactions.csv --protocol holdout --json >holdout.json
+"$personalize" evaluate -m model.pzm -i data/interactions.csv --protocol holdout --json >holdout.json 2>err
+grep -q 'warning: the model was trained for --protocol leave-one-out' err || fail "no warning of the protocol: $(cat err)"
+(($(field holdout.json "['warnings'].__len__()") == 1)) || fail "the warning is not in the JSON"
+head -n 2000 data/interactions.csv >part.csv
+"$personalize" evaluate -m model.pzm part.csv >part.txt 2>err
+grep -q 'warning: the model was trained on other interactions' err || fail "no warning of other data: $(cat err)"
+grep -q 'items known to the model' part.txt || fail "evaluate does not count known items"
 key="['normalized_discounted_cumulative_gain_at_10']"
 python3 - <<CHECK || fail "int8 costs accuracy, or nothing was learnt"
 import json
@@ -51,24 +61,37 @@ user=$(sed -n 2p data/interactions.csv | cut -d, -f1)
 "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users -n 3 -o slates.csv
 users=$(($(tail -n +2 data/interactions.csv | cut -d, -f1 | sort -u | wc -l)))
 (($(wc -l <slates.csv) == users * 3 + 1)) || fail "slates.csv has $(wc -l <slates.csv) lines"
-"$personalize" recommend -m model.pzm -i data/interactions.csv -u nobody | grep -q popular
+"$personalize" recommend -m model.pzm data/interactions.csv -u nobody >nobody.txt
+grep -q 'user nobody has no interactions and no state in the model' nobody.txt || fail "nobody: $(cat nobody.txt)"
+grep -q 'slate of popular items' nobody.txt || fail "nobody: $(cat nobody.txt)"
+"$personalize" recommend -m model.pzm -u nobody | cmp - nobody.txt
+head -n 1 data/interactions.csv >header.csv
+"$personalize" recommend -m model.pzm -i header.csv -u nobody | cmp - nobody.txt
+# One user with one event, of whose items the model knows some.
+printf 'USER_ID,ITEM_ID,TIMESTAMP\nz,i1,1700000000\nz,new,1700000100\n' >one.csv
+"$personalize" recommend -m model.pzm -i one.csv -u z >one.txt 2>err
+grep -q 'user z, last 2 of 2 interactions, 1 of 2 items known to the model:' one.txt || fail "one user: $(cat one.txt)"
+grep -qx slate: one.txt || fail "one user: $(cat one.txt)"
+grep -q '1 of 2 items of one.csv are in the model; 1 of 2 interactions' err || fail "no count: $(cat err)"
+printf 'USER_ID,ITEM_ID,TIMESTAMP\nz,1,1700000000\ny,2,1700000000\ny,3,1700000001\ny,4,1700000002\n' >foreign.csv
+for use in 'recommend -u z' 'recommend --all-users' evaluate; do
+  # shellcheck disable=SC2086
+  refuses 1 '0 of 4 items of foreign.csv are in the model' "$personalize" $use -m model.pzm -i foreign.csv
+done
+refuses 1 'items.csv: no column NAME to take titles from; --title-column takes one of ITEM_ID, CREATION_TIMESTAMP, GENRES, PRICE, TITLE' \
+  "$personalize" recommend -m model.pzm -u z --items data/items.csv --title-column NAME
+printf 'ITEM_ID,TITLE\ni1,One\n' >titles.csv
+"$personalize" recommend -m model.pzm -i one.csv -u z -n 5 --items titles.csv >out 2>err
+grep -q 'i1  One' out || fail "no title: $(cat out)"
+grep -q ' of the 5 items of the slate are not in titles.csv' err || fail "titles were left out in silence: $(cat err)"
+refuses 2 'needs --interactions' "$personalize" recommend -m model.pzm --all-users
+refuses 2 'give --user ID or --interactions' "$personalize" recommend -m model.pzm
+refuses 1 'header.csv: holds no interactions' "$personalize" recommend -m model.pzm -i header.csv --all-users
+"$personalize" recommend -m model.pzm -i one.csv 2>/dev/null | cmp - one.txt  # of the first user
 "$personalize" inspect model.pzm --json >inspect.json
 (($(field inspect.json "['items']") == 120)) || fail "inspect counts the items wrong"
-"$examples/first_slate" model.pzm u1 i1 i2 | grep -q '^i'
-refuses 1 'missing.pzm: cannot open' "$examples/first_slate" missing.pzm u1 i1
 
 head -n 1 data/interactions.csv | grep -qx 'USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE,IMPRESSION'
-"$examples/exploration" model.pzm new_game GENRES Puzzle log.csv >hours.txt
-grep -q '^hour  0: in .* explored' hours.txt || fail "exploration printed: $(cat hours.txt)"
-python3 - <<CHECK || fail "the new item was not explored, or did not rise: $(cat hours.txt)"
-import re
-hours = [list(map(int, re.findall(r"in +(\d+) of 100 slates \( *(\d+) explored", l)[0])) for l in open("hours.txt")]
-# In the end it stands in most slates by its score, not by exploration.
-assert hours[0][1] > 0 and hours[-1][0] - hours[-1][1] > 50 > hours[0][0], hours
-CHECK
-"$personalize" evaluate --protocol off-policy --log log.csv --target-weight 0.2 --json >off.json
-(($(field off.json "['decisions']") == 1200)) || fail "off-policy evaluation lost decisions"
-python3 -c "import json; v = json.load(open('off.json'))['doubly_robust']; assert v['low'] < v['mean'] < v['high']"
 refuses 2 'needs --log' "$personalize" evaluate --protocol off-policy
 refuses 1 'has neither RECOMMENDATION_ID' "$personalize" evaluate --protocol off-policy --log slates.csv
 "$personalize" simulate --scenario fast-catalogue --users 50 --items 200 --days 2 --slates 100 \
@@ -106,6 +129,22 @@ for command in 'inspect model.pzm' 'inspect model.pzm --json' '--version' \
   "$personalize" $command >/dev/full 2>err || status=$?
   ((status == 1)) && grep -q 'cannot write' err || fail "$command on a full disk ended with $status: $(cat err)"
 done
+refuses 1 '/dev/full: cannot write' "$personalize" simulate --users 50 --items 200 --days 1 --slates 100 --policy greedy --svg /dev/full
+refuses 1 '/dev/full: cannot write' "$personalize" simulate --users 50 --items 200 --days 1 --slates 100 --write-log /dev/full
+refuses 2 'cannot both go to standard output' "$personalize" simulate --svg /dev/stdout
+refuses 1 'Read-only\|cannot create' "$personalize" simulate --write-dataset /proc/no
+refuses 1 'standard output: cannot write' bash -c '"$0" inspect model.pzm >&-' "$personalize"
+# Files that are opened do not take the place of closed streams.
+"$personalize" convert --from model.pzm -o closed.pzm >/dev/null
+"$personalize" convert --from model.pzm -o unspoilt.pzm >&- 2>&- <&- && fail "a closed stream took what was printed"
+cmp closed.pzm unspoilt.pzm
+# A reader that went away ends the command as it ends others, without a word.
+status=0
+{ "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users 2>err || echo $? >status; } | head -n 1 >first.txt
+(($(<status) == 141)) && [[ ! -s err ]] || fail "behind head: $(<status), $(cat err)"
+grep -q '^USER_ID' first.txt || fail "head got nothing"
+(ulimit -f 1; refuses 1 'cannot write: File too large' "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users -o large.csv)
+[[ ! -e large.csv && -z $(find . -name '.personalize-*') ]] || fail "a file that may not grow left something behind"
 refuses 1 '/dev/full: cannot write' "$personalize" recommend -m model.pzm -i data/interactions.csv --all-users -o /dev/full
 refuses 1 '/dev/full: cannot write' "$personalize" convert --from model.pzm -o /dev/full
 [[ -c /dev/full ]] || fail "/dev/full was replaced"
@@ -120,7 +159,7 @@ refuses 2 'name a --checkpoint' "$personalize" train data/interactions.csv -o /d
 mkdir signals
 python3 - "$personalize" <<'CHECK' || fail "a signal left something behind"
 import os, signal, subprocess, sys, time
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU):
     running = subprocess.Popen([sys.argv[1], "simulate", "--users", "2000", "--days", "3650",
                                 "--write-log", "signals/log.csv"])
     while not os.listdir("signals"):
@@ -152,10 +191,21 @@ grep -q 'not shown: the metadata nests deeper than 32 levels' nested.txt || fail
 (($(wc -c <nested.txt) < 10000)) || fail "nested metadata was printed"
 refuses 2 'none of default' "$personalize" simulate --scenario x
 refuses 2 'none of runtime' "$personalize" simulate --policy x
-refuses 2 '\[0, 1\]' "$personalize" simulate --weight 2
+refuses 2 '\[0, 1\]' "$personalize" simulate --exploration-weight 2
 
-refuses 2 'personalize --help' "$personalize"
-refuses 2 'personalize.*--help' "$personalize" trian
+status=0
+"$personalize" 2>err || status=$?
+((status == 2)) && grep -q '^  recommend ' err || fail "without arguments: $status, $(cat err)"
+"$personalize" help | cmp - err
+"$personalize" help recommend | cmp - <("$personalize" recommend --help)
+"$personalize" help train | grep -q -- --hidden-dimension
+refuses 2 "^personalize: no subcommand 'traim'; did you mean 'train'? (see personalize --help)" "$personalize" traim
+refuses 2 "no subcommand 'eval'; did you mean 'evaluate'" "$personalize" eval x
+refuses 2 "no subcommand 'xyzzy'; there are train, evaluate, recommend" "$personalize" xyzzy
+refuses 2 "^personalize evaluate: no option '--modle'; did you mean '--model'? (see personalize evaluate --help)" \
+  "$personalize" evaluate --modle model.pzm -i data/interactions.csv
+refuses 2 "^personalize train: no option '--iteractions'; did you mean '--interactions'" "$personalize" train --iteractions=x
+refuses 2 'not one of leave-one-out, holdout, off-policy' "$personalize" evaluate -m x -i x --protocol all
 refuses 2 '\[0, 0.9\]' "$personalize" train data/interactions.csv -o x.pzm --dropout 1.5
 refuses 2 '\[32, 256\]' "$personalize" train data/interactions.csv -o x.pzm --hidden-dimension 31
 refuses 2 '\[2, 32\]' "$personalize" train data/interactions.csv -o x.pzm --bptt 64
@@ -191,5 +241,5 @@ head -c 100 model.pzm >short.pzm
 refuses 1 'short.pzm: ' "$personalize" inspect short.pzm
 cp data/interactions.csv not-a-model.pzm
 refuses 1 'not a model file' "$personalize" evaluate -m not-a-model.pzm -i data/interactions.csv
-refuses 2 '1 to 10000\|1 - 10000' "$personalize" recommend -m model.pzm -i data/interactions.csv -u u1 -n 0
+refuses 2 '^personalize recommend: --count: 0 is outside \[1, 10000\]' "$personalize" recommend -m model.pzm -i data/interactions.csv -u u1 -n 0
 echo "ok"

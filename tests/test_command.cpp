@@ -8,10 +8,12 @@
 #include <atomic>
 #include <clocale>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <locale>
 #include <new>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -20,6 +22,7 @@
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "command/output.hpp"
 #include "command/parallel.hpp"
 #include "data/fields.hpp"
@@ -105,6 +108,45 @@ TEST_CASE("a symbolic link is written through, also one that names no file yet")
         folder.file("circle") + ": too many symbolic links");
 }
 
+TEST_CASE("a file that is replaced keeps its permissions") {
+  const TemporaryFolder folder;
+  const std::string path = folder.write("a.csv", "old");
+  REQUIRE(::chmod(path.c_str(), 0640) == 0);
+  write_text(path, "new");
+  CHECK(fs::status(path).permissions() == fs::perms(0640));
+}
+
+TEST_CASE("a reader that went away ends the program as a signal would, a fifo's is told") {
+  const auto ignored = std::signal(SIGPIPE, SIG_IGN);
+  int ends[2];
+  REQUIRE(::pipe(ends) == 0);
+  ::close(ends[0]);
+  const int standard_output = ::dup(STDOUT_FILENO);
+  std::fflush(stdout);
+  REQUIRE(::dup2(ends[1], STDOUT_FILENO) == STDOUT_FILENO);
+  int written = 0, printed = 0;
+  try {
+    write_text("", std::string(100'000, 'x'));
+  } catch (const Interrupted& interrupted) {
+    written = interrupted.signal;
+  }
+  std::printf("%s", std::string(100'000, 'x').c_str());
+  try {
+    require_printed();
+  } catch (const Interrupted& interrupted) {
+    printed = interrupted.signal;
+  }
+  ::dup2(standard_output, STDOUT_FILENO);
+  ::close(standard_output);
+  std::clearerr(stdout);
+  CHECK(written == SIGPIPE);
+  CHECK(printed == SIGPIPE);
+  const std::string pipe = "/dev/fd/" + std::to_string(ends[1]);
+  CHECK(refusal([&] { write_text(pipe, "x"); }) == pipe + ": cannot write: Broken pipe");
+  ::close(ends[1]);
+  std::signal(SIGPIPE, ignored);
+}
+
 TEST_CASE("what is no regular file is written to directly, and stays what it is") {
   const TemporaryFolder folder;
   const std::string fifo = folder.file("fifo");
@@ -164,6 +206,81 @@ TEST_CASE("a full disk is told with the output's own name") {
   CHECK(told.starts_with(folder.file("a.csv") + ": cannot write: "));
   CHECK(model.starts_with(folder.file("m.pzm") + ": cannot write: "));
   CHECK(names_in(folder).empty());
+}
+
+TEST_CASE("a log shows the start, each of the first hundred milestones and the end, no more") {
+  const TemporaryFolder folder;
+  const int standard_error = ::dup(STDERR_FILENO);
+  const int log = ::open(folder.file("log").c_str(), O_CREAT | O_WRONLY, 0600);
+  REQUIRE(::dup2(log, STDERR_FILENO) == STDERR_FILENO);
+  {
+    Progress progress("train");
+    progress.start("begins");
+    for (int epoch = 0; epoch < 150; ++epoch) {
+      for (int step = 0; step < 10; ++step) progress.update(0.5, "a step");
+      progress.milestone(0.25, "epoch " + std::to_string(epoch));
+    }
+    progress.finish("done");
+    Progress("quiet").finish("");
+  }
+  ::dup2(standard_error, STDERR_FILENO);
+  ::close(standard_error);
+  ::close(log);
+  std::string expected = "train: begins\n";
+  for (int epoch = 0; epoch < 100; ++epoch)
+    expected += "train:  25 %  epoch " + std::to_string(epoch) + "\n";
+  CHECK(bytes_of(folder.file("log")) == expected + "train: done\n");
+}
+
+TEST_CASE("an option's number and word are checked and shown in one way") {
+  CLI::App app;
+  double share = 0.5;
+  std::uint32_t count = 7;
+  std::optional<std::uint32_t> days;
+  pz::ElementType type = pz::ElementType::i8;
+  add_number(app, "--share", share, "Of it", 0, 0.9);
+  add_number(app, "--count,-n", count, "Items", 1, 10'000'000);
+  add_number(app, "--days", days, "Days", 1, 30, "as many as there are");
+  add_element_type(app, type);
+  const auto says = [&](const std::string& arguments) -> std::string {
+    try {
+      app.parse(arguments);
+    } catch (const CLI::ParseError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  CHECK(says("--share 1.5") == "--share: 1.5 is outside [0, 0.9]");
+  CHECK(says("--share nan") == "--share: nan is outside [0, 0.9]");
+  CHECK(says("--share x") == "--share: 'x' is not a number in [0, 0.9]");
+  CHECK(says("-n 0") == "--count: 0 is outside [1, 10000000]");
+  CHECK(says("-n 1.5") == "--count: '1.5' is not a whole number in [1, 10000000]");
+  CHECK(says("--count=-1") == "--count: '-1' is not a whole number in [1, 10000000]");
+  CHECK(says("--days 31") == "--days: 31 is outside [1, 30]");
+  CHECK(says("--element-type i8") == "--element-type: 'i8' is not one of int8, int4, f32");
+  CHECK(says("--share 0.9 -n 10000000 --days 30 --element-type int4") == "");
+  CHECK(share == 0.9);
+  CHECK(count == 10'000'000);
+  CHECK(days == 30);
+  CHECK(type == pz::ElementType::i4);
+  CHECK(name(type) == "int4");
+  const std::string help = app.help();
+  for (const char* shown : {"--share FLOAT=0.5", "Of it, [0, 0.9]", "--count UINT=7",
+                            "=as many as there are", "=int8", "int8, int4, f32"})
+    CHECK_MESSAGE(help.find(shown) != std::string::npos, shown);
+}
+
+TEST_CASE("help and help of a subcommand are --help") {
+  const auto of = [](std::vector<const char*> words) {
+    words.insert(words.begin(), "personalize");
+    return arguments_of(static_cast<int>(words.size()), words.data());
+  };
+  using Words = std::vector<std::string>;
+  CHECK(of({}) == Words{});
+  CHECK(of({"help"}) == Words{"--help"});
+  CHECK(of({"help", "train", "x"}) == Words{"train", "--help"});
+  CHECK(of({"train", "help"}) == Words{"train", "help"});
+  CHECK(arguments_of(0, nullptr) == Words{});
 }
 
 TEST_CASE("JSON of a file is bounded in depth and has each key once") {

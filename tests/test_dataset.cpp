@@ -13,6 +13,7 @@
 
 #include "../tools/command/command.hpp"
 #include "../tools/data/dataset.hpp"
+#include "refusal.hpp"
 #include "strings.hpp"
 #include "temporary_folder.hpp"
 
@@ -218,10 +219,18 @@ TEST_CASE("bad rows can be skipped: all are counted, the first ten are reported"
 
 TEST_CASE("data that nothing can be learnt from is refused") {
   CHECK(Files(header).failure() == "events.csv: holds no interactions");
-  CHECK(Files(std::string(header) + "u1,a,1\nu1,b,2\n").failure() ==
+  const auto to_learn_from = [](const std::string& rows) {
+    const Dataset data = Files(std::string(header) + rows).read();
+    return refusal([&] { require_sequences(data, "events.csv"); });
+  };
+  CHECK(to_learn_from("u1,a,1\nu1,b,2\n") ==
         "events.csv: only one user (u1); a model needs the interactions of at least two");
-  CHECK(Files(std::string(header) + "u1,a,1\nu2,b,2\n").failure() ==
+  CHECK(to_learn_from("u1,a,1\nu2,b,2\n") ==
         "events.csv: no user has two interactions; there is no sequence to learn from");
+  CHECK(to_learn_from("u1,a,1\nu2,b,2\nu1,b,3\n") == "nothing was refused");
+  Files none(header);
+  none.options.may_be_empty = true;
+  CHECK(none.read().histories.empty());
   CHECK(Files("USER_ID,ITEM,TIMESTAMP\n").failure() ==
         "events.csv:1: no column ITEM_ID (found: USER_ID, ITEM, TIMESTAMP); name it so in the "
         "header row");

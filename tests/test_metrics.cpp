@@ -18,6 +18,8 @@
 #include "../tools/command/command.hpp"
 #include "../tools/evaluate/evaluate.hpp"
 #include "../tools/evaluate/metrics.hpp"
+#include "../tools/recommend/known_items.hpp"
+#include "refusal.hpp"
 #include "small_model.hpp"
 #include "strings.hpp"
 
@@ -239,4 +241,91 @@ TEST_CASE("an evaluation that cannot be done says why") {
   for (auto& history : data.histories) history.resize(1);
   CHECK_THROWS_WITH_AS(evaluate(model, data, {}),
                        "the protocol leaves no user to evaluate: histories are too short", Failure);
+}
+
+TEST_CASE("what of a file a model knows is counted; a file without any of it is refused") {
+  const auto model = small_model::model({.items = 4});  // i0 to i3
+  Dataset data;
+  data.item_ids = table_of({"i0", "x", "i3", "y", "unused"});
+  data.histories = {{{0, 0, 1}, {1, 0, 2}, {0, 0, 3}}, {{2, 0, 4}, {3, 0, 5}, {3, 0, 6}}};
+  const auto all = known_items(data, data.histories, *model);
+  CHECK(all.items == 4);
+  CHECK(all.known_items == 2);
+  CHECK(all.interactions == 6);
+  CHECK(all.known_interactions == 3);
+  const auto report = [&](const KnownItems& known) {
+    return report_known(data, known, *model, "log.csv", "were left out");
+  };
+  CHECK(report(all) ==
+        "2 of 4 items of log.csv are in the model; 3 of 6 interactions are with others and were "
+        "left out");
+  const auto first = known_items(data, std::span(data.histories).first(1), *model);
+  CHECK(first.items == 2);
+  CHECK(first.known_interactions == 2);
+  data.histories[0].push_back({4, 0, 7});
+  CHECK(report(known_items(data, data.histories, *model)) ==
+        "warning: only 2 of 5 items of log.csv are in the model; there 'x', in the model 'i0'; 4 "
+        "of 7 interactions are with others and were left out");
+  data.histories = {{{0, 0, 1}, {2, 0, 2}}};
+  CHECK_FALSE(report(known_items(data, data.histories, *model)));
+  CHECK_FALSE(report(known_items(data, {}, *model)));  // nothing is not known of nothing
+  data.histories = {{{1, 0, 1}, {3, 0, 2}}};
+  CHECK(refusal([&] { report(known_items(data, data.histories, *model)); }) ==
+        "0 of 2 items of log.csv are in the model; there 'x', in the model 'i0'; name the "
+        "interactions of the model's own items");
+}
+
+TEST_CASE("a model and an evaluation that do not fit are told apart from those that do") {
+  Dataset data;
+  data.item_ids = table_of({"i0", "i1"});
+  data.user_ids = table_of({"a", "b"});
+  constexpr std::int64_t one_day = 86'400, begin = 18'518 * one_day;  // 2020-09-13
+  data.histories = {{{0, 0, begin}, {1, 0, begin + 1}, {0, 0, begin + 2}},
+                    {{0, 0, begin}, {1, 0, begin + one_day}, {0, 0, begin + 3 * one_day}}};
+  data.interactions = 6;
+  data.first_timestamp = begin;
+  data.last_timestamp = begin + 3 * one_day;
+  const auto told = [&](const std::string& metadata, const EvaluationOptions& options = {}) {
+    pz::ModelParts parts = small_model::parts({.items = 2});
+    parts.metadata = metadata;
+    auto model = pz::Model::from_parts(std::move(parts));
+    REQUIRE(model);
+    return doubts(**model, data, options);
+  };
+  const auto metadata = [&](const std::string& protocol, std::int64_t interactions,
+                            std::int64_t last) {
+    return R"({"protocol":")" + protocol + R"(","seed":4,"data":{"users":2,"interactions":)" +
+           std::to_string(interactions) + R"(,"first_timestamp":)" + std::to_string(begin) +
+           R"(,"last_timestamp":)" + std::to_string(last) + "}}";
+  };
+  const std::int64_t end = begin + 3 * one_day;
+  CHECK(told(metadata("leave-one-out", 6, end)).empty());
+  CHECK(told(metadata("holdout", 6, end), {.protocol = Protocol::holdout, .seed = 4}).empty());
+
+  const Strings other = told(metadata("leave-one-out", 6, end), {.protocol = Protocol::holdout});
+  REQUIRE(other.size() == 1);
+  CHECK(
+      other[0].starts_with("the model was trained for --protocol leave-one-out: events that "
+                           "holdout asks for taught it"));
+  CHECK(told(metadata("holdout", 6, end)).at(0).find("--protocol holdout: ") != std::string::npos);
+  CHECK(told(metadata("all", 6, end)).at(0).find("--protocol all: ") != std::string::npos);
+  CHECK(told(metadata("holdout", 6, end), {.protocol = Protocol::holdout, .seed = 5})
+            .at(0)
+            .starts_with("the model was trained with --seed 4: most of the users that --seed 5"));
+  for (const char* nothing : {"", "{}", "[1]", R"({"protocol":"x"})", R"({"protocol":3})"})
+    CHECK(told(nothing).at(0).starts_with("the model file does not say what it was trained on"));
+
+  // A model of later data, of other data, and one that ended before what it is to predict.
+  const Strings later = told(metadata("leave-one-out", 9, end + one_day));
+  REQUIRE(later.size() == 1);
+  CHECK(later[0] ==
+        "the model was trained on other interactions (9 of 2 users, 2020-09-13 to 2020-09-17) than "
+        "these (6 of 2 users, 2020-09-13 to 2020-09-16); 2 of the events to predict are not later "
+        "than all of those, and may be among them: the figures may be too good");
+  CHECK(told(metadata("leave-one-out", 5, end)).at(0).find("; 2 of the events") !=
+        std::string::npos);
+  CHECK(told(metadata("leave-one-out", 5, begin + one_day)).at(0).find("; 1 of the events") !=
+        std::string::npos);
+  CHECK(told(metadata("leave-one-out", 5, begin + 1)).at(0).ends_with("to 2020-09-16)"));
+  CHECK(told(metadata("holdout", 5, end)).size() == 2);
 }

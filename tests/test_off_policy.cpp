@@ -20,6 +20,7 @@
 #include "../tools/data/fields.hpp"
 #include "../tools/evaluate/off_policy.hpp"
 #include "../tools/simulate/world.hpp"
+#include "refusal.hpp"
 #include "temporary_folder.hpp"
 
 namespace pz = personalize;
@@ -235,6 +236,17 @@ TEST_CASE("an interaction log becomes the decisions of its policy at another wei
   refused("1,u,a,x,1,0,1e-320,1,0,0,0,0,0\n",
           "PROPENSITY: a propensity below 1e-30 is no measurement");
   refused("1,u,a,x,1,0,1,1,0,0,inf,0,0\n", "EXPECTED: is not finite");
+  for (const char* propensity : {"nan", "inf", "-0.5", "1.0001", "-inf"})
+    refused("1,u,a,x,1,0," + std::string(propensity) + ",1,0,0,0,0,0\n",
+            std::string(propensity) == "nan" ? "PROPENSITY: 'nan' is not a number"
+                                             : "PROPENSITY: a propensity lies in (0, 1]");
+  refused("1,u,a,x,1,2,1,1,0,0,0,0,0\n", "POSITIVE: is 0 or 1");
+  refused("1,u,a,x,1,0,1,0.5,0,0,0,0,0\n", "BEST: is 0 or 1");
+  refused("1,u,a,x,1,0,1,1,1.01,0,0,0,0\n", "POOL_SHARE: a share lies in [0, 1]");
+  refused("1,u,a,x,1,0,1,1,-0.1,0,0,0,0\n", "POOL_SHARE: a share lies in [0, 1]");
+  refused("1,u,a,x,1,0,1,1,0,0,-1,0,0\n", "EXPECTED: an expected reward is not negative");
+  refused("1,u,a,x,1,0,1,1,0,0,0,nan,0\n", "BEST_EXPECTED: 'nan' is not a number");
+  refused("1,u,a,x,1,0,1,1,0,0,0,0,-inf\n", "POOL_EXPECTED: is not finite");
   refused("1,u,a,x,1,0,1,1,0, 0,0,0,0\n", "POOL_LOGIT: ' 0' is not a number");
   refused("1x,u,a,x,1,0,1,1,0,0,0,0,0\n", "TIMESTAMP: '1x' is not a whole number of Unix seconds");
   refused("1,u,a,x,1,0,1,1,0,zero,0,0,0\n", "POOL_LOGIT: 'zero' is not a number");
@@ -463,4 +475,33 @@ TEST_CASE("the doubly robust interval covers the truth in 90 of 100 simulated wo
     MESSAGE("covered: " << within << " of 100");
     CHECK(within >= 90);
   }
+}
+
+TEST_CASE("products of small propensities give right figures or a refusal, never a NaN") {
+  const auto slates = [](std::vector<double> ratios, double value) {
+    LoggedDecision decision;
+    for (const double ratio : ratios) decision.push_back({0, ratio, value, value});
+    return decision;
+  };
+  // Weights whose squares a double does not hold: all alike, so that all of them count.
+  for (const double weight : {1e-200, 1e200}) {
+    CAPTURE(weight);
+    const std::vector<LoggedDecision> alike(4, slates({weight}, 0));
+    CHECK(evaluate_off_policy(alike).effective_sample_size == doctest::Approx(4));
+  }
+  CHECK(evaluate_off_policy({slates({1e-200, 1e-200}, 0.5)}).effective_sample_size == 0);
+  const std::string overflow =
+      "the log's propensities are so small, or its rewards so large, that the estimates overflow";
+  for (const double value : {0.0, 0.5})
+    for (const double last : {1e200, 0.0}) {
+      const std::vector<LoggedDecision> log{slates({1e200, 1e200, last}, value), slates({1}, 0)};
+      CHECK(refusal([&] { evaluate_off_policy(log); }) == overflow);
+    }
+  CHECK(refusal([&] {
+          evaluate_off_policy(std::vector<LoggedDecision>(3, {{1e308, 1, 0, 0}}));
+        }) == overflow);
+  // What is expected of no item changes nothing.
+  const auto none = evaluate_off_policy({slates({0.5, 2}, 0), slates({1, 0}, 0)});
+  CHECK(none.doubly_robust.mean == 0);
+  CHECK(none.effective_sample_size == doctest::Approx(1));
 }

@@ -1,5 +1,7 @@
 // The generated data set, and the worlds in which policies are compared.
 #include <doctest/doctest.h>
+#include <array>
+#include <regex>
 
 #include <algorithm>
 #include <cmath>
@@ -238,7 +240,7 @@ TEST_CASE(
   WorldOptions options = small_world;
   options.days = 3;
   const Comparison one = compare(policies, options, 0.3, 2, 1);
-  const nlohmann::json json = to_json(one);
+  const nlohmann::ordered_json json = to_json(one);
   CHECK(json == to_json(compare(policies, options, 0.3, 2, 3)));
   const auto total = [&](std::size_t policy, std::size_t seed) {
     const std::vector<double>& reward = one.runs[policy][seed].reward;
@@ -298,4 +300,61 @@ TEST_CASE("the runtime finds good new items and earns more than the model alone"
   CHECK(total(0) > 1.3 * total(2));
   CHECK(c.runs[0][0].days_to_discover.size() > 4 * c.runs[1][0].days_to_discover.size());
   CHECK(c.runs[0][0].good_items == 50);
+}
+
+TEST_CASE("a plot's ticks are distinct, exact and where they say; its axes end with the run") {
+  for (const std::uint32_t days : {1u, 2u, 3u, 4u, 7u, 10u, 13u, 30u, 365u}) {
+    CAPTURE(days);
+    Comparison c;
+    c.world.days = days;
+    c.seeds = {1};
+    c.policies = {"greedy"};
+    // One item is found on the last day that the plot shows.
+    const double oldest = std::min<double>(days, 10);
+    PolicyRun run;
+    run.reward.assign(days, 1.5);
+    run.days_to_discover = {oldest};
+    run.good_items = 1;
+    c.runs = {{run}};
+    const std::string svg = to_svg(c);
+    struct Label {
+      double x, y, value;
+      std::string text;
+    };
+    std::vector<Label> labels;
+    const std::regex tick(
+        "<text x='([0-9.]+)' y='([0-9.]+)' text-anchor='(middle|end)'>([0-9.]+)<");
+    for (std::sregex_iterator at(svg.begin(), svg.end(), tick), end; at != end; ++at)
+      labels.push_back({std::stod((*at)[1]), std::stod((*at)[2]), std::stod((*at)[4]), (*at)[4]});
+    // Days, clicks, age, share: left panel from 80 to 460, right from 540 to 920, 340 to 40.
+    const std::array<double, 4> ends{static_cast<double>(days), 0, oldest, 1};
+    std::array<std::vector<Label>, 4> axes;
+    for (const Label& label : labels) {
+      const bool right = label.x > 500, below = label.y > 350;
+      axes[(right ? 2 : 0) + (below ? 0 : 1)].push_back(label);
+    }
+    for (std::size_t a = 0; a < axes.size(); ++a) {
+      CAPTURE(a);
+      const auto& axis = axes[a];
+      REQUIRE(axis.size() >= 2);
+      CHECK(axis.size() <= 6);
+      CHECK(axis.front().value == 0);
+      std::set<std::string> texts;
+      for (const Label& label : axis) {
+        texts.insert(label.text);
+        if (a % 2 == 0)
+          CHECK(label.x == doctest::Approx((a == 0 ? 80 : 540) + 380 * label.value / ends[a]));
+        else if (a == 3)
+          CHECK(label.y == doctest::Approx(344 - 300 * label.value));
+      }
+      CHECK(texts.size() == axis.size());
+      // Equal steps, so that no label is rounded.
+      for (std::size_t i = 1; i < axis.size(); ++i)
+        CHECK(axis[i].value == doctest::Approx(static_cast<double>(i) * axis[1].value));
+      if (a == 0) CHECK(axis[1].value == std::floor(axis[1].value));
+    }
+    // Lines: the clicks to the end of the days, the found item at the right edge.
+    CHECK(svg.find(" 460,") != std::string::npos);
+    CHECK(svg.find(" 920,40 '/>") != std::string::npos);
+  }
 }

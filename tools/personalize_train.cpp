@@ -3,5 +3,6 @@
 #include "train/train.hpp"
 
 int main(int argc, char** argv) {
-  return personalize::tools::run(argc, argv, {personalize::tools::add_train});
+  using namespace personalize::tools;
+  return run(arguments_of(argc, argv), {add_train});
 }

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 70, 190, 40, 50
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 770, 420, 70, 240, 40, 50
 COLOURS = ["#d62728", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f"]
 
 
@@ -46,17 +46,21 @@ def main(source, out):
                 f'<text x="{LEFT - 8}" y="{y(10 ** power) + 4:.1f}" text-anchor="end">{label}</text>']
     for n, label in ((10_000, "10,000"), (100_000, "100,000"), (1_000_000, "1,000,000 items")):
         svg.append(f'<text x="{x(n):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>')
+    largest = max(n for points in found.values() for n, _ in points)
     labels = []
     for colour, (name, points) in zip(COLOURS, found.items()):
         path = " ".join(f"{x(n):.1f},{y(v):.1f}" for n, v in points)
         svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         svg += [f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for n, v in points]
-        labels.append([y(points[-1][1]), x(points[-1][0]), colour, name])
+        # What was not run to the end stands below the others, and says where it ends.
+        n, v = points[-1]
+        ended = n < largest
+        labels.append([ended, y(v), colour, name + f", to {n:,}" * ended])
     labels.sort()
     for above, below in zip(labels, labels[1:]):
-        below[0] = max(below[0], above[0] + 15)
+        below[1] = max(below[1], above[1] + 15)
     svg += [f'<text x="{WIDTH - RIGHT + 8}" y="{at + 4:.1f}" fill="{colour}">{name}</text>'
-            for at, _, colour, name in labels]
+            for _, at, colour, name in labels]
     with open(out, "w") as file:
         file.write("\n".join(svg + ["</svg>", ""]))
 

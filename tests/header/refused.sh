@@ -16,7 +16,14 @@ refused() {  # refused SENTENCE FLAG...: the compiler's first error
 }
 
 compiler=$1
+old=$(mktemp -d)
+trap 'rm -rf "$old"' EXIT
+mkdir -p "$old/xsimd"
+echo '#define ZSTD_VERSION_NUMBER 10503' >"$old/zstd.h"
+printf '#define XSIMD_VERSION_M%s\n' 'AJOR 8' 'INOR 0' >"$old/xsimd/xsimd.hpp"
 refused "needs GCC or Clang" -D_MSC_VER=1940 -U__clang__
 refused "needs a little-endian target" -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__
 refused "cannot be built with -ffast-math" -ffast-math
 refused "cannot be built with -ffast-math" -ffinite-math-only
+refused "needs zstd 1.5.4 or newer" -DPERSONALIZE_NO_XSIMD -I "$old"
+refused "needs xsimd 8.1 or newer" -I "$old"

@@ -7,22 +7,88 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <filesystem>
 #include <new>
+#include <string>
+#include <vector>
 
+#include "command/json.hpp"
 #include "command/output.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace command {
 
-int fail(const CLI::App& app, int status, const std::string& text) {
-  const auto chosen = app.get_subcommands();
-  const std::string command =
-      chosen.empty() ? "personalize" : "personalize " + chosen[0]->get_name();
+// Inserted, left out, exchanged and swapped letters from one word to the other (optimal string
+// alignment).
+std::size_t edits(std::string_view from, std::string_view to) {
+  std::vector<std::vector<std::size_t>> least(from.size() + 1,
+                                              std::vector<std::size_t>(to.size() + 1));
+  for (std::size_t i = 0; i <= from.size(); ++i)
+    for (std::size_t j = 0; j <= to.size(); ++j) {
+      std::size_t& here = least[i][j];
+      if (i == 0 || j == 0) {
+        here = i + j;
+        continue;
+      }
+      here = std::min({least[i - 1][j] + 1, least[i][j - 1] + 1,
+                       least[i - 1][j - 1] + (from[i - 1] == to[j - 1] ? 0 : 1)});
+      if (i > 1 && j > 1 && from[i - 1] == to[j - 2] && from[i - 2] == to[j - 1])
+        here = std::min(here, least[i - 2][j - 2] + 1);
+    }
+  return least[from.size()][to.size()];
+}
+
+// "; did you mean 'train'?" of the known name that was meant, else which there are.
+std::string suggestion(std::string_view word, const std::vector<std::string>& names) {
+  std::string nearest, all;
+  std::size_t least = std::max<std::size_t>(2, word.size() / 3) + 1;
+  for (const std::string& name : names) {
+    all += (all.empty() ? "" : ", ") + name;
+    const bool begins = word.size() >= 2 && name.starts_with(word);
+    if (const std::size_t distance = begins ? 0 : edits(word.substr(0, 64), name);
+        distance < least && distance < name.size()) {
+      least = distance;
+      nearest = name;
+    }
+  }
+  return nearest.empty() ? "; there are " + all : "; did you mean '" + nearest + "'?";
+}
+
+// Before CLI11 takes a mistyped option's value for another argument. `command` becomes the name
+// that errors begin with. Throws Usage.
+void require_known(const CLI::App& app, const std::vector<std::string>& arguments,
+                   std::string& command) {
+  const CLI::App* chosen = nullptr;
+  std::vector<std::string> names;
+  for (const CLI::App* known : app.get_subcommands([](const CLI::App*) { return true; })) {
+    names.push_back(known->get_name());
+    if (names.back() == arguments[0]) chosen = known;
+  }
+  if (chosen)
+    command += " " + chosen->get_name();
+  else if (!arguments[0].starts_with('-'))
+    throw Usage("no subcommand '" + printable(arguments[0]) + "'" +
+                suggestion(arguments[0], names));
+  names.clear();
+  for (const CLI::Option* option : (chosen ? chosen : &app)->get_options())
+    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+  for (const std::string& argument : arguments) {
+    if (argument == "--") return;
+    const std::string name = argument.substr(0, argument.find('='));
+    // The values of options begin with a single - at most.
+    if (!name.starts_with("--") || std::find(names.begin(), names.end(), name) != names.end())
+      continue;
+    throw Usage("no option '" + printable(name) + "'" + suggestion(name, names));
+  }
+}
+
+int fail(const std::string& command, int status, const std::string& text) {
+  if (text.empty()) return status;
   const std::string line = text.substr(0, text.find('\n'));
   std::fprintf(stderr, "%s: %s%s\n", command.c_str(), line.c_str(),
                status == 2 ? (" (see " + command + " --help)").c_str() : "");
@@ -31,33 +97,58 @@ int fail(const CLI::App& app, int status, const std::string& text) {
 
 }  // namespace command
 
-int run(int argc, char** argv, std::initializer_list<void (*)(CLI::App&)> subcommands) {
+void note(std::string_view subcommand, std::string_view text) {
+  std::fprintf(stderr, "personalize %.*s: %.*s\n", static_cast<int>(subcommand.size()),
+               subcommand.data(), static_cast<int>(text.size()), text.data());
+}
+
+std::vector<std::string> arguments_of(int argc, const char* const* argv) {
+  std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
+  if (arguments.empty() || arguments[0] != "help") return arguments;
+  arguments.erase(arguments.begin());
+  arguments.resize(std::min<std::size_t>(arguments.size(), 1));
+  arguments.push_back("--help");
+  return arguments;
+}
+
+int run(std::vector<std::string> arguments,
+        std::initializer_list<void (*)(CLI::App&)> subcommands) {
   CLI::App app{"Train, measure and inspect recommendation models for personalize_runtime.hpp",
                "personalize"};
   app.set_version_flag("--version", "personalize " + std::to_string(PERSONALIZE_VERSION_MAJOR) +
                                         "." + std::to_string(PERSONALIZE_VERSION_MINOR) + "." +
                                         std::to_string(PERSONALIZE_VERSION_PATCH));
+  app.footer("personalize help SUBCOMMAND shows the options of one.");
+  app.get_formatter()->column_width(36);
   app.require_subcommand(1);
+  std::string command = "personalize";
   try {
+    open_standard_streams();
     watch_signals();
     for (const auto add : subcommands) add(app);
+    if (arguments.empty()) {
+      std::fputs(app.help().c_str(), stderr);
+      return 2;
+    }
+    command::require_known(app, arguments, command);
     try {
-      app.parse(argc, argv);
+      std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants them
+      app.parse(std::move(arguments));
     } catch (const CLI::Success& help) {  // --help, --version
       app.exit(help);
     }
     require_printed();
     return 0;
   } catch (const Interrupted& interrupted) {
-    return command::fail(app, 128 + interrupted.signal, interrupted.what());
+    return command::fail(command, 128 + interrupted.signal, interrupted.what());
   } catch (const CLI::ParseError& error) {
-    return command::fail(app, 2, error.what());
+    return command::fail(command, 2, error.what());
   } catch (const Usage& error) {
-    return command::fail(app, 2, error.what());
+    return command::fail(command, 2, error.what());
   } catch (const std::bad_alloc&) {
-    return command::fail(app, 1, "out of memory");
+    return command::fail(command, 1, "out of memory");
   } catch (const std::exception& error) {
-    return command::fail(app, 1, error.what());
+    return command::fail(command, 1, error.what());
   }
 }
 
@@ -73,32 +164,72 @@ void describe(CLI::App& app, const char* name, const char* description) {
   app.add_subcommand(name, description);
 }
 
-int become(const char* program, char** argv) {
+int become(const char* program, std::vector<std::string> arguments) {
   std::error_code ignored;
   const std::string path =
       std::filesystem::read_symlink("/proc/self/exe", ignored).replace_filename(program);
-  ::execv(path.c_str(), argv);
+  std::string name = "personalize";
+  std::vector<char*> argv{name.data()};
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  ::execv(path.c_str(), argv.data());
   std::fprintf(stderr, "personalize: %s: cannot run: %s\n", path.c_str(), std::strerror(errno));
   return 1;
 }
 
-void require_range(std::string_view option, double value, double low, double high) {
-  if (!(value >= low && value <= high))
-    throw Usage("option " + std::string(option) + ": " + number_text(value) + " is outside [" +
-                number_text(low) + ", " + number_text(high) + "]");
+std::string range_text(double low, double high) {
+  const auto bound = [](double value) {
+    return value == std::floor(value) && std::abs(value) < 1e15
+               ? std::to_string(static_cast<std::int64_t>(value))
+               : number_text(value);
+  };
+  return "[" + bound(low) + ", " + bound(high) + "]";
 }
 
-Progress::Progress(std::string title, bool log)
+std::string range_refusal(double value, double low, double high) {
+  if (value >= low && value <= high) return "";  // a NaN is outside
+  return number_text(value) + " is outside " + range_text(low, high);
+}
+
+void require_range(std::string_view option, double value, double low, double high) {
+  if (const std::string refusal = range_refusal(value, low, high); !refusal.empty())
+    throw Usage(std::string(option) + ": " + refusal);
+}
+
+namespace command {
+
+constexpr auto pause_on_a_terminal = std::chrono::milliseconds(100);
+constexpr auto pause_in_a_log = std::chrono::seconds(30);
+constexpr int most_milestones = 100;
+
+}  // namespace command
+
+Progress::Progress(std::string title)
     : title_(std::move(title)),
       terminal_(::isatty(STDERR_FILENO) == 1),
-      log_(log),
-      last_(std::chrono::steady_clock::now() - std::chrono::hours(1)) {}
+      last_(std::chrono::steady_clock::now()) {}
+
+void Progress::start(std::string_view text) {
+  if (terminal_) std::fputs("\r\033[K", stderr);
+  std::fprintf(stderr, "%s: %.*s\n", title_.c_str(), static_cast<int>(text.size()), text.data());
+}
 
 void Progress::update(double fraction, std::string_view text) {
-  const auto now = std::chrono::steady_clock::now();
-  const auto pause = terminal_ ? std::chrono::milliseconds(100) : std::chrono::milliseconds(30'000);
-  if ((!terminal_ && !log_) || now - last_ < pause) return;
-  last_ = now;
+  const std::chrono::nanoseconds pause =
+      terminal_ ? std::chrono::nanoseconds(command::pause_on_a_terminal)
+                : std::chrono::nanoseconds(command::pause_in_a_log);
+  if (std::chrono::steady_clock::now() - last_ >= pause) show(fraction, text);
+}
+
+void Progress::milestone(double fraction, std::string_view text) {
+  if (terminal_ || ++milestones_ > command::most_milestones)
+    update(fraction, text);
+  else
+    show(fraction, text);
+}
+
+void Progress::show(double fraction, std::string_view text) {
+  last_ = std::chrono::steady_clock::now();
   const double share = std::clamp(fraction, 0.0, 1.0);
   const int percent = static_cast<int>(share * 100);
   if (terminal_) {
@@ -109,7 +240,7 @@ void Progress::update(double fraction, std::string_view text) {
                  std::string(static_cast<std::size_t>(width - full), '.').c_str(), percent,
                  static_cast<int>(text.size()), text.data());
   } else {
-    std::fprintf(stderr, "%s %3d %%  %.*s\n", title_.c_str(), percent,
+    std::fprintf(stderr, "%s: %3d %%  %.*s\n", title_.c_str(), percent,
                  static_cast<int>(text.size()), text.data());
   }
   std::fflush(stderr);
@@ -117,7 +248,7 @@ void Progress::update(double fraction, std::string_view text) {
 
 void Progress::finish(std::string_view text) {
   if (terminal_) std::fputs("\r\033[K", stderr);
-  if ((terminal_ || log_) && !text.empty())
+  if (!text.empty())
     std::fprintf(stderr, "%s: %.*s\n", title_.c_str(), static_cast<int>(text.size()), text.data());
   std::fflush(stderr);
 }

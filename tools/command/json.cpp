@@ -13,13 +13,6 @@ namespace json_text {
 
 constexpr int deepest = 32;
 
-// Bytes that are no UTF-8 would be an exception.
-template <class Json>
-void print(const Json& json) {
-  const std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace);
-  std::printf("%s\n", text.c_str());
-}
-
 }  // namespace json_text
 
 nlohmann::json parse_json(std::string_view text, const std::string& where) {
@@ -53,8 +46,12 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
   return json;
 }
 
-void print_json(const nlohmann::ordered_json& json) { json_text::print(json); }
-void print_json(const nlohmann::json& json) { json_text::print(json); }
+void print_json(const nlohmann::ordered_json& json) {
+  // Bytes that are no UTF-8 would be an exception.
+  const std::string text =
+      json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  std::printf("%s\n", text.c_str());
+}
 
 std::string printable(std::string_view text) {
   std::string out;

@@ -11,9 +11,8 @@ namespace personalize::tools {
 // object.
 nlohmann::json parse_json(std::string_view text, const std::string& where);
 
-// On standard output, indented.
+// On standard output, indented, keys in the order in which they were added.
 void print_json(const nlohmann::ordered_json& json);
-void print_json(const nlohmann::json& json);
 
 // The text, with what is no UTF-8 and control characters as \xNN.
 std::string printable(std::string_view text);

@@ -1,6 +1,7 @@
 #include "command/output.hpp"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <array>
@@ -167,7 +168,10 @@ void OutputFile::fail(std::string message) const {
   throw Failure(message);
 }
 
-void OutputFile::cannot_write() const { fail(path_ + ": cannot write: " + std::strerror(errno)); }
+void OutputFile::cannot_write() const {
+  if (standard_output_ && errno == EPIPE) throw Interrupted(SIGPIPE, "");
+  fail(path_ + ": cannot write: " + std::strerror(errno));
+}
 
 void OutputFile::append(std::span<const std::byte> bytes) {
   size_ += bytes.size();
@@ -205,6 +209,10 @@ void OutputFile::commit() {
     if (const auto written = sink_->commit(); !written) fail(written.error().message);
     sink_.reset();
   }
+  // Who may read the file that is replaced stays so.
+  std::error_code ignored;
+  if (const auto before = output::fs::status(target_, ignored); output::fs::exists(before))
+    output::fs::permissions(staged(), before.permissions(), ignored);
   const std::lock_guard lock{output::staging().mutex};
   if (std::rename(staged().c_str(), target_.c_str()) != 0) cannot_write();
   if (const detail::File folder{std::fopen(output::folder_of(target_).c_str(), "rb")})
@@ -232,14 +240,29 @@ void require_printed() {
   errno = 0;
   const bool flushed = std::fflush(stdout) == 0;
   if (flushed && std::cout && !std::ferror(stdout)) return;
+  // An earlier write may have been the one that failed, so errno does not tell.
+  struct pollfd standard_output {
+    STDOUT_FILENO, 0, 0
+  };
+  if (::poll(&standard_output, 1, 0) == 1 && (standard_output.revents & POLLERR) != 0)
+    throw Interrupted(SIGPIPE, "");
   throw Failure("standard output: cannot write" +
                 (errno != 0 ? std::string(": ") + std::strerror(errno) : "; is the disk full?"));
 }
 
+void open_standard_streams() {
+  for (const int descriptor : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    // The lowest that is free is taken: this one.
+    if (::fcntl(descriptor, F_GETFD) == -1 && errno == EBADF)
+      (void)::open("/dev/null", descriptor == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+  }
+}
+
 void watch_signals() {
+  for (const int signal : {SIGPIPE, SIGXFSZ}) std::signal(signal, SIG_IGN);
   if (::pipe2(output::signal_pipe, O_CLOEXEC) != 0) return;  // they end the program as ever
   std::thread(output::wait_for_signals).detach();
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU}) {
     struct sigaction action {};
     if (::sigaction(signal, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) continue;
     action = {};

@@ -63,11 +63,17 @@ void require_writable(const std::string& path);
 // A file of this text. Throws Failure.
 void write_text(const std::string& path, std::string_view text);
 
-// Throws Failure where standard output did not take all that was printed.
+// Throws Failure where standard output did not take all that was printed, and Interrupted without a
+// text where its reader went away.
 void require_printed();
 
-// From now on SIGINT, SIGTERM and SIGHUP (unless ignored) remove what outputs have staged and end
-// the program with exit status 128 + signal.
+// Standard streams that are closed become such that refuse what is written, so that no file that is
+// opened later stands in their place.
+void open_standard_streams();
+
+// From now on signals that would end the program (unless ignored) remove what outputs have staged
+// and end it with exit status 128 + signal. A reader that went away, and a file that may not grow
+// any more, are errors of what is written instead.
 void watch_signals();
 
 // From now on the first of these signals is only noted.

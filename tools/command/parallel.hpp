@@ -12,6 +12,11 @@
 
 namespace personalize::tools {
 
+// What --threads asks for: 0 is a thread a core.
+inline unsigned thread_count(unsigned asked) {
+  return asked > 0 ? asked : std::max(1u, std::thread::hardware_concurrency());
+}
+
 // Runs job(0) ... job(count - 1), each once, on up to `threads` threads, of which this is one. Each
 // thread makes its own job by make_job(). The first exception ends all threads after the jobs that
 // they are at, and is thrown again here.

@@ -12,6 +12,7 @@
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "command/output.hpp"
 #include "convert/archive.hpp"
 #include "convert/build.hpp"
@@ -89,8 +90,8 @@ Built read_source(Source& source, const Options& options, ElementType type) {
   return {std::move(*parts), 0};
 }
 
-nlohmann::json report(const Agreement& comparison) {
-  nlohmann::json json{{"with", comparison.with}, {"histories", comparison.histories}};
+nlohmann::ordered_json report(const Agreement& comparison) {
+  nlohmann::ordered_json json{{"with", comparison.with}, {"histories", comparison.histories}};
   if (comparison.hidden_deviation) json["hidden_deviation"] = *comparison.hidden_deviation;
   if (comparison.same_top20) json["same_top20"] = *comparison.same_top20;
   return json;
@@ -147,7 +148,7 @@ void run(const Options& options) {
     throw Usage("--json and the file cannot both go to standard output");
   Source source = open_source(options);
   std::uint64_t first_row = 0;
-  nlohmann::json summary;
+  nlohmann::ordered_json summary;
   {
     const Built built = read_source(
         source, options, options.to_safetensors ? ElementType::f32 : options.element_type);
@@ -169,7 +170,7 @@ void run(const Options& options) {
   std::vector<Agreement> comparisons;
   if (!options.check.empty()) comparisons = check(source, options, first_row);
   if (options.json) {
-    summary["checks"] = nlohmann::json::array();
+    summary["checks"] = nlohmann::ordered_json::array();
     for (const Agreement& comparison : comparisons) summary["checks"].push_back(report(comparison));
     print_json(summary);
   } else {
@@ -192,43 +193,32 @@ void add_convert(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "convert", "Make a model file from one that was trained elsewhere, or the other way round");
   command
-      ->add_option("--from", o.from,
-                   "safetensors, NumPy .npz or .npy, PyTorch .pt, ONNX, or a model file (.pzm)")
+      ->add_option("from,--from", o.from,
+                   "safetensors, NumPy .npz or .npy, PyTorch .pt, ONNX, or a model file (.pzm); as "
+                   "an argument or as an option")
       ->required();
   command->add_option("--items", o.items,
                       "CSV with ITEM_ID, a row an item in the order of the model's rows, and "
                       "metadata");
   command->add_option("--users", o.users,
                       "CSV with USER_ID in the model's order, where the model has users");
-  command->add_option("--interactions", o.interactions,
+  command->add_option("--interactions,-i", o.interactions,
                       "CSV for item statistics: popularity, first and last timestamps");
   command->add_option("--mapping", o.mapping,
                       "JSON that says which tensor is what (tools/convert/README.md), for a model "
                       "that is not recognised");
-  command
-      ->add_option_function<std::string>(
-          "--to", [&o](const std::string& format) { o.to_safetensors = format == "safetensors"; },
-          "pzm (default) or safetensors")
-      ->check(CLI::IsMember({"pzm", "safetensors"}));
-  command
-      ->add_option_function<std::string>(
-          "--element-type",
-          [&o](const std::string& type) {
-            o.element_type = type == "f32"    ? ElementType::f32
-                             : type == "int4" ? ElementType::i4
-                                              : ElementType::i8;
-          },
-          "Of the matrices in the model file: int8 (default), int4 or f32")
-      ->check(CLI::IsMember({"int8", "int4", "f32"}));
-  command->add_option("-o,--output", o.output, "File to write")->required();
+  add_choice<bool>(*command, "--to", o.to_safetensors, {{"pzm", false}, {"safetensors", true}},
+                   "Format to write");
+  add_element_type(*command, o.element_type);
+  add_output(*command, o.output, "File to write")->required();
   command->add_option("--check", o.check,
                       "Run the histories of this interactions CSV through the new file and compare "
                       "with the source in double precision and, of ONNX, with the graph");
   command->add_option("--reference", o.reference,
                       "With --check: a file with tensor 'hidden' [histories, d] or 'scores' "
                       "[histories, items] to compare with, too");
-  command->add_flag("--skip-bad-rows", o.skip_bad_rows, "Leave bad rows of CSVs out");
-  command->add_flag("--json", o.json, "Print a summary as JSON on stdout");
+  add_skip_bad_rows(*command, o.skip_bad_rows);
+  add_json(*command, o.json);
   command->callback([options] { run(*options); });
 }
 

@@ -165,7 +165,7 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   data.bad_rows.skip = options.skip_bad_rows;
   StringTable users, items_as_read, types;
   std::vector<Row> rows = read_interactions(options, data, users, items_as_read, types, progress);
-  if (rows.empty())
+  if (rows.empty() && !options.may_be_empty)
     throw Failure(options.interactions + ": holds no interactions" +
                   (options.event_type_filter.empty()
                        ? ""
@@ -183,8 +183,10 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
   data.items.resize(items.size());
   data.histories.resize(data.user_ids.size());
   data.interactions = rows.size();
-  data.first_timestamp = rows.front().timestamp;
-  data.last_timestamp = rows.back().timestamp;
+  if (!rows.empty()) {
+    data.first_timestamp = rows.front().timestamp;
+    data.last_timestamp = rows.back().timestamp;
+  }
   for (const Row& row : rows) {
     ItemInfo& info = data.items[row.item];
     ++info.interactions;
@@ -192,16 +194,19 @@ Dataset read_dataset(const DatasetOptions& options, Progress* progress) {
     info.last = row.timestamp;
     data.histories[row.user].push_back({row.item, row.event_type, row.timestamp});
   }
-  if (data.user_ids.size() < 2)
-    throw Failure(options.interactions + ": only one user (" + std::string(data.user_ids[0]) +
-                  "); a model needs the interactions of at least two");
-  if (std::none_of(data.histories.begin(), data.histories.end(),
-                   [](const auto& history) { return history.size() >= 2; }))
-    throw Failure(options.interactions +
-                  ": no user has two interactions; there is no sequence to learn from");
   if (!options.items.empty()) read_items(options.items, data, items);
   data.item_ids = std::move(items);
   return data;
+}
+
+void require_sequences(const Dataset& data, const std::string& interactions_path) {
+  if (data.user_ids.size() < 2)
+    throw Failure(interactions_path + ": only one user (" + std::string(data.user_ids[0]) +
+                  "); a model needs the interactions of at least two");
+  if (std::none_of(data.histories.begin(), data.histories.end(),
+                   [](const auto& history) { return history.size() >= 2; }))
+    throw Failure(interactions_path +
+                  ": no user has two interactions; there is no sequence to learn from");
 }
 
 Dataset read_catalogue(const CatalogueFiles& files) {

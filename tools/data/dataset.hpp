@@ -53,11 +53,15 @@ struct DatasetOptions {
   std::string interactions, items;  // paths; items may be empty
   bool skip_bad_rows = false;
   std::string event_type_filter;  // keep only events of this type; empty: all
+  bool may_be_empty = false;      // no interactions are no Failure
 };
 
-// Throws Failure: unreadable files, a bad row (unless skipped), fewer than two users, or no user
-// with two interactions.
+// Throws Failure: unreadable files, a bad row (unless skipped), or no interactions.
 Dataset read_dataset(const DatasetOptions& options, Progress* progress = nullptr);
+
+// What there must be to learn from. Throws Failure: fewer than two users, or no user with two
+// interactions.
+void require_sequences(const Dataset& data, const std::string& interactions_path);
 
 // What describes the items of a model that was trained elsewhere. Paths; only `order` must be
 // given.

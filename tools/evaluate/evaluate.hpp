@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "command/command.hpp"
 #include "data/dataset.hpp"
@@ -31,6 +33,11 @@ struct Evaluation {
 
 Evaluation evaluate(const std::shared_ptr<const Model>& model, const Dataset& data,
                     const EvaluationOptions& options, class Progress* progress = nullptr);
+
+// Why the figures may say something else than how well the model predicts, a sentence each: what
+// the model was trained on, as its metadata tells, and what is evaluated do not fit.
+std::vector<std::string> doubts(const Model& model, const Dataset& data,
+                                const EvaluationOptions& options);
 
 void add_evaluate(CLI::App& app);
 

@@ -28,6 +28,45 @@ PolicyValue interval(const std::vector<double>& values) {
   return interval(values, mean_of(values));
 }
 
+// (sum of weights)^2 / sum of squared weights. The weights are scaled first: those of long slates
+// have squares beyond what a double holds.
+double effective_sample_size(const std::vector<double>& weights) {
+  const double largest = *std::max_element(weights.begin(), weights.end());
+  if (largest == 0) return 0;
+  double sum = 0, squares = 0;
+  for (const double weight : weights) {
+    sum += weight / largest;
+    squares += (weight / largest) * (weight / largest);
+  }
+  return sum * sum / squares;
+}
+
+double finite(const CsvReader& reader, std::size_t column) {
+  const double value = number_field(reader, column);
+  if (!std::isfinite(value)) reader.refuse(column, "is not finite");
+  return value;
+}
+
+// Of rewards; less than nothing is expected of no item.
+double expected_reward(const CsvReader& reader, std::size_t column) {
+  const double value = finite(reader, column);
+  if (value < 0) reader.refuse(column, "an expected reward is not negative");
+  return value;
+}
+
+bool flag(const CsvReader& reader, std::size_t column) {
+  const double value = number_field(reader, column);
+  if (value != 0 && value != 1) reader.refuse(column, "is 0 or 1");
+  return value == 1;
+}
+
+// A share that was computed in single precision may exceed 1 by its rounding.
+double share(const CsvReader& reader, std::size_t column) {
+  const double value = number_field(reader, column);
+  if (!(value >= 0 && value <= 1 + 1e-6)) reader.refuse(column, "a share lies in [0, 1]");
+  return value;
+}
+
 double probability(const CsvReader& reader, std::size_t column) {
   const double value = number_field(reader, column);
   // Less than the runtime can draw; its inverse would drown everything else.
@@ -54,8 +93,7 @@ std::vector<BanditRow> read_bandit_rows(const std::string& path,
     return known.try_emplace(std::string(text), known.size()).first->second;
   };
   for_each_row(reader, bad, [&] {
-    const double clicked = number_field(reader, click), propensity = probability(reader, score);
-    if (!std::isfinite(clicked)) reader.refuse(click, "is not finite");
+    const double clicked = finite(reader, click), propensity = probability(reader, score);
     rows.push_back({index(items, reader.field(item)), index(positions, reader.field(position)),
                     clicked, propensity});
   });
@@ -63,7 +101,7 @@ std::vector<BanditRow> read_bandit_rows(const std::string& path,
   return rows;
 }
 
-nlohmann::json to_json(const PolicyValue& value) {
+nlohmann::ordered_json to_json(const PolicyValue& value) {
   return {{"mean", value.mean}, {"low", value.low}, {"high", value.high}};
 }
 
@@ -81,7 +119,7 @@ OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decis
     double weights = 0, rewards = 0, count = 0;
   };
   std::vector<Step> steps;
-  double weights = 0, squares = 0;
+  std::vector<double> weights;
   for (const LoggedDecision& decision : decisions) {
     double weight = 1, reward = 0, scored = 0, corrected = 0;
     steps.resize(std::max(steps.size(), decision.size()));
@@ -99,13 +137,12 @@ OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decis
     logged.push_back(reward);
     ips.push_back(scored);
     robust.push_back(corrected);
-    weights += weight;
-    squares += weight * weight;
+    weights.push_back(weight);
   }
   result.logged = interval(logged);
   result.ips = interval(ips);
   result.doubly_robust = interval(robust);
-  result.effective_sample_size = squares > 0 ? weights * weights / squares : 0;
+  result.effective_sample_size = effective_sample_size(weights);
 
   double mean = 0;
   for (const Step& step : steps)
@@ -123,9 +160,17 @@ OffPolicyEvaluation evaluate_off_policy(const std::vector<LoggedDecision>& decis
     influence.push_back(sum);
   }
   result.snips = interval(influence, mean);
-  for (const PolicyValue* value : {&result.ips, &result.snips, &result.doubly_robust})
-    if (!std::isfinite(value->low) || !std::isfinite(value->high))
-      throw Failure("the log's propensities are so small that the estimates overflow");
+  bool finite = std::isfinite(result.effective_sample_size);
+  for (const PolicyValue* value :
+       {&result.logged, &result.ips, &result.snips, &result.doubly_robust})
+    finite = finite && std::isfinite(value->low) && std::isfinite(value->high);
+  // The sums over a step's weights, by which snips divides.
+  for (const Step& step : steps)
+    finite = finite && std::isfinite(step.weights) && std::isfinite(step.rewards);
+  if (!finite)
+    throw Failure(
+        "the log's propensities are so small, or its rewards so large, that the estimates "
+        "overflow");
   return result;
 }
 
@@ -143,7 +188,7 @@ class LogColumns {
   void check_time() const {
     timestamp_field(reader_, time_, std::numeric_limits<std::int64_t>::min());
   }
-  bool positive() const { return number_field(reader_, positive_) > 0; }
+  bool positive() const { return flag(reader_, positive_); }
 
   std::size_t place() const {  // from 0
     const double place = number_field(reader_, position_);
@@ -157,20 +202,15 @@ class LogColumns {
     const double odds = number_field(reader_, logit_);
     const bool ranking_ended = odds == std::numeric_limits<double>::infinity();
     const double explore = ranking_ended ? 1 : weight_ * target_.win(odds);
-    const double chosen =
-        explore * finite(share_) + (finite(best_) > 0 && !ranking_ended ? 1 - explore : 0);
-    step.value = finite(expected_);
-    step.target_value = explore * finite(pool_expected_) + (1 - explore) * finite(best_expected_);
+    const double chosen = explore * share(reader_, share_) +
+                          (flag(reader_, best_) && !ranking_ended ? 1 - explore : 0);
+    step.value = expected_reward(reader_, expected_);
+    step.target_value = explore * expected_reward(reader_, pool_expected_) +
+                        (1 - explore) * expected_reward(reader_, best_expected_);
     step.ratio = chosen / probability(reader_, propensity_);
   }
 
  private:
-  double finite(std::size_t column) const {
-    const double value = number_field(reader_, column);
-    if (!std::isfinite(value)) reader_.refuse(column, "is not finite");
-    return value;
-  }
-
   const CsvReader& reader_;
   double weight_;
   SlotPolicy target_;
@@ -290,16 +330,24 @@ void run_off_policy(const OffPolicyOptions& options) {
   bad.report("evaluate");
   if (decisions.empty()) throw Failure(options.log + ": holds no complete decision" + bad.reason());
   const OffPolicyEvaluation result = evaluate_off_policy(decisions);
+  // Below, the normal approximation of the intervals says little (the usual rule of thumb).
+  constexpr double enough = 30;
+  if (result.effective_sample_size < enough)
+    note("evaluate", "warning: the estimates rest on an effective sample of " +
+                         number_text(result.effective_sample_size) + " of " +
+                         std::to_string(result.decisions) +
+                         " decisions: the evaluated policy seldom does what the log shows, and the "
+                         "intervals are not to be trusted");
   if (options.json) {
-    print_json(nlohmann::json{{"protocol", "off-policy"},
-                              {"decisions", result.decisions},
-                              {"skipped", incomplete},
-                              {"bad_rows", bad.count},
-                              {"effective_sample_size", result.effective_sample_size},
-                              {"logged", to_json(result.logged)},
-                              {"inverse_propensity", to_json(result.ips)},
-                              {"self_normalised", to_json(result.snips)},
-                              {"doubly_robust", to_json(result.doubly_robust)}});
+    print_json(nlohmann::ordered_json{{"protocol", "off-policy"},
+                                      {"decisions", result.decisions},
+                                      {"skipped", incomplete},
+                                      {"bad_rows", bad.count},
+                                      {"effective_sample_size", result.effective_sample_size},
+                                      {"logged", to_json(result.logged)},
+                                      {"inverse_propensity", to_json(result.ips)},
+                                      {"self_normalised", to_json(result.snips)},
+                                      {"doubly_robust", to_json(result.doubly_robust)}});
     return;
   }
   std::printf("%llu decisions (%llu incomplete ones left out), effective sample size %.0f\n",

@@ -9,13 +9,14 @@
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 namespace inspect_command {
 
 // The metadata as JSON or, where it is not fit to be shown, a sentence that says so.
-nlohmann::json metadata_of(const ModelParts& parts) {
+nlohmann::ordered_json metadata_of(const ModelParts& parts) {
   // Indented, a level makes up to 64 bytes of an empty list's two.
   constexpr std::size_t most_shown = std::size_t{1} << 18;
   if (parts.metadata.size() > most_shown)
@@ -36,40 +37,40 @@ std::vector<SectionInfo> sections_of(const std::string& path, std::size_t& file_
   return std::move(*sections);
 }
 
-nlohmann::json describe(const std::string& path) {
+nlohmann::ordered_json describe(const std::string& path) {
   std::size_t file_bytes = 0;
   const std::vector<SectionInfo> sections = sections_of(path, file_bytes);
   const auto parts = read_model(path);
   if (!parts) throw Failure(parts.error().message);
 
-  nlohmann::json out;
-  out["file"] = path;
+  nlohmann::ordered_json out;
+  out["model"] = path;
   out["bytes"] = file_bytes;
   out["items"] = parts->item_ids.size();
   out["dimension"] = parts->item_vectors.columns();
   for (const SectionInfo& s : sections)
     if (s.label() == "IVEC") out["item_vectors"] = std::string(personalize::name(s.element_type));
-  out["event_types"] = nlohmann::json::array();
+  out["event_types"] = nlohmann::ordered_json::array();
   for (std::size_t e = 0; e < parts->event_types.size(); ++e)
     out["event_types"].push_back(printable(parts->event_types[e]));
   out["time_gap_buckets"] = parts->time_gap_embedding.rows();
   out["users_with_state"] = parts->user_ids.size();
-  out["metadata_fields"] = nlohmann::json::array();
+  out["metadata_fields"] = nlohmann::ordered_json::array();
   for (const MetadataField& field : parts->fields)
     out["metadata_fields"].push_back({{"name", printable(field.name)},
                                       {"kind", field.numeric ? "numeric" : "categorical"},
                                       {"embeddings", field.embedding.rows()}});
-  out["encoder"] = nlohmann::json::array();
+  out["encoder"] = nlohmann::ordered_json::array();
   for (const EncoderOp& op : parts->operations)
     out["encoder"].push_back(std::string(name(op.kind)));
   std::size_t parameters = 0;
   for (const Matrix& weight : parts->weights) parameters += weight.rows() * weight.columns();
   out["encoder_parameters"] = parameters;
   std::uint64_t raw = 0;
-  out["sections"] = nlohmann::json::array();
+  out["sections"] = nlohmann::ordered_json::array();
   for (const SectionInfo& s : sections) {
     raw += s.raw_size;
-    nlohmann::json shape = nlohmann::json::array();
+    nlohmann::ordered_json shape = nlohmann::ordered_json::array();
     for (std::size_t d = 0; d < s.rank; ++d) shape.push_back(s.shape[d]);
     out["sections"].push_back({{"section", printable(s.label())},
                                {"element", std::string(personalize::name(s.element_type))},
@@ -84,11 +85,13 @@ nlohmann::json describe(const std::string& path) {
   return out;
 }
 
-void print_text(const nlohmann::json& d) {
+void print_text(const nlohmann::ordered_json& d) {
   const auto text = [&](const char* key) { return d[key].get<std::string>(); };
-  const auto count = [](const nlohmann::json& value) { return value.get<unsigned long long>(); };
+  const auto count = [](const nlohmann::ordered_json& value) {
+    return value.get<unsigned long long>();
+  };
   std::printf("%s: %llu bytes, %llu items, %llu dimensions, item vectors %s\n\n",
-              printable(text("file")).c_str(), count(d["bytes"]), count(d["items"]),
+              printable(text("model")).c_str(), count(d["bytes"]), count(d["items"]),
               count(d["dimension"]), text("item_vectors").c_str());
   std::printf("%-10s %-7s %-16s %-7s %7s %12s %12s\n", "section", "element", "shape", "codec",
               "chunks", "stored", "raw");
@@ -116,10 +119,10 @@ void add_inspect(CLI::App& app) {
   };
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("inspect", "Show what a model file holds");
-  command->add_option("model", options->model, "Model file (.pzm)")->required();
-  command->add_flag("--json", options->json, "Print JSON");
+  add_model_argument(*command, options->model);
+  add_json(*command, options->json);
   command->callback([options] {
-    const nlohmann::json description = describe(options->model);
+    const nlohmann::ordered_json description = describe(options->model);
     if (options->json)
       print_json(description);
     else

@@ -5,38 +5,59 @@
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "command/output.hpp"
 #include "data/csv.hpp"
 #include "data/dataset.hpp"
 #include "data/fields.hpp"
 #include "personalize_runtime.hpp"
+#include "recommend/known_items.hpp"
 
 namespace personalize::tools {
 namespace recommend_command {
 
 struct Options {
-  std::string model, interactions, items, title_column = "TITLE", user, output;
+  DatasetOptions data;
+  std::string model, items, output;
+  std::optional<std::string> user, title_column;
   std::uint32_t count = 25;
   std::uint32_t recent = 10;
-  bool all_users = false, include_interacted = false, json = false, skip_bad_rows = false;
+  bool all_users = false, include_interacted = false, json = false;
 };
 
-std::unordered_map<std::string, std::string> read_titles(const Options& options) {
-  std::unordered_map<std::string, std::string> titles;
-  if (options.items.empty()) return titles;
+constexpr std::string_view usual_title_column = "TITLE";
+
+using Titles = std::unordered_map<std::string, std::string>;  // by ITEM_ID
+
+// A column that was asked for must be there; without the usual one there are no titles.
+std::optional<Titles> read_titles(const Options& options) {
+  if (options.items.empty()) return std::nullopt;
   CsvReader reader(options.items);
   const std::size_t id = reader.require("ITEM_ID");
-  const auto title = reader.column(options.title_column);
-  if (!title) return titles;
-  // Titles are only for display; the data set's reader has already judged the file's rows.
-  BadRows ignored{.skip = true};
-  for_each_row(reader, ignored, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
+  const std::string wanted = options.title_column.value_or(std::string(usual_title_column));
+  const auto title = reader.column(wanted);
+  if (!title) {
+    std::string text = options.items + ": no column " + wanted +
+                       " to take titles from; --title-column takes one of ";
+    for (const std::string& column : reader.columns())
+      text += (&column == reader.columns().data() ? "" : ", ") + column;
+    if (options.title_column) throw Failure(text);
+    note("recommend", text);
+    return std::nullopt;
+  }
+  Titles titles;
+  BadRows bad{.skip = options.data.skip_bad_rows};
+  for_each_row(reader, bad, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
+  bad.report("recommend");
   return titles;
 }
 
@@ -60,16 +81,50 @@ void slate_for(Recommender& recommender, const Options& options, std::string_vie
   if (!done) throw Failure(done.error().message);
 }
 
-void print_user(Recommender& recommender, const Dataset& data, const Options& options) {
+void print_text(const nlohmann::ordered_json& out) {
+  const auto text = [](const nlohmann::ordered_json& value) {
+    return printable(value.get<std::string>());
+  };
+  const auto count = [&](const char* key) { return out[key].get<unsigned long long>(); };
+  if (count("interactions") > 0)
+    std::printf("user %s, last %zu of %llu interactions, %llu of %llu items known to the model:\n",
+                text(out["user"]).c_str(), out["recent"].size(), count("interactions"),
+                count("known_items"), count("items"));
+  else
+    std::printf("user %s has no interactions%s state in the model\n", text(out["user"]).c_str(),
+                out["state_in_model"].get<bool>() ? ", but a" : " and no");
+  for (const auto& event : out["recent"])
+    std::printf("  %lld  %s  %s\n", event["timestamp"].get<long long>(),
+                text(event["item"]).c_str(), text(event["title"]).c_str());
+  const bool popular = !out["slate"].empty() && out["slate"][0]["reason"] == name(Reason::popular);
+  std::printf(popular ? "slate of popular items:\n" : "slate:\n");
+  std::size_t place = 0;
+  for (const auto& pick : out["slate"])
+    std::printf("  %2zu. %-12s %9.4f  %-10s %s\n", ++place, text(pick["item"]).c_str(),
+                pick["score"].get<double>(), text(pick["reason"]).c_str(),
+                text(pick["title"]).c_str());
+}
+
+void print_user(Recommender& recommender, const Model& model, const Dataset& data,
+                const Options& options) {
   const auto titles = read_titles(options);
   const auto title = [&](std::string_view item) {
-    const auto found = titles.find(std::string(item));
-    return found == titles.end() ? std::string() : found->second;
+    if (!titles) return std::string();
+    const auto found = titles->find(std::string(item));
+    return found == titles->end() ? std::string() : found->second;
   };
-  const auto user = data.user_ids.find(options.user);
-  nlohmann::json out{{"user", options.user},
-                     {"recent", nlohmann::json::array()},
-                     {"slate", nlohmann::json::array()}};
+  const auto user = data.user_ids.find(*options.user);
+  std::span<const std::vector<Event>> histories;
+  if (user) histories = std::span(data.histories).subspan(*user, 1);
+  const KnownItems known = known_items(data, histories, model);
+  nlohmann::ordered_json out{
+      {"user", *options.user},
+      {"interactions", known.interactions},
+      {"items", known.items},
+      {"known_items", known.known_items},
+      {"state_in_model", model.parts().user_ids.find(*options.user).has_value()},
+      {"recent", nlohmann::ordered_json::array()},
+      {"slate", nlohmann::ordered_json::array()}};
   if (user) {
     record_history(recommender, data, *user);
     const auto& history = data.histories[*user];
@@ -80,37 +135,27 @@ void print_user(Recommender& recommender, const Dataset& data, const Options& op
                                {"title", title(data.item_ids[history[e].item])}});
   }
   Slate slate;
-  slate_for(recommender, options, options.user, slate);
+  slate_for(recommender, options, *options.user, slate);
   for (const Pick& pick : slate.items)
     out["slate"].push_back({{"item", printable(pick.item)},
                             {"title", title(pick.item)},
                             {"score", pick.score},
-                            {"reason", std::string(name(pick.reason))}});
-  if (options.json) {
+                            {"reason", name(pick.reason)}});
+  const auto untitled = std::count_if(
+      slate.items.begin(), slate.items.end(),
+      [&](const Pick& pick) { return titles && !titles->contains(std::string(pick.item)); });
+  if (untitled > 0)
+    note("recommend", std::to_string(untitled) + " of the " + std::to_string(slate.items.size()) +
+                          " items of the slate are not in " + options.items);
+  if (options.json)
     print_json(out);
-    return;
-  }
-  const std::string shown = printable(options.user);
-  if (!user)
-    std::printf("user %s has no interactions: popular items\n", shown.c_str());
   else
-    std::printf("user %s, last %zu interactions:\n", shown.c_str(), out["recent"].size());
-  for (const auto& event : out["recent"])
-    std::printf("  %lld  %s  %s\n", event["timestamp"].get<long long>(),
-                event["item"].get<std::string>().c_str(),
-                printable(event["title"].get<std::string>()).c_str());
-  std::printf("slate:\n");
-  for (std::size_t i = 0; i < slate.items.size(); ++i) {
-    const Pick& pick = slate.items[i];
-    std::printf("  %2zu. %-12s %9.4f  %-10s %s\n", i + 1, printable(pick.item).c_str(),
-                static_cast<double>(pick.score), std::string(name(pick.reason)).c_str(),
-                printable(title(pick.item)).c_str());
-  }
+    print_text(out);
 }
 
 void write_all(Recommender& recommender, const Dataset& data, const Options& options) {
   OutputFile out(options.output);
-  Progress progress("recommending");
+  Progress progress("recommend");
   out.append("USER_ID,RANK,ITEM_ID,SCORE,REASON\n");
   std::string lines;
   // Users together share a pass over the catalogue.
@@ -149,22 +194,31 @@ void write_all(Recommender& recommender, const Dataset& data, const Options& opt
   progress.finish(std::to_string(data.user_ids.size()) + " slates written");
 }
 
-void run(const Options& options) {
-  if (options.all_users != options.user.empty())
-    throw Usage("give either --user ID or --all-users");
+void run(Options& options) {
+  if (options.data.interactions.empty() && !options.user)
+    throw Usage(options.all_users ? "--all-users needs --interactions"
+                                  : "give --user ID or --interactions");
   auto model = Model::load(options.model);
   if (!model) throw Failure(model.error().message);
   auto recommender = Recommender::create(*model, {.exploration_weight = 0, .feedback = false});
   if (!recommender) throw Failure(recommender.error().message);
-  DatasetOptions files;
-  files.interactions = options.interactions;
-  files.skip_bad_rows = options.skip_bad_rows;
-  const Dataset data = read_dataset(files);
-  data.bad_rows.report("recommend");
+  Dataset data;
+  if (!options.data.interactions.empty()) {
+    options.data.may_be_empty = true;  // a user without a history is a user, too
+    data = read_dataset(options.data);
+    data.bad_rows.report("recommend");
+    const auto known = known_items(data, data.histories, **model);
+    if (const auto left_out =
+            report_known(data, known, **model, options.data.interactions, "were left out"))
+      note("recommend", *left_out);
+  }
+  if (!options.user && data.user_ids.size() == 0)
+    throw Failure(options.data.interactions + ": holds no interactions" + data.bad_rows.reason());
+  if (!options.all_users && !options.user) options.user = data.user_ids[0];
   if (options.all_users)
     write_all(*recommender, data, options);
   else
-    print_user(*recommender, data, options);
+    print_user(*recommender, **model, data, options);
 }
 
 }  // namespace recommend_command
@@ -174,33 +228,32 @@ void add_recommend(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command =
       app.add_subcommand("recommend", "Slates for a user, or for every user as CSV");
-  command->add_option("--model,-m", options->model, "Model file (.pzm)")->required();
-  command->add_option("--interactions,-i", options->interactions, "Interactions CSV (or .csv.zst)")
-      ->required();
+  add_model(*command, options->model)->required();
+  add_interactions(
+      *command, options->data.interactions,
+      "CSV with the histories of users; without it, of --user only what the model holds");
   auto* all = command->add_flag("--all-users", options->all_users,
                                 "Every user of the interactions, as CSV");
-  auto* user =
-      command->add_option("--user,-u", options->user, "USER_ID to recommend to")->excludes(all);
-  auto* items =
-      command->add_option("--items", options->items, "Items CSV, for titles (with --user)")
-          ->excludes(all);
+  auto* user = command->add_option("--user,-u", options->user, "USER_ID to recommend to")
+                   ->default_str("the first in time")
+                   ->excludes(all);
+  auto* items = command->add_option("--items", options->items, "CSV with titles (with --user)")
+                    ->excludes(all);
   command->add_option("--title-column", options->title_column, "Column of --items to show")
-      ->capture_default_str()
+      ->default_str(std::string(usual_title_column))
       ->needs(items);
-  command
-      ->add_option("--output,-o", options->output, "CSV of --all-users (default: standard output)")
+  add_output(*command, options->output, "CSV of --all-users")
+      ->default_str("standard output")
       ->excludes(user);
-  command->add_option("--count,-n", options->count, "Items a slate, 1 to 10000")
-      ->check(CLI::Range(1u, 10'000u))
-      ->capture_default_str();
-  command->add_option("--recent", options->recent, "Interactions of the user to show (with --user)")
-      ->capture_default_str()
+  add_number(*command, "--count,-n", options->count, "Items a slate", 1, 10'000);
+  add_number(*command, "--recent", options->recent,
+             "Interactions of the user to show (with --user)", 0, 1'000'000)
       ->excludes(all);
   command->add_flag("--include-interacted", options->include_interacted,
                     "Also recommend items of the user's last " +
                         std::to_string(RecommenderOptions{}.history_length) + " interactions");
-  command->add_flag("--skip-bad-rows", options->skip_bad_rows, "Leave out malformed rows");
-  command->add_flag("--json", options->json, "Print JSON (with --user)")->excludes(all);
+  add_skip_bad_rows(*command, options->data.skip_bad_rows);
+  add_json(*command, options->json)->excludes(all);
   command->callback([options] { run(*options); });
 }
 

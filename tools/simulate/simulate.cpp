@@ -5,15 +5,17 @@
 #include <array>
 #include <cmath>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string_view>
-#include <thread>
 #include <vector>
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "command/output.hpp"
+#include "command/parallel.hpp"
 #include "data/csv.hpp"
 #include "data/random.hpp"
 #include "simulate/simulation.hpp"
@@ -22,6 +24,7 @@ namespace personalize::tools {
 namespace simulate_command {
 
 constexpr std::int64_t seconds_a_day = World::day;
+constexpr std::uint32_t least_items_of_a_world = 100, most_items = 1'000'000;
 
 constexpr std::array<std::string_view, 12> genres{"Adventure", "Building", "Cards",  "Cooking",
                                                   "Farming",   "Mystery",  "Puzzle", "Racing",
@@ -165,6 +168,16 @@ std::string title(const Item& item) {
   return text + std::string(numerals[item.part]);
 }
 
+// Tells the progress of a single run, day by day.
+std::function<void()> days_shown(Progress* progress, const WorldOptions& world) {
+  return [progress, days = world.days, day = 0u]() mutable {
+    ++day;
+    if (progress)
+      progress->update(static_cast<double>(day) / days,
+                       "day " + std::to_string(day) + " of " + std::to_string(days));
+  };
+}
+
 constexpr const char* interactions_header = "USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE,IMPRESSION\n";
 
 // "i3|i17\n", of item numbers from 0.
@@ -175,17 +188,33 @@ void append_impression(const Items& items, std::string& text) {
   text += '\n';
 }
 
-void make_folder(const std::string& directory) {
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (error) throw Failure(directory + ": cannot create: " + error.message());
-}
+// The files of a data set: they can be made, and appear together at the end.
+class DatasetFiles {
+ public:
+  explicit DatasetFiles(const std::string& directory) {
+    std::error_code error;
+    std::filesystem::create_directories(directory, error);
+    if (error) throw Failure(directory + ": cannot create: " + error.message());
+    for (std::size_t f = 0; f < names.size(); ++f)
+      files_[f] = std::make_unique<OutputFile>(directory + "/" + names[f]);
+  }
+  void write(const std::string& interactions, const std::string& items, const std::string& users) {
+    files_[0]->append(interactions);
+    files_[1]->append(items);
+    files_[2]->append(users);
+    for (const auto& file : files_) file->commit();
+  }
+
+ private:
+  static constexpr std::array<const char*, 3> names{"interactions.csv", "items.csv", "users.csv"};
+  std::array<std::unique_ptr<OutputFile>, names.size()> files_;
+};
 
 }  // namespace simulate_command
 
 void write_dataset(const SimulationOptions& options, const std::string& directory) {
   using namespace simulate_command;
-  make_folder(directory);
+  DatasetFiles files(directory);
   GeneratedCatalogue world(options);
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE\n";
   for (std::size_t i = 0; i < world.items().size(); ++i) {
@@ -212,15 +241,13 @@ void write_dataset(const SimulationOptions& options, const std::string& director
               : random.below(2) == 0 ? "phone"
                                      : "pc") +
              "\n";
-  write_text(directory + "/interactions.csv", interactions);
-  write_text(directory + "/items.csv", items);
-  write_text(directory + "/users.csv", users);
+  files.write(interactions, items, users);
 }
 
 void write_world(const std::string& policy, const WorldOptions& options, double weight,
-                 const std::string& directory) {
+                 const std::string& directory, Progress* progress) {
   using namespace simulate_command;
-  make_folder(directory);
+  DatasetFiles files(directory);
   std::string interactions = interactions_header;
   std::string items = "ITEM_ID,CREATION_TIMESTAMP,GENRE\n", users = "USER_ID\n";
   const auto row = [&](std::uint32_t user, std::size_t item, std::int64_t timestamp) {
@@ -228,30 +255,30 @@ void write_world(const std::string& policy, const WorldOptions& options, double 
                     std::to_string(timestamp) + ",click,";
   };
   std::size_t written = 0;
-  (void)run_policy(policy, options, {.weight = weight, .seed = options.seed},
-                   [&](const World& world, const World::Visit& visit,
-                       const std::vector<std::uint32_t>& slate, const std::vector<bool>& clicked) {
-                     if (written == 0)
-                       for (const World::Event& event : world.history()) {
-                         row(event.user, event.item, event.timestamp);
-                         interactions += '\n';
-                       }
-                     for (; written < world.items().size(); ++written) {
-                       const World::Item& item = world.items()[written];
-                       items += world.item_id(written) + "," + std::to_string(item.created) + "," +
-                                world.genre_name(item.genre) + "\n";
-                     }
-                     for (std::size_t place = 0; place < slate.size(); ++place) {
-                       if (!clicked[place]) continue;
-                       row(visit.user, slate[place], visit.timestamp);
-                       append_impression(slate, interactions);
-                     }
-                   });
+  (void)run_policy(
+      policy, options, {.weight = weight, .seed = options.seed},
+      [&](const World& world, const World::Visit& visit, const std::vector<std::uint32_t>& slate,
+          const std::vector<bool>& clicked) {
+        if (written == 0)
+          for (const World::Event& event : world.history()) {
+            row(event.user, event.item, event.timestamp);
+            interactions += '\n';
+          }
+        for (; written < world.items().size(); ++written) {
+          const World::Item& item = world.items()[written];
+          items += world.item_id(written) + "," + std::to_string(item.created) + "," +
+                   world.genre_name(item.genre) + "\n";
+        }
+        for (std::size_t place = 0; place < slate.size(); ++place) {
+          if (!clicked[place]) continue;
+          row(visit.user, slate[place], visit.timestamp);
+          append_impression(slate, interactions);
+        }
+      },
+      days_shown(progress, options));
   for (std::uint32_t user = 0; user < options.users; ++user)
     users += "u" + std::to_string(user + 1) + "\n";
-  write_text(directory + "/interactions.csv", interactions);
-  write_text(directory + "/items.csv", items);
-  write_text(directory + "/users.csv", users);
+  files.write(interactions, items, users);
 }
 
 namespace simulate_command {
@@ -263,7 +290,7 @@ struct Options {
   std::optional<std::uint32_t> users, items, days;
   std::uint32_t slates = 2000, seeds = 1;
   std::uint64_t seed = 1;
-  unsigned threads = std::max(1u, std::thread::hardware_concurrency());
+  unsigned threads = 0;
   double weight = 0.3;
   bool json = false;
 };
@@ -276,35 +303,44 @@ void run_worlds(const Options& options) {
   world.days = options.days.value_or(world.days);
   world.slates = options.slates;
   world.seed = options.seed;
-  require_range("--items", world.items, 100, 1'000'000);
-  require_range("--seeds", options.seeds, 1, 10'000);
-  require_range("--slates", world.slates, 1, 100'000'000);
-  require_range("--weight", options.weight, 0, 1);
+  require_range("--items", world.items, least_items_of_a_world, most_items);
   if (!options.directory.empty() && options.policies.size() > 1)
     throw Usage("--write-dataset takes one --policy");
+  Progress progress("simulate");
   if (!options.directory.empty())
     return write_world(options.policies.empty() ? "runtime" : options.policies.front(), world,
-                       options.weight, options.directory);
+                       options.weight, options.directory, &progress);
   if (!options.log.empty()) {
     OutputFile file(options.log);
     file.append(log_csv_header);
     std::string line;
-    (void)run_policy(
-        "runtime", world,
-        {.weight = options.weight, .seed = options.seed, .log = [&](const LogEntry& e) {
-           line.clear();
-           append_csv(e, line);
-           file.append(line);
-         }});
+    (void)run_policy("runtime", world,
+                     {.weight = options.weight,
+                      .seed = options.seed,
+                      .log =
+                          [&](const LogEntry& e) {
+                            line.clear();
+                            append_csv(e, line);
+                            file.append(line);
+                          }},
+                     {}, days_shown(&progress, world));
     file.commit();
     return;
   }
-  Progress progress("simulating");
+  std::optional<OutputFile> plot;
+  if (!options.svg.empty()) {
+    if (is_standard_output(options.svg))
+      throw Usage("--svg and the comparison cannot both go to standard output");
+    plot.emplace(options.svg);
+  }
   const Comparison result =
       compare(options.policies.empty() ? policy_names() : options.policies, world, options.weight,
-              options.seeds, options.threads, &progress);
+              options.seeds, thread_count(options.threads), &progress);
   progress.finish("");
-  if (!options.svg.empty()) write_text(options.svg, to_svg(result));
+  if (plot) {
+    plot->append(to_svg(result));
+    plot->commit();
+  }
   if (options.json)
     print_json(to_json(result));
   else
@@ -318,15 +354,17 @@ void add_simulate(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "simulate", "Compare recommendation policies in a simulated world, or generate a data set");
-  auto* policy =
-      command->add_option("--policy", options->policies,
-                          "Policies to compare, the first with all others (default: every one)");
-  command->add_option("--scenario", options->scenario,
-                      "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue");
-  auto* weight = command->add_option("--weight", options->weight, "Exploration weight, 0 to 1")
-                     ->capture_default_str();
-  auto* slates =
-      command->add_option("--slates", options->slates, "Slates a day")->capture_default_str();
+  auto* policy = command
+                     ->add_option("--policy", options->policies,
+                                  "Policies to compare, the first with all others")
+                     ->default_str("every one");
+  command
+      ->add_option("--scenario", options->scenario,
+                   "default, weak-metadata, strong-metadata, no-fatigue or fast-catalogue")
+      ->default_str("default");
+  auto* weight = add_number(*command, "--exploration-weight", options->weight,
+                            "Of the runtime's policy", 0, 1);
+  auto* slates = add_number(*command, "--slates", options->slates, "Slates a day", 1, 100'000'000);
   auto* log = command
                   ->add_option("--write-log", options->log,
                                "Run the runtime's policy once and write its interaction log "
@@ -340,24 +378,21 @@ void add_simulate(CLI::App& app) {
                        "of that world on the slates of --policy")
           ->excludes(log);
   for (CLI::Option* compared :
-       {command->add_option("--seeds", options->seeds, "Worlds, with seeds from --seed on")
-            ->capture_default_str(),
-        command->add_option("--threads", options->threads, "1 to 256")->check(CLI::Range(1u, 256u)),
+       {add_number(*command, "--seeds", options->seeds, "Worlds, with seeds from --seed on", 1,
+                   10'000),
+        add_threads(*command, options->threads),
         command->add_option("--svg", options->svg, "Plot reward and discovery into this file"),
-        command->add_flag("--json", options->json, "Print JSON")})
+        add_json(*command, options->json)})
     compared->excludes(log)->excludes(dataset);
-  command->add_option("--users", options->users, "2 to 10000000 (default: 1000)");
-  command->add_option(
-      "--items", options->items,
-      "Items at the start, 10 to 1000000 (default: 2000; of a data set of series: 500)");
-  command->add_option("--days", options->days,
-                      "Simulated days, 1 to 3650 (default: 30; of a data set of series: 60)");
+  add_number(*command, "--users", options->users, "Users", 2, 10'000'000, "1000");
+  add_number(*command, "--items", options->items,
+             "Items at the start, of a world at least " + std::to_string(least_items_of_a_world),
+             10, most_items, "2000; of a data set of series: 500");
+  add_number(*command, "--days", options->days, "Simulated days", 1, 3650,
+             "30; of a data set of series: 60");
   command->add_option("--seed", options->seed, "The same seed gives the same result")
       ->capture_default_str();
   command->callback([=] {
-    if (options->users) require_range("--users", *options->users, 2, 10'000'000);
-    if (options->items) require_range("--items", *options->items, 10, 1'000'000);
-    if (options->days) require_range("--days", *options->days, 1, 3650);
     if (options->directory.empty() || options->scenario) return run_worlds(*options);
     for (const CLI::Option* of_a_world : {policy, weight, slates})
       if (of_a_world->count() > 0)

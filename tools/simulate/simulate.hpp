@@ -25,7 +25,7 @@ void write_dataset(const SimulationOptions& options, const std::string& director
 // The same files of a world in which policies are compared (world.hpp): the events before its
 // start, then every click on the slates of `policy`, with the slate as its IMPRESSION.
 void write_world(const std::string& policy, const WorldOptions& options, double weight,
-                 const std::string& directory);
+                 const std::string& directory, class Progress* progress = nullptr);
 
 void add_simulate(CLI::App& app);
 

@@ -66,7 +66,7 @@ std::vector<double> paired(const std::vector<double>& first, const std::vector<d
   return ratios;
 }
 
-nlohmann::json to_json(const std::vector<double>& ratios) {
+nlohmann::ordered_json to_json(const std::vector<double>& ratios) {
   const Estimate e = estimate(ratios);
   return {{"mean", e.mean},
           {"half_width", e.half_width},
@@ -83,10 +83,32 @@ std::string fixed(double value, int digits) {
   return {text.data(), end};
 }
 
+// Of an axis from 0: at most five ticks behind it, at multiples of 1, 2 or 5 times a power of ten
+// and so with exact labels.
+struct Axis {
+  Axis(double wanted_end, double least_step, bool ends_at_tick) {
+    const double rough = std::max(wanted_end / 5, least_step);
+    const double power = std::pow(10, std::floor(std::log10(rough) + 1e-9));
+    for (const double factor : {1.0, 2.0, 5.0, 10.0}) {
+      step = factor * power;
+      if (step >= rough * (1 - 1e-9)) break;
+    }
+    ticks = static_cast<int>(ends_at_tick ? std::ceil(wanted_end / step - 1e-9)
+                                          : std::floor(wanted_end / step + 1e-9));
+    end = ends_at_tick ? ticks * step : wanted_end;
+    digits = std::max(0, -static_cast<int>(std::floor(std::log10(step) + 1e-9)));
+  }
+  std::string label(int tick) const { return fixed(tick * step, digits); }
+
+  double step = 1, end = 1;
+  int ticks = 1;  // behind 0
+  int digits = 0;
+};
+
 // One panel of the plot. Series share the axes; x and y begin at 0.
 struct Panel {
   std::string title, x_label, y_label;
-  double x_max, y_max;
+  Axis x, y;
   std::vector<std::vector<std::pair<double, double>>> series;
 };
 
@@ -95,18 +117,19 @@ constexpr std::array<const char*, 8> colours{"#d62728", "#ff9896", "#7f7f7f", "#
 
 void draw(std::ostringstream& out, const Panel& panel, double left) {
   constexpr double top = 40, width = 380, height = 300;
-  const auto x = [&](double v) { return left + width * std::min(v / panel.x_max, 1.0); };
-  const auto y = [&](double v) { return top + height * (1 - v / panel.y_max); };
+  const auto x = [&](double v) { return left + width * v / panel.x.end; };
+  const auto y = [&](double v) { return top + height * (1 - v / panel.y.end); };
   out << "<text x='" << left + width / 2 << "' y='24' text-anchor='middle' font-size='15'>"
       << panel.title << "</text>\n";
-  for (int tick = 0; tick <= 5; ++tick) {
-    const double at_x = panel.x_max * tick / 5, at_y = panel.y_max * tick / 5;
-    out << "<line x1='" << left << "' x2='" << left + width << "' y1='" << y(at_y) << "' y2='"
-        << y(at_y) << "' stroke='#dddddd'/>\n<text x='" << left - 6 << "' y='" << y(at_y) + 4
-        << "' text-anchor='end'>" << fixed(at_y, panel.y_max < 5 ? 1 : 0) << "</text>\n<text x='"
-        << x(at_x) << "' y='" << top + height + 16 << "' text-anchor='middle'>" << fixed(at_x, 0)
-        << "</text>\n";
+  for (int tick = 0; tick <= panel.y.ticks; ++tick) {
+    const double at = y(tick * panel.y.step);
+    out << "<line x1='" << left << "' x2='" << left + width << "' y1='" << at << "' y2='" << at
+        << "' stroke='#dddddd'/>\n<text x='" << left - 6 << "' y='" << at + 4
+        << "' text-anchor='end'>" << panel.y.label(tick) << "</text>\n";
   }
+  for (int tick = 0; tick <= panel.x.ticks; ++tick)
+    out << "<text x='" << x(tick * panel.x.step) << "' y='" << top + height + 16
+        << "' text-anchor='middle'>" << panel.x.label(tick) << "</text>\n";
   out << "<text x='" << left + width / 2 << "' y='" << top + height + 34
       << "' text-anchor='middle'>" << panel.x_label << "</text>\n<text x='" << left - 48 << "' y='"
       << top + height / 2 << "' text-anchor='middle' transform='rotate(-90 " << left - 48 << ' '
@@ -122,7 +145,8 @@ void draw(std::ostringstream& out, const Panel& panel, double left) {
 }  // namespace
 
 PolicyRun run_policy(const std::string& name, const WorldOptions& options,
-                     const PolicyOptions& policy_options, const Seen& seen) {
+                     const PolicyOptions& policy_options, const Seen& seen,
+                     const std::function<void()>& day_done) {
   World world(options);
   const auto policy = make_policy(name, world, policy_options);
   std::vector<std::uint32_t> impressions, slate;
@@ -148,6 +172,7 @@ PolicyRun run_policy(const std::string& name, const WorldOptions& options,
                           static_cast<double>(World::day);
       }
     }
+    if (day_done) day_done();
   }
   std::vector<std::pair<double, std::size_t>> appeal;
   const std::int64_t last = world.start() + World::day * (options.days - options.days / 3);
@@ -168,18 +193,20 @@ Comparison compare(const std::vector<std::string>& policies, const WorldOptions&
   for (std::uint32_t s = 0; s < seeds; ++s) world_seeds.push_back(options.seed + s);
   std::vector<std::vector<PolicyRun>> runs(policies.size(), std::vector<PolicyRun>(seeds));
   const std::size_t all = policies.size() * seeds;
-  std::size_t done = 0;
+  const double all_days = static_cast<double>(all) * options.days;
+  double done = 0;   // days
   std::mutex mutex;  // of done and progress
   for_each_parallel(all, threads, [&] {
     return [&](std::size_t job) {
       const std::size_t s = job / policies.size(), p = job % policies.size();
       WorldOptions world = options;
       world.seed = world_seeds[s];
-      runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed});
-      const std::lock_guard lock{mutex};
-      if (progress)
-        progress->update(static_cast<double>(++done) / static_cast<double>(all),
+      runs[p][s] = run_policy(policies[p], world, {.weight = weight, .seed = world.seed}, {}, [&] {
+        if (!progress) return;
+        const std::lock_guard lock{mutex};
+        progress->update(++done / all_days,
                          "seed " + std::to_string(world.seed) + ", " + policies[p]);
+      });
     };
   });
   return {options, weight, std::move(world_seeds), policies, std::move(runs)};
@@ -208,8 +235,8 @@ std::optional<std::vector<double>> over_best_other(const Comparison& c) {
   return paired(rewards(c.runs[0]), best);
 }
 
-nlohmann::json to_json(const Comparison& c) {
-  nlohmann::json out;
+nlohmann::ordered_json to_json(const Comparison& c) {
+  nlohmann::ordered_json out;
   out["scenario"] = c.world.scenario.name;
   out["users"] = c.world.users;
   out["items"] = c.world.items;
@@ -222,16 +249,17 @@ nlohmann::json to_json(const Comparison& c) {
   for (std::size_t p = 0; p < c.policies.size(); ++p) {
     const auto& runs = c.runs[p];
     const Estimate reward = estimate(rewards(runs)), first = estimate(first_days(runs));
-    nlohmann::json policy{{"policy", c.policies[p]},
-                          {"reward", reward.mean},
-                          {"reward_half_width", reward.half_width},
-                          {"first_day_reward", first.mean},
-                          {"first_day_reward_half_width", first.half_width},
-                          {"good_items_found", found_share(runs)},
-                          {"reward_by_seed", rewards(runs)},
-                          {"first_day_reward_by_seed", first_days(runs)}};
+    nlohmann::ordered_json policy{{"policy", c.policies[p]},
+                                  {"reward", reward.mean},
+                                  {"reward_half_width", reward.half_width},
+                                  {"first_day_reward", first.mean},
+                                  {"first_day_reward_half_width", first.half_width},
+                                  {"good_items_found", found_share(runs)},
+                                  {"reward_by_seed", rewards(runs)},
+                                  {"first_day_reward_by_seed", first_days(runs)}};
     const auto median = median_days(runs);
-    policy["median_days_to_discover"] = median ? nlohmann::json(*median) : nlohmann::json();
+    policy["median_days_to_discover"] =
+        median ? nlohmann::ordered_json(*median) : nlohmann::ordered_json();
     if (p > 0) {
       policy["first_policy_over_this"] = to_json(paired(rewards(c.runs[0]), rewards(runs)));
       policy["first_policy_over_this_on_first_day"] =
@@ -279,8 +307,11 @@ void print_text(const Comparison& c) {
 }
 
 std::string to_svg(const Comparison& c) {
-  Panel reward{"Cumulative clicks", "day", "clicks", static_cast<double>(c.world.days), 1, {}};
-  Panel discovery{"Good new items discovered", "days since arrival", "share", 10, 1, {}};
+  const double days = c.world.days;
+  // No item of the world is older than its days.
+  const double oldest = std::min(days, 10.0);
+  std::vector<std::vector<std::pair<double, double>>> rewards_by_day, found_by_age;
+  double most = 1;
   for (const auto& runs : c.runs) {
     std::vector<std::pair<double, double>> by_day{{0, 0}}, by_age{{0, 0}};
     for (std::uint32_t day = 0; day < c.world.days; ++day) {
@@ -290,7 +321,8 @@ std::string to_svg(const Comparison& c) {
     }
     double good = 0;
     for (const PolicyRun& run : runs) good += static_cast<double>(run.good_items);
-    for (double age = 0.1; age <= discovery.x_max + 1e-9; age += 0.1) {
+    for (int part = 1; part <= 100; ++part) {
+      const double age = oldest * part / 100;
       double found = 0;
       for (const PolicyRun& run : runs)
         found += static_cast<double>(
@@ -298,12 +330,15 @@ std::string to_svg(const Comparison& c) {
             run.days_to_discover.begin());
       by_age.emplace_back(age, good > 0 ? found / good : 0);
     }
-    reward.y_max = std::max(reward.y_max, by_day.back().second);
-    reward.series.push_back(std::move(by_day));
-    discovery.series.push_back(std::move(by_age));
+    most = std::max(most, by_day.back().second);
+    rewards_by_day.push_back(std::move(by_day));
+    found_by_age.push_back(std::move(by_age));
   }
-  const double step = std::pow(10, std::floor(std::log10(reward.y_max)));
-  reward.y_max = std::ceil(reward.y_max / step) * step;
+  const Panel reward{
+      "Cumulative clicks",      "day", "clicks", Axis(days, 1, false), Axis(most, 1, true),
+      std::move(rewards_by_day)};
+  const Panel discovery{"Good new items discovered", "days since arrival", "share",
+                        Axis(oldest, 0, false),      Axis(1, 0, true),     std::move(found_by_age)};
   std::ostringstream out;
   out.imbue(std::locale::classic());
   out << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1150 400' "

@@ -32,11 +32,13 @@ struct Comparison {
 // An item is good where its appeal is among the highest tenth of the new items, and discovered with
 // its 100th impression. Items that arrive in the last third of the days are left out: they have no
 // time to be found.
-// `seen` is called after every visit with what was shown and what of it was clicked.
+// `seen` is called after every visit with what was shown and what of it was clicked, `day_done` at
+// the end of each day.
 using Seen = std::function<void(const World&, const World::Visit&,
                                 const std::vector<std::uint32_t>&, const std::vector<bool>&)>;
 PolicyRun run_policy(const std::string& name, const WorldOptions& options,
-                     const PolicyOptions& policy, const Seen& seen = {});
+                     const PolicyOptions& policy, const Seen& seen = {},
+                     const std::function<void()>& day_done = {});
 
 // Worlds with seeds from options.seed on. The number of threads changes no figure.
 Comparison compare(const std::vector<std::string>& policies, const WorldOptions& options,
@@ -53,7 +55,7 @@ Estimate estimate(const std::vector<double>& values);
 // nullopt where there is none.
 std::optional<std::vector<double>> over_best_other(const Comparison& comparison);
 
-nlohmann::json to_json(const Comparison& comparison);
+nlohmann::ordered_json to_json(const Comparison& comparison);
 void print_text(const Comparison& comparison);
 // Two plots: cumulative reward by day, and share of good new items discovered by age.
 std::string to_svg(const Comparison& comparison);

@@ -1,15 +1,13 @@
 #include "train/train.hpp"
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "command/command.hpp"
 #include "command/json.hpp"
+#include "command/options.hpp"
 #include "command/output.hpp"
 #include "data/dataset.hpp"
 #include "train/trainer.hpp"
@@ -23,32 +21,8 @@ struct Arguments {
   bool json = false;
 };
 
-void check(const TrainOptions& o) {
-  require_range("--hidden-dimension", static_cast<double>(o.hidden_dimension), 32, 256);
-  require_range("--bptt", static_cast<double>(o.bptt), 2, 32);
-  require_range("--layers", static_cast<double>(o.layers), 1, 4);
-  require_range("--feed-forward", static_cast<double>(o.feed_forward), 0, 8);
-  require_range("--dropout", o.dropout, 0.0, 0.9);
-  require_range("--learning-rate", o.learning_rate, 1e-6, 1.0);
-  require_range("--weight-decay", o.weight_decay, 0.0, 1.0);
-  require_range("--batch-size", static_cast<double>(o.batch_size), 1, 4096);
-  require_range("--epochs", static_cast<double>(o.epochs), 1, 10000);
-  require_range("--patience", static_cast<double>(o.patience), 0, 10000);
-  require_range("--validation-users", static_cast<double>(o.validation_users), 0, 1e7);
-  require_range("--max-minutes", o.max_minutes, 0.0, 1e6);
-  require_range("--clip-norm", o.clip_norm, 0.0, 1e6);
-  require_range("--threads", o.threads, 0, 1024);
-  require_range("--min-user-history-length-percentile", o.min_user_history_length_percentile, 0.0,
-                1.0);
-  require_range("--max-user-history-length-percentile", o.max_user_history_length_percentile, 0.0,
-                1.0);
-  if (o.min_user_history_length_percentile > o.max_user_history_length_percentile)
-    throw Usage(
-        "--min-user-history-length-percentile is above --max-user-history-length-percentile");
-}
-
 void print_summary(const TrainSummary& s, const TrainOptions& options) {
-  nlohmann::ordered_json json = {{"model", options.output},
+  nlohmann::ordered_json json = {{"output", options.output},
                                  {"complete", !s.interrupted},
                                  {"epochs", s.epochs},
                                  {"best_epoch", s.best_epoch},
@@ -62,16 +36,18 @@ void print_summary(const TrainSummary& s, const TrainOptions& options) {
                                  {"seconds", s.seconds}};
   if (s.best_epoch > 0)
     json["validation"] = {{"users", s.validation.users},
-                          {"ndcg_at_10", s.validation.ndcg10},
+                          {"normalized_discounted_cumulative_gain_at_10", s.validation.ndcg10},
                           {"recall_at_10", s.validation.recall10}};
   if (s.interrupted) json["checkpoint"] = s.checkpoint;
   print_json(json);
 }
 
 void run(Arguments& arguments) {
-  check(arguments.train);
-  // Before the training rather than after it.
   const TrainOptions& options = arguments.train;
+  if (options.min_user_history_length_percentile > options.max_user_history_length_percentile)
+    throw Usage(
+        "--min-user-history-length-percentile is above --max-user-history-length-percentile");
+  // Before the training rather than after it.
   if (is_device(options.output)) {
     if (options.checkpoint.empty())
       throw Usage("-o " + options.output + " is no regular file: name a --checkpoint file as well");
@@ -83,7 +59,9 @@ void run(Arguments& arguments) {
   for (const std::string& path : {options.output, checkpoint_path(options)}) require_writable(path);
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
+  reading.finish("");
   dataset.bad_rows.report("train");
+  require_sequences(dataset, arguments.data.interactions);
   arguments.train.interrupted = [] { return noted_signal() != 0; };
   note_signals();
   const TrainSummary summary = train(dataset, options);
@@ -94,29 +72,6 @@ void run(Arguments& arguments) {
                                           summary.checkpoint + ")");
 }
 
-// An option that takes one of a few words.
-template <class T>
-void add_choice(CLI::App& command, const std::string& name, T& value,
-                const std::vector<std::pair<std::string, T>>& choices, const std::string& text) {
-  std::vector<std::string> words;
-  std::string initial;
-  for (const auto& [word, meaning] : choices) {
-    words.push_back(word);
-    if (meaning == value) initial = word;
-  }
-  command
-      .add_option_function<std::string>(
-          name,
-          [&value, choices](const std::string& chosen) {
-            value = std::find_if(choices.begin(), choices.end(), [&](const auto& choice) {
-                      return choice.first == chosen;
-                    })->second;
-          },
-          text)
-      ->check(CLI::IsMember(words))
-      ->default_str(initial);
-}
-
 }  // namespace train_command
 
 void add_train(CLI::App& app) {
@@ -125,59 +80,56 @@ void add_train(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   DatasetOptions& data = arguments->data;
   TrainOptions& o = arguments->train;
-  command
-      ->add_option(
-          "interactions,--interactions", data.interactions,
-          "CSV (plain or zstd) with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE; "
-          "as an argument or as an option")
+  add_interactions(*command, data.interactions,
+                   "CSV with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE")
       ->required();
   command->add_option("--items", data.items, "CSV with ITEM_ID and metadata columns");
-  command->add_option("-o,--output", o.output, "The model file to write")->default_val("model.pzm");
-  command->add_option("--event-type", data.event_type_filter,
-                      "Keep only events of this EVENT_TYPE");
-  command->add_flag("--skip-bad-rows", data.skip_bad_rows,
-                    "Leave out malformed rows and report them");
-  add_choice(*command, "--protocol", o.protocol,
-             {{"leave-one-out", Protocol::leave_one_out},
-              {"holdout", Protocol::holdout},
-              {"all", Protocol::all}},
-             "What is hidden from training for later evaluation");
-  const auto number = [&](const char* name, auto& value, const char* text) {
-    command->add_option(name, value, text)->capture_default_str();
-  };
-  number("--hidden-dimension", o.hidden_dimension,
-         "Width of item vectors and hidden state, [32, 256]");
-  number("--bptt", o.bptt, "Steps of truncated back-propagation through time, [2, 32]");
-  number("--layers", o.layers, "GRU blocks, [1, 4]");
+  o.output = "model.pzm";
+  add_output(*command, o.output, "The model file to write")->capture_default_str();
+  add_event_type(*command, data.event_type_filter);
+  add_skip_bad_rows(*command, data.skip_bad_rows);
+  add_choice<Protocol>(*command, "--protocol", o.protocol,
+                       {{"leave-one-out", Protocol::leave_one_out},
+                        {"holdout", Protocol::holdout},
+                        {"all", Protocol::all}},
+                       "What is hidden from training for later evaluation");
+  const auto number = [&](const char* name, auto& value, const char* text, double low,
+                          double high) { add_number(*command, name, value, text, low, high); };
+  number("--hidden-dimension", o.hidden_dimension, "Width of item vectors and hidden state", 32,
+         256);
+  number("--bptt", o.bptt, "Steps of truncated back-propagation through time", 2, 32);
+  number("--layers", o.layers, "GRU blocks", 1, 4);
   number("--feed-forward", o.feed_forward,
-         "Width of a block's feed-forward part in hidden dimensions, [0, 8]");
-  number("--dropout", o.dropout, "[0, 0.9]");
-  number("--learning-rate", o.learning_rate, "AdamW's peak rate, [1e-6, 1]");
-  number("--weight-decay", o.weight_decay, "On matrices only, [0, 1]");
-  number("--batch-size", o.batch_size,
-         "Parallel streams at most; small data takes fewer, [1, 4096]");
-  number("--epochs", o.epochs, "Length of the cosine schedule, [1, 10000]");
-  number("--patience", o.patience, "Epochs without better validation before stopping; 0: never");
-  number("--max-minutes", o.max_minutes, "Time limit that the schedule also ends by; 0: none");
-  number("--clip-norm", o.clip_norm, "Largest norm of the gradient; 0: any");
-  number("--seed", o.seed,
-         "Of everything random: the same seed, data and --threads give the same model");
-  number("--threads", o.threads, "0: all cores; [0, 1024]");
+         "Width of a block's feed-forward part in hidden dimensions", 0, 8);
+  number("--dropout", o.dropout, "Share of values that a step leaves out", 0, 0.9);
+  number("--learning-rate", o.learning_rate, "AdamW's peak rate", 1e-6, 1);
+  number("--weight-decay", o.weight_decay, "On matrices only", 0, 1);
+  number("--batch-size", o.batch_size, "Parallel streams at most; small data takes fewer", 1, 4096);
+  number("--epochs", o.epochs, "Length of the cosine schedule", 1, 10'000);
+  number("--patience", o.patience, "Epochs without better validation before stopping; 0: never", 0,
+         10'000);
+  number("--max-minutes", o.max_minutes, "Time limit that the schedule also ends by; 0: none", 0,
+         1e6);
+  number("--clip-norm", o.clip_norm, "Largest norm of the gradient; 0: any", 0, 1e6);
+  command
+      ->add_option("--seed", o.seed,
+                   "Of everything random: the same seed, data and --threads give the same model")
+      ->capture_default_str();
+  add_threads(*command, o.threads);
   number("--validation-users", o.validation_users,
-         "Users sampled for validation, [0, 1e7]; 0: none, the last epoch is kept");
+         "Users sampled for validation; 0: none, the last epoch is kept", 0, 1e7);
   number("--min-user-history-length-percentile", o.min_user_history_length_percentile,
-         "Users with shorter histories leave the training data, [0, 1]");
+         "Users with shorter histories leave the training data", 0, 1);
   number("--max-user-history-length-percentile", o.max_user_history_length_percentile,
-         "Users with longer histories leave the training data, [0, 1]");
-  add_choice(*command, "--time-gap", o.time_gap,
-             {{"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}},
-             "Embedding of the time since the previous event; auto: where gaps differ");
-  add_choice(*command, "--element-type", o.element_type,
-             {{"int8", ElementType::i8}, {"int4", ElementType::i4}, {"f32", ElementType::f32}},
-             "Of the matrices in the model file");
-  command->add_option("--checkpoint", o.checkpoint, "Default: OUTPUT.checkpoint");
+         "Users with longer histories leave the training data", 0, 1);
+  add_choice<TimeGap>(*command, "--time-gap", o.time_gap,
+                      {{"auto", TimeGap::automatic}, {"on", TimeGap::on}, {"off", TimeGap::off}},
+                      "Embedding of the time since the previous event; auto: where gaps differ");
+  add_element_type(*command, o.element_type);
+  command->add_option("--checkpoint", o.checkpoint, "Where an interrupted run can go on")
+      ->default_str("OUTPUT.checkpoint");
   command->add_flag("--resume", o.resume, "Go on from the checkpoint of an interrupted run");
-  command->add_flag("--json", arguments->json, "Print a summary as JSON on stdout");
+  add_json(*command, arguments->json);
   command->callback([arguments] { run(*arguments); });
 }
 

@@ -17,7 +17,6 @@
 #include <set>
 #include <span>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -296,6 +295,13 @@ class Training {
     start_ = Clock::now();
     elapsed_before_ = position_.elapsed_seconds;
     Progress progress("train");
+    progress.start(std::to_string(data_.training.size()) + " users, " +
+                   std::to_string(shape_.items) + " items, " + std::to_string(events_per_epoch_) +
+                   " events an epoch, at most " + std::to_string(options_.epochs) + " epochs, " +
+                   std::to_string(threads_) + (threads_ == 1 ? " thread" : " threads") +
+                   (position_.epoch > 0 || position_.chunk > 0
+                        ? ", going on in epoch " + std::to_string(position_.epoch + 1)
+                        : ""));
     while (!finished() && !summary.interrupted) {
       summary.interrupted = !train_epoch(progress);
       if (!summary.interrupted) finish_epoch(progress);
@@ -321,12 +327,18 @@ class Training {
     if (!position_.best_parameters.empty()) restore(position_.best_parameters);
     export_model(summary);
     char text[160];
-    std::snprintf(text, sizeof text,
-                  "%s after %zu epochs, validation NDCG@10 %.4f, Recall@10 %.4f, %.0f events/s",
-                  summary.interrupted ? "interrupted" : "done", summary.epochs,
-                  summary.validation.ndcg10, summary.validation.recall10,
-                  summary.events_per_second);
-    progress.finish(text);
+    std::snprintf(text, sizeof text, "%s after %zu epochs, loss %.4f, %.0f events/s, %.0f s",
+                  summary.interrupted ? "interrupted" : "done", summary.epochs, summary.loss,
+                  summary.events_per_second, summary.seconds);
+    std::string line = text;
+    if (summary.best_epoch > 0) {
+      std::snprintf(text, sizeof text,
+                    "; kept epoch %zu, validation NDCG@10 %.4f, Recall@10 %.4f of %zu users",
+                    summary.best_epoch, summary.validation.ndcg10, summary.validation.recall10,
+                    summary.validation.users);
+      line += text;
+    }
+    progress.finish(line + "; " + options_.output);
     if (!summary.interrupted) {
       std::error_code ignored;
       std::filesystem::remove(options_.checkpoint, ignored);
@@ -360,13 +372,10 @@ class Training {
   }
 
   std::size_t make_threads() const {
-    const std::size_t cores = std::max(1U, std::thread::hardware_concurrency());
-    const std::size_t wanted =
-        options_.threads > 0 ? static_cast<std::size_t>(options_.threads) : cores;
     // Each thread holds up to three gradients of all item vectors; together at most 4 GiB.
     constexpr std::size_t memory = std::size_t{4} << 30U;
     const std::size_t of_a_thread = 3 * sizeof(float) * shape_.trained_items * shape_.dimension;
-    return std::clamp<std::size_t>(memory / of_a_thread, 1, wanted);
+    return std::clamp<std::size_t>(memory / of_a_thread, 1, thread_count(options_.threads));
   }
 
   bool finished() const {
@@ -526,7 +535,7 @@ class Training {
       position_.epoch_events += static_cast<std::int64_t>(chunk.events);
       trained_events_ += static_cast<double>(chunk.events);
       advance_schedule(chunks);
-      report(progress, (trained_events_ - events_before) / seconds_since(start));
+      progress.update(done(), report((trained_events_ - events_before) / seconds_since(start)));
       interrupted = options_.interrupted && options_.interrupted();
       if (position_.fraction >= 1) break;
     }
@@ -556,15 +565,17 @@ class Training {
     }
     position_.elapsed_seconds = elapsed();
     save_checkpoint(position_, options_.checkpoint);
-    report(progress, training_seconds_ > 0 ? trained_events_ / training_seconds_ : 0);
+    progress.milestone(done(),
+                       report(training_seconds_ > 0 ? trained_events_ / training_seconds_ : 0));
   }
 
-  void report(Progress& progress, double events_per_second) {
-    const double done = std::min(1.0, position_.fraction);
+  double done() const { return std::min(1.0, position_.fraction); }
+
+  std::string report(double events_per_second) const {
     const double loss = position_.epoch_events > 0
                             ? position_.epoch_loss / static_cast<double>(position_.epoch_events)
                             : position_.last_loss;
-    double left = done > 0 ? elapsed() * (1 - done) / done : 0;
+    double left = done() > 0 ? elapsed() * (1 - done()) / done() : 0;
     if (options_.max_minutes > 0)
       left = std::min(left, std::max(0.0, 60 * options_.max_minutes - elapsed()));
     char text[160];
@@ -574,7 +585,7 @@ class Training {
         static_cast<long long>(position_.epoch + (position_.chunk > 0 ? 1 : 0)), options_.epochs,
         loss, last_ndcg10_, std::max(0.0, position_.best_ndcg10), events_per_second,
         static_cast<int>(left) / 60, static_cast<int>(left) % 60);
-    progress.update(done, text);
+    return text;
   }
 
   void export_model(const TrainSummary& summary) const {
@@ -598,9 +609,10 @@ class Training {
                        {"loss", summary.loss},
                        {"complete", !summary.interrupted}}}};
     if (summary.best_epoch > 0)
-      metadata["validation"] = {{"users", summary.validation.users},
-                                {"ndcg_at_10", summary.validation.ndcg10},
-                                {"recall_at_10", summary.validation.recall10}};
+      metadata["validation"] = {
+          {"users", summary.validation.users},
+          {"normalized_discounted_cumulative_gain_at_10", summary.validation.ndcg10},
+          {"recall_at_10", summary.validation.recall10}};
     const ModelParts parts = export_network(network_, dataset_, metadata.dump());
     OutputFile file(options_.output);
     file.append_model(parts, {.element_type = options_.element_type});

@@ -23,7 +23,7 @@ struct TrainOptions {
   double min_user_history_length_percentile = 0, max_user_history_length_percentile = 0.99;
   TimeGap time_gap = TimeGap::automatic;
   std::uint64_t seed = 0;
-  int threads = 0;  // 0: all
+  unsigned threads = 0;  // 0: a thread a core
   ElementType element_type = ElementType::i8;
   bool resume = false;
   std::function<bool()> interrupted;  // asked after each step; true: save, export, return
