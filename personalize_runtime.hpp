@@ -249,18 +249,12 @@ __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long,
 #endif
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD)
 #include <xsimd/xsimd.hpp>
-#if XSIMD_VERSION_MAJOR < 8 || (XSIMD_VERSION_MAJOR == 8 && XSIMD_VERSION_MINOR < 1)
-#error "personalize_runtime.hpp needs xsimd 8.1 or newer, or PERSONALIZE_NO_XSIMD."
-#endif
 #if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
 #define PERSONALIZE_NO_XSIMD
 #endif
 #endif
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_ZSTD)
 #include <zstd.h>
-#if ZSTD_VERSION_NUMBER < 10504
-#error "personalize_runtime.hpp needs zstd 1.5.4 or newer, or PERSONALIZE_NO_ZSTD."
-#endif
 #endif
 
 #if PERSONALIZE_HAS_BODIES && !defined(PERSONALIZE_NO_XSIMD) && defined(__AVX512VNNI__) && \
@@ -268,6 +262,15 @@ __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long,
 #if XSIMD_WITH_AVX512BW
 #define PERSONALIZE_AVX512_VNNI 1
 #endif
+#endif
+
+#if !defined(PERSONALIZE_NO_XSIMD) && defined(XSIMD_VERSION_MAJOR)
+#if XSIMD_VERSION_MAJOR < 8 || (XSIMD_VERSION_MAJOR == 8 && XSIMD_VERSION_MINOR < 1)
+#error "personalize_runtime.hpp needs xsimd 8.1 or newer, or PERSONALIZE_NO_XSIMD."
+#endif
+#endif
+#if !defined(PERSONALIZE_NO_ZSTD) && defined(ZSTD_VERSION_NUMBER) && ZSTD_VERSION_NUMBER < 10504
+#error "personalize_runtime.hpp needs zstd 1.5.4 or newer, or PERSONALIZE_NO_ZSTD."
 #endif
 
 // Short loops over registers; at -O2 GCC would keep such an array in memory.

@@ -20,10 +20,11 @@ executable('consumer', 'main.cpp',
   dependencies : dependency('personalize_runtime', version : '>=0.1'))
 kernels = dependency('personalize_kernels', required : false)
 if kernels.found()
+  executable('consumer_static', 'main.cpp', dependencies : dependency('personalize_runtime_static'))
   executable('consumer_dispatch', 'main.cpp', dependencies : kernels)
 endif
 END
 (($#)) || set -- -Dpersonalize_runtime:kernels=false
 meson setup build "$@" >log 2>&1 || { cat log >&2; exit 1; }
 ninja -C build
-for program in build/consumer build/consumer_dispatch; do [[ ! -x $program ]] || "$program"; done
+for program in build/consumer{,_dispatch,_static}; do [[ ! -x $program ]] || "$program"; done

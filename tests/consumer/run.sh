@@ -27,6 +27,9 @@ cmake -G Ninja -S "$here" -B cmake -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_PREF
 cmake --build cmake
 cmake/consumer
 cmake/consumer_dispatch
+cmake/consumer_static
+shown=$(nm -DC --defined-only cmake/libplugin.so)
+[[ $shown == *" T main"* && $shown != *" T personalize::"* ]] || fail "a plugin shows $shown"
 [[ $(ldd cmake/consumer) == *libzstd.so* || ! -e $("$compiler" -print-file-name=libzstd.so) ]] ||
   fail "links an installed zstd statically unasked"
 

@@ -6,7 +6,7 @@ target_include_directories(personalize_runtime INTERFACE
   "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>")
 set(installed personalize_runtime)
 if(PERSONALIZE_KERNELS)
-  list(APPEND installed personalize_kernels)
+  list(APPEND installed personalize_kernels personalize_runtime_static)
   set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/personalize_runtime")
   set(independent "")
 else()

@@ -33,6 +33,7 @@ class PersonalizeRuntime(ConanFile):
 
     def export_sources(self):
         for pattern in ("CMakeLists.txt", "LICENSE", "personalize_runtime.hpp", "tools/kernels/*",
+                        "tools/runtime/*",
                         "tools/packaging/*.cmake*", "tools/packaging/*.in"):
             copy(self, pattern, self._root, self.export_sources_folder)
 
@@ -101,3 +102,9 @@ class PersonalizeRuntime(ConanFile):
             kernels.defines = ["PERSONALIZE_DISPATCH=1"]
             kernels.requires = ["runtime"]
             kernels.bindirs = []
+            static = self.cpp_info.components["runtime_static"]
+            static.set_property("cmake_target_name", "personalize::runtime_static")
+            static.libs = ["personalize_runtime_static"]
+            static.defines = ["PERSONALIZE_DECLARATIONS_ONLY"]
+            static.requires = ["runtime", "kernels"]
+            static.bindirs = []
