@@ -38,6 +38,19 @@ tail -n 1 by_hand.txt | grep -q '^i[0-9]* [-0-9.]*$' || fail "no first slate: $(
 says 'NDCG' by_hand.txt
 head -n 1 data/items.csv | grep -qx 'ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE'
 
+# Its options are the command's.
+for subcommand in train evaluate recommend convert inspect simulate; do
+  "$personalize" "$subcommand" --help
+done >help.txt
+python3 - "$readme" <<'CHECK' || fail "the README names options that the command does not have"
+import re, sys
+there = set(re.findall(r"--[a-z][a-z-]*", open("help.txt").read()))
+text = open(sys.argv[1], encoding="utf-8").read()
+code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^(?:\$P|personalize) .*", text, re.M)
+named = {option for part in code if re.match(r"(--|\$P |personalize )", part) for option in re.findall(r"--[a-z][a-z-]*", part)}
+assert len(named) > 20 and named <= there, named - there
+CHECK
+
 # A model with two event types, in f32; the first has one, and int8.
 awk -F, 'BEGIN {OFS = ","} NR > 1 {$4 = NR % 3 ? "view" : "purchase"} {print}' data/interactions.csv >typed.csv
 "$personalize" train typed.csv --items data/items.csv -o typed.pzm --epochs 1 --hidden-dimension 32 \
@@ -87,11 +100,10 @@ printf 'u1\ti3\t17' >>journal.tsv
 "$examples/restart" model.pzm journal.tsv u1 i5 >first 2>err
 again
 (($(wc -l <journal.tsv) == 5)) || fail "the journal has $(cat journal.tsv)"
-# The command takes the same from the same events, of long ago.
+# The command reads it, too, and takes the same from the times of long ago.
 awk -F'\t' 'BEGIN {OFS = "\t"} NR > 1 {$3 = 1700000000 + 90000 * NR} {print}' journal.tsv >old.tsv
 "$examples/restart" model.pzm old.tsv u1 >second
-tr '\t' ',' <old.tsv >old.csv
-"$personalize" recommend -m model.pzm -i old.csv --all-users -n 10 2>err | sed -n 's/^u1,[0-9]*,\([^,]*\),.*/\1/p' |
+"$personalize" recommend -m model.pzm -i old.tsv --all-users -n 10 2>err | sed -n 's/^u1,[0-9]*,\([^,]*\),.*/\1/p' |
   cmp <(tail -n 10 second | cut -d ' ' -f 1) - || fail "the journal tells the command something else"
 "$examples/restart" model.pzm empty.tsv u1 >second
 ! cmp -s <(tail -n 10 first) <(tail -n 10 second) || fail "the journal makes no difference"

@@ -33,7 +33,8 @@ sed -n '/twelve lines: begin/,/twelve lines: end/{/twelve lines/d;s/^  //p}' "$r
     echo 'return 0; }'
   done
 } >"$out/readme.cpp"
-"$1" -std=c++20 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -fsyntax-only -I "$root" "$out/readme.cpp"
+"$1" -std=c++20 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -fsyntax-only \
+  -DPERSONALIZE_DECLARATIONS_ONLY -I "$root" "$out/readme.cpp"
 
 # [text](file#part): of this repository; a part is a heading in lower case with - for blanks.
 for page in README.md bench/README.md; do
