@@ -361,7 +361,9 @@ __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long,
 #pragma GCC target("sse2,fpmath=sse")
 #endif
 
-namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
+namespace personalize {
+inline namespace v1 {
+inline namespace PERSONALIZE_NAMESPACE {
 
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
 
@@ -1775,8 +1777,12 @@ class Pace {
 
 #if PERSONALIZE_HAS_BODIES
 
-}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
-namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE {
+}  // namespace PERSONALIZE_NAMESPACE
+}  // namespace v1
+}  // namespace personalize
+namespace personalize {
+inline namespace v1 {
+inline namespace PERSONALIZE_KERNELS_NAMESPACE {
 namespace kernels {
 
 inline constexpr std::size_t lanes = 16;
@@ -2653,8 +2659,12 @@ struct Ops<Wasm> {
 #endif  // PERSONALIZE_NO_XSIMD
 
 }  // namespace kernels
-}  // namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE
-namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
+}  // namespace PERSONALIZE_KERNELS_NAMESPACE
+}  // namespace v1
+}  // namespace personalize
+namespace personalize {
+inline namespace v1 {
+inline namespace PERSONALIZE_NAMESPACE {
 
 #endif  // PERSONALIZE_HAS_BODIES
 
@@ -2668,8 +2678,12 @@ namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
 
 #if PERSONALIZE_HAS_BODIES
 
-}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
-namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE {
+}  // namespace PERSONALIZE_NAMESPACE
+}  // namespace v1
+}  // namespace personalize
+namespace personalize {
+inline namespace v1 {
+inline namespace PERSONALIZE_KERNELS_NAMESPACE {
 namespace kernels {
 
 // Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k
@@ -3454,8 +3468,12 @@ inline const Table* const* available(std::size_t& count) noexcept {
 #endif
 
 }  // namespace kernels
-}  // namespace personalize::inline v1::inline PERSONALIZE_KERNELS_NAMESPACE
-namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE {
+}  // namespace PERSONALIZE_KERNELS_NAMESPACE
+}  // namespace v1
+}  // namespace personalize
+namespace personalize {
+inline namespace v1 {
+inline namespace PERSONALIZE_NAMESPACE {
 
 #endif  // PERSONALIZE_HAS_BODIES
 
@@ -12983,7 +13001,9 @@ PERSONALIZE_API std::shared_ptr<const Model> Recommender::model() const {
 
 #endif  // PERSONALIZE_HAS_BODIES
 
-}  // namespace personalize::inline v1::inline PERSONALIZE_NAMESPACE
+}  // namespace PERSONALIZE_NAMESPACE
+}  // namespace v1
+}  // namespace personalize
 
 #if defined(__i386__) && !defined(__SSE2_MATH__)
 #pragma GCC pop_options
