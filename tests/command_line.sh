@@ -88,6 +88,9 @@ refuses 2 'needs --interactions' "$personalize" recommend -m model.pzm --all-use
 refuses 2 'give --user ID or --interactions' "$personalize" recommend -m model.pzm
 refuses 1 'header.csv: holds no interactions' "$personalize" recommend -m model.pzm -i header.csv --all-users
 "$personalize" recommend -m model.pzm -i one.csv 2>/dev/null | cmp - one.txt  # of the first user
+gzip -c one.csv >one.csv.gz
+"$personalize" recommend -m model.pzm -i one.csv.gz 2>err | cmp - one.txt
+grep -q 'one.csv.gz (gzip): 2 interactions' err || fail "recommend does not say that it read gzip: $(cat err)"
 "$personalize" inspect model.pzm --json >inspect.json
 (($(field inspect.json "['items']") == 120)) || fail "inspect counts the items wrong"
 

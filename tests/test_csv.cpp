@@ -1,6 +1,8 @@
 // The CSV reader: what it reads, what it refuses, and where it goes on.
 #include <doctest/doctest.h>
 #include <unistd.h>
+#include <zip.h>
+#include <zlib.h>
 #include <zstd.h>
 
 #include <cstddef>
@@ -10,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../tools/command/command.hpp"
@@ -28,6 +31,44 @@ std::string zstd(std::string_view text, bool checksum = true) {
   ZSTD_CCtx_setParameter(context, ZSTD_c_checksumFlag, checksum ? 1 : 0);
   out.resize(ZSTD_compress2(context, out.data(), out.size(), text.data(), text.size()));
   ZSTD_freeCCtx(context);
+  return out;
+}
+
+std::string gzip(std::string_view text) {
+  ::z_stream stream{};
+  constexpr int gzip_header = 16;
+  ::deflateInit2(&stream, 9, Z_DEFLATED, 15 + gzip_header, 8, Z_DEFAULT_STRATEGY);
+  std::string out(::deflateBound(&stream, text.size()), '\0');
+  stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
+  stream.avail_in = static_cast<uInt>(text.size());
+  stream.next_out = reinterpret_cast<Bytef*>(out.data());
+  stream.avail_out = static_cast<uInt>(out.size());
+  ::deflate(&stream, Z_FINISH);
+  out.resize(stream.total_out);
+  ::deflateEnd(&stream);
+  return out;
+}
+
+using Entries = std::vector<std::pair<std::string, std::string>>;
+
+std::string zip_archive(const Entries& entries) {
+  const TemporaryFolder folder;
+  int error = 0;
+  ::zip_t* archive = ::zip_open(folder.file("t.zip").c_str(), ZIP_CREATE, &error);
+  for (const auto& [name, text] : entries)
+    ::zip_file_add(archive, name.c_str(), ::zip_source_buffer(archive, text.data(), text.size(), 0),
+                   ZIP_FL_ENC_UTF_8);
+  ::zip_close(archive);
+  return bytes_of(folder.file("t.zip"));
+}
+
+std::string utf16(std::string_view ascii, bool big_endian) {
+  std::string out;
+  for (const char c : ascii) {
+    if (big_endian) out += '\0';
+    out += c;
+    if (!big_endian) out += '\0';
+  }
   return out;
 }
 
@@ -122,8 +163,15 @@ TEST_CASE("a bad row is told with its line, and the reader goes on with the next
   check("\"a\nb\"", "1 fields, the header has 2");
   check(std::string_view("a\0,1", 4), "a NUL byte; is this a text file?");
   check(std::string_view("\"a\0\n\"\"\",1", 9), "a NUL byte; is this a text file?");
-  check("a\xFF,1", "column A: not valid UTF-8; convert the file to UTF-8");
-  check("a,\xC3", "column B: not valid UTF-8; convert the file to UTF-8");
+  check("a\xFF,1",
+        "column A: not valid UTF-8; it looks like Latin-1: convert the file with iconv -f LATIN1 "
+        "-t UTF-8");
+  check("a,caf\xE9 \x80",
+        "column B: not valid UTF-8; it looks like Windows-1252: convert the file with iconv -f "
+        "WINDOWS-1252 -t UTF-8");
+  check("a,\xC4\xE3\xBA\xC3",
+        "column B: not valid UTF-8 but another encoding (such as GB18030, Shift_JIS or "
+        "Windows-1251); convert the file to UTF-8 with iconv");
   constexpr std::string_view inside =
       "a quote inside an unquoted field; quote the field and double the quote";
   check("5\" disc,1", inside);
@@ -144,18 +192,19 @@ TEST_CASE("a quote that is never closed is a bad row at the line where the row b
 TEST_CASE("a row far too long is refused in less memory than it has bytes") {
   constexpr std::size_t length = 48 << 20;
   const std::string x(length, 'x');
-  const auto check = [&](const std::string& text) {
+  const auto check = [&](const std::string& text, const char* cure = "") {
     const std::string compressed = zstd(text);
     const std::size_t before = resident_bytes();
     CsvReader reader("t.csv", std::span(compressed));
-    CHECK_THROWS_WITH_AS(reader.next(), "the row is longer than 1 MiB", BadRow);
+    const std::string told = std::string("the row is longer than 1 MiB") + cure;
+    CHECK_THROWS_WITH_AS(reader.next(), told.c_str(), BadRow);
     CHECK(resident_bytes() < before + length);
     REQUIRE(reader.next());
     CHECK(reader.field(0) == "last");
     CHECK_FALSE(reader.next());
   };
   check("A,B\n" + x + ",1\nlast,1\n");
-  check("A,B\n\"" + x + "\n\"\"" + "\",1\nlast,1\n");
+  check("A,B\n\"" + x + "\n\"\"" + "\",1\nlast,1\n", "; is a quote not closed?");
   check("A,B\n" + std::string(length, ',') + "\"\n\"\nlast,1\n");
 }
 
@@ -179,7 +228,8 @@ TEST_CASE("no header, two equal headers and a missing column are failures that s
   CHECK(failure_reading("\r\n\n") == "t.csv: the file is empty; a header row is needed");
   CHECK(failure_reading("\xEF\xBB\xBF") == "t.csv: the file is empty; a header row is needed");
   CHECK(failure_reading("\xEF\xBB"
-                        "A\n1\n") == "t.csv:1: not valid UTF-8");
+                        "A\n1\n")
+            .starts_with("t.csv:1: not valid UTF-8"));
   CHECK(failure_reading("A,B,A\n") == "t.csv:1: two columns are named 'A'; rename one");
   CHECK(failure_reading("\nA\"\n") ==
         "t.csv:2: a quote inside an unquoted field; quote the field and double the quote");
@@ -351,4 +401,188 @@ TEST_CASE("what is taken for UTF-8 is exactly the well-formed sequences of RFC 3
   }
   CHECK(personalize::detail::valid_utf8(""));
   CHECK(personalize::detail::valid_utf8("ok \xC3\xA9 \xE2\x82\xAC \xF4\x8F\xBF\xBF"));
+}
+
+TEST_CASE(
+    "gzip is read: one member, many, and the zeros behind them; a cut or damaged one is not") {
+  std::string text = "A,B\n";
+  small_model::Random random{7};
+  for (int i = 0; i < 20'000; ++i) text += std::to_string(random.bits()) + ",x\n";
+  const Content plain = read_text(text);
+  CHECK(plain.rows.size() == 20'000);
+  CHECK((read_text(gzip(text)) == plain));
+  CHECK((read_text(gzip(text.substr(0, 99)) + gzip("") + gzip(text.substr(99)) +
+                   std::string(512, '\0')) == plain));
+  CsvReader reader("t.csv", std::span(std::as_const(text)));
+  CHECK(reader.forms().empty());
+  const std::string small = gzip("A,B\n1,2\n");
+  CsvReader compressed("t.csv", std::span(std::as_const(small)));
+  CHECK(compressed.forms() == std::vector<std::string>{"gzip"});
+  for (std::size_t size = 2; size < small.size(); ++size) {
+    CAPTURE(size);
+    CHECK(failure_reading(std::string_view(small).substr(0, size)) ==
+          "t.csv: the gzip stream ends early; copy the file again");
+  }
+  std::string damaged = small;
+  damaged[damaged.size() - 6] ^= 1;  // of the checksum
+  CHECK(failure_reading(damaged).starts_with("t.csv: damaged gzip stream (incorrect data check"));
+  CHECK(failure_reading(small + "no member").starts_with("t.csv: damaged gzip stream"));
+}
+
+TEST_CASE("a zip archive of one file is read, and of others it is told what they hold") {
+  const std::string text = "A,B\n1,2\n";
+  CHECK((read_text(
+             zip_archive({{"folder/", ""}, {"folder/t.csv", text}, {"__MACOSX/._t.csv", "x"}})) ==
+         read_text(text)));
+  CHECK(failure_reading(zip_archive({{"a.csv", text}, {"b.csv", text}})) ==
+        "t.csv: a zip archive of 2 files (a.csv, b.csv); unzip it and name the one to read");
+  CHECK(failure_reading(zip_archive({{"1", text}, {"2", text}, {"3", text}, {"4", text}})) ==
+        "t.csv: a zip archive of 4 files (1, 2, 3, ...); unzip it and name the one to read");
+  CHECK(
+      failure_reading(zip_archive({{"[Content_Types].xml", "<x>"}, {"xl/workbook.xml", "<x>"}})) ==
+      "t.csv: an Excel workbook; save the sheet as CSV (UTF-8)");
+  CHECK(failure_reading(zip_archive({{"t.csv.gz", gzip(text)}})) ==
+        "t.csv: compressed twice; unpack it once");
+  std::string damaged = zip_archive({{"t.csv", text}});
+  damaged[damaged.find("1,2")] = '7';
+  CHECK(failure_reading(damaged) == "t.csv: the zip archive is damaged; copy it again");
+  const TemporaryFolder folder;
+  CsvReader file(folder.write("t.zip", zip_archive({{"t.csv", text}})));
+  CHECK((read_all(file) == read_text(text)));
+}
+
+TEST_CASE("UTF-16 is read, with and without a byte-order mark, of either endianness") {
+  constexpr std::string_view text = "A,B\n1,\"2\n3\"\n";
+  for (const bool big : {false, true}) {
+    CAPTURE(big);
+    CHECK((read_text((big ? "\xFE\xFF" : "\xFF\xFE") + utf16(text, big)) == read_text(text)));
+    CHECK((read_text(utf16(text, big)) == read_text(text)));
+  }
+  // U+E9, U+20AC and U+1D11E, which takes two units.
+  CHECK(read_text(std::string_view("\xFE\xFF\0A\0\n\0\xE9\x20\xAC\xD8\x34\xDD\x1E\0\n", 16)).rows ==
+        Rows{{"\xC3\xA9\xE2\x82\xAC\xF0\x9D\x84\x9E"}});
+  CHECK(failure_reading(std::string_view("\xFE\xFF\0A\0\n\xD8\x34\0\n", 10)) ==
+        "t.csv: damaged UTF-16 text; save it as UTF-8");
+  CHECK(failure_reading(std::string_view("\xFE\xFF\0A\0\n\0", 7)) ==
+        "t.csv: the UTF-16 text ends inside a character; copy the file again");
+}
+
+TEST_CASE("files of other kinds are named with the way out") {
+  const auto named = [](std::string_view begin, const std::string& kind) {
+    CAPTURE(kind);
+    const std::string told = failure_reading(std::string(begin) + std::string("\x15\0\x15\n", 4));
+    CHECK(told.starts_with("t.csv: " + kind));
+    CHECK(told.find("; ") != told.npos);
+  };
+  named("PAR1", "a Parquet file");
+  named("Obj\x01", "an Avro file");
+  named("ORC", "an ORC file");
+  named("ARROW1", "an Arrow or Feather file");
+  named(std::string_view("SQLite format 3\0", 16), "an SQLite database");
+  named("\xD0\xCF\x11\xE0\xA1\xB1\x1A\xE1", "an old Excel workbook");
+  named("\x89HDF\r\n\x1A\n", "an HDF5 file");
+  named("\x93NUMPY", "a NumPy array");
+  named("RDX3\n", "an R data file");
+  named("\x80\x04\x95", "a Python pickle");
+  named("BZh9", "compressed with bzip2");
+  named("\xFD\x37zXZ", "compressed with xz");
+  named("\x89PZM\r\n\x1A\n", "a model file");
+  named("%PDF-1.7", "a PDF document");
+  named("version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS");
+  named("<!DOCTYPE html>\n", "a web page");
+  named("<?xml version=\"1.0\"?>", "an XML document");
+  named(std::string(257, 'x') + "ustar", "a tar archive");
+  named(std::string_view("\xFF\xFE\0\0A\0\0\0", 8), "UTF-32 text");
+  // Words that begin alike.
+  CHECK(read_text("ORC,PAR1\n1,2\n").rows.size() == 1);
+  CHECK(read_text("PAR1,ORC\n1,2\n").rows.size() == 1);
+}
+
+TEST_CASE("semicolons, tabs and bars between fields, and carriage returns alone, are recognised") {
+  const Rows rows{{"1", "a,b"}, {"2", "c|d"}, {"3", ""}};
+  const auto check = [&](std::string_view text, const std::vector<std::string>& forms) {
+    CAPTURE(text);
+    CsvReader reader("t.csv", std::span(text));
+    CHECK(reader.forms() == forms);
+    const Content got = read_all(reader);
+    CHECK(got.columns == std::vector<std::string>{"A", "B"});
+    CHECK(got.rows == rows);
+    CHECK(got.bad.empty());
+  };
+  check("A,B\n1,\"a,b\"\n2,c|d\n3,\n", {});
+  check("A;B\n1;a,b\n2;c|d\n3;\n", {"semicolons between fields"});
+  check("A\tB\r\n1\ta,b\r\n2\tc|d\r\n3\t\r\n", {"tabs between fields"});
+  check("A|B\n1|a,b\n2|\"c|d\"\n3|\n", {"bars between fields"});
+  check("sep=;\nA;B\n1;a,b\n2;c|d\n3;\n", {"semicolons between fields"});
+  check("A,B\r1,\"a,b\"\r2,c|d\r3,\r", {"carriage returns alone end the lines"});
+  check("A;B\r1;a,b\r2;c|d\r3;",
+        {"carriage returns alone end the lines", "semicolons between fields"});
+  // The rows tell which of two separates.
+  CHECK(read_text("A;B,C\n1;2\n3;4\n").columns == std::vector<std::string>{"A", "B,C"});
+  CHECK(read_text("A;B,C\n1,2\n3,4\n").columns == std::vector<std::string>{"A;B", "C"});
+  CHECK(read_text("A,B\r1,2\r3\r").bad ==
+        std::vector<std::string>{"3: 1 fields, the header has 2"});
+}
+
+TEST_CASE("JSON objects are rows, whose keys are the columns") {
+  CHECK(read_text("{\"user\": \"u,1\", \"n\": 1, \"on\": true, \"tags\": [\"a\", \"b\"], "
+                  "\"none\": null}\n{\"n\": 2.5, \"none\": \"x\", \"user\": \"u2\"}\n")
+            .rows == Rows{{"1", "", "true", "a|b", "u,1"}, {"2.5", "x", "", "", "u2"}});
+  // In an array, over several lines, all in one line.
+  for (const std::string_view text :
+       {"[\n {\"A\": \"}\\\"\",\n  \"B\": 1},\n {\"A\": \"2\", \"B\": {\"c\": [3]}}\n]\n",
+        "[{\"A\":\"}\\\"\",\"B\":1},{\"A\":\"2\",\"B\":{\"c\":[3]}}]"}) {
+    CAPTURE(text);
+    CsvReader reader("t.csv", std::span(text));
+    CHECK(reader.forms() == std::vector<std::string>{"JSON objects"});
+    const Content got = read_all(reader);
+    CHECK(got.columns == std::vector<std::string>{"A", "B"});
+    CHECK(got.rows == Rows{{"}\"", "1"}, {"2", "{\"c\":[3]}"}});
+  }
+  const Content bad = read_text(
+      "{\"A\": 1}\n{\"A\": }\nno object\n{\"A\": 2, \"A\": 3}\n{\"A\": \"\\u0000\"}\n{\"A\": 4}\n"
+      "{\"A\": 5");
+  CHECK(bad.rows == Rows{{"1"}, {"4"}});
+  CHECK(bad.bad == std::vector<std::string>{
+                       "2: the object is not JSON", "3: not a JSON object, as the rows before are",
+                       "4: the object has the key \"A\" twice", "5: a NUL character",
+                       "7: the JSON object is not closed before the end"});
+  CHECK(failure_reading("{\"A\": }\n") == "t.csv:1: the object is not JSON");
+  CHECK(failure_reading("{}\n") == "t.csv:1: no JSON object has a key");
+  std::string late;
+  for (int i = 0; i < 1000; ++i) late += "{\"A\": 1}\n";
+  late += "{\"A\": 2, \"B\": 3}\n";
+  CsvReader reader("t.csv", std::span(std::as_const(late)));
+  CHECK(read_all(reader).rows.size() == 1001);
+  CHECK(reader.left_out_values() == 1);
+}
+
+TEST_CASE("a column is found under another spelling or another usual name, if only one fits") {
+  const auto found = [](std::string_view header, std::string_view name) {
+    const std::string text = std::string(header) + "\n";
+    CsvReader reader("t.csv", std::span(std::as_const(text)));
+    return reader.column(name);
+  };
+  for (const char* const header :
+       {"X,USER_ID", "X,user_id", "X,userId", "X, User ID ", "X,\"user-id\"", "X,UserID",
+        "X,user_id:token", "X,user", "X,visitorid", "user,USER_ID", "userId,USER_ID"}) {
+    CAPTURE(header);
+    CHECK(found(header, "USER_ID") == 1);
+  }
+  CHECK(found("movieId,rating", "ITEM_ID") == 0);
+  CHECK(found("movieId,rating", "EVENT_VALUE") == 1);
+  CHECK(found("unixReviewTime", "TIMESTAMP") == 0);
+  CHECK_FALSE(found("USERS,SESSION,TITLE", "USER_ID").has_value());
+  CHECK_FALSE(found("item", "TITLE").has_value());
+  CHECK(failure_of([&] { found("userId,user-id", "USER_ID"); }) ==
+        "t.csv:1: columns 'userId' and 'user-id' can both be USER_ID; rename the one that is");
+  CHECK(failure_of([&] { found("movieId,asin", "ITEM_ID"); }) ==
+        "t.csv:1: columns 'movieId' and 'asin' can both be ITEM_ID; rename the one that is");
+  CHECK(failure_of([&] {
+          constexpr std::string_view text = "196\t242\t3\t881250949\n";
+          CsvReader reader("t.csv", std::span(text));
+          (void)reader.require("USER_ID");
+        }) ==
+        "t.csv:1: no column USER_ID (found: 196, 242, 3, 881250949); the first row seems to be "
+        "data: put a header row before it");
 }

@@ -1,14 +1,13 @@
 #include "data/csv.hpp"
 
-#include <zstd.h>
-
 #include <algorithm>
-#include <cerrno>
+#include <array>
 #include <cstdio>
-#include <cstring>
 #include <set>
+#include <utility>
 
 #include "command/command.hpp"
+#include "command/json.hpp"
 #include "personalize_runtime.hpp"
 
 namespace personalize::tools {
@@ -19,89 +18,158 @@ BadRow::BadRow(std::uint64_t row_line, std::string row_column, std::string row_r
       column(std::move(row_column)),
       reason(std::move(row_reason)) {}
 
-// Yields the decompressed bytes piece by piece.
-class CsvReader::Source {
- public:
-  Source(std::string name, std::FILE* file, std::span<const char> memory)
-      : name_(std::move(name)), file_(file, &close), memory_(memory), raw_(file ? piece : 0) {
-    refill();
-    std::uint32_t magic = 0;
-    if (input_.size() >= sizeof magic) std::memcpy(&magic, input_.data(), sizeof magic);
-    // pzstd begins its files with a skippable frame.
-    if (magic == ZSTD_MAGICNUMBER ||
-        (magic & ZSTD_MAGIC_SKIPPABLE_MASK) == ZSTD_MAGIC_SKIPPABLE_START) {
-      zstd_.reset(ZSTD_createDStream());
-      if (!zstd_) throw std::bad_alloc();
-      // A frame may ask for a window of up to 2 GiB; 128 MiB is what `zstd -d` grants unasked.
-      ZSTD_DCtx_setParameter(zstd_.get(), ZSTD_d_windowLogMax, 27);
-      plain_.resize(piece);
-    }
-  }
+namespace csv {
 
-  // Empty at the end. Throws Failure.
-  std::span<const char> next() {
-    if (!zstd_) {
-      const auto result = input_;
-      refill();
-      return result;
-    }
-    for (;;) {
-      if (input_.empty()) {
-        if (!inside_frame_) return {};
-        throw Failure(name_ + ": the zstd stream ends early; copy the file again");
-      }
-      ZSTD_inBuffer in{input_.data(), input_.size(), 0};
-      ZSTD_outBuffer out{plain_.data(), plain_.size(), 0};
-      const std::size_t left = ZSTD_decompressStream(zstd_.get(), &out, &in);
-      if (ZSTD_isError(left))
-        throw Failure(name_ + ": damaged zstd stream (" + ZSTD_getErrorName(left) + ")");
-      inside_frame_ = left != 0;
-      input_ = input_.subspan(in.pos);
-      if (input_.empty()) refill();
-      if (out.pos > 0) return {plain_.data(), out.pos};
-    }
-  }
+constexpr std::string_view delimiters = ",;\t|";  // the likeliest first
 
- private:
-  static constexpr std::size_t piece = std::size_t{1} << 18;
-  static void close(std::FILE* file) { std::fclose(file); }
-  struct FreeStream {
-    void operator()(ZSTD_DStream* stream) const { ZSTD_freeDStream(stream); }
-  };
-
-  void refill() {
-    if (!file_) {
-      input_ = memory_;
-      memory_ = {};
-      return;
-    }
-    // Two halves, so that the piece handed out stays valid while the next one is read.
-    half_ = !half_;
-    auto& into = half_ ? raw_ : other_;
-    into.resize(piece);
-    const std::size_t got = std::fread(into.data(), 1, into.size(), file_.get());
-    if (got == 0 && std::ferror(file_.get()))
-      throw Failure(name_ + ": cannot read: " + std::strerror(errno));
-    input_ = {into.data(), got};
-  }
-
-  std::string name_;
-  std::unique_ptr<std::FILE, void (*)(std::FILE*)> file_;
-  std::span<const char> memory_, input_;
-  std::vector<char> raw_, other_, plain_;
-  bool half_ = false, inside_frame_ = false;
-  std::unique_ptr<ZSTD_DStream, FreeStream> zstd_;
-};
-
-CsvReader::CsvReader(const std::string& path) : name_(path) {
-  std::FILE* file = std::fopen(path.c_str(), "rb");
-  if (!file) throw Failure(path + ": cannot open: " + std::strerror(errno));
-  source_ = std::make_unique<Source>(name_, file, std::span<const char>{});
-  read_header();
+const char* name_of(char delimiter) {
+  return delimiter == ';' ? "semicolons" : delimiter == '\t' ? "tabs" : "bars";
 }
 
-CsvReader::CsvReader(std::string name, std::span<const char> bytes) : name_(std::move(name)) {
-  source_ = std::make_unique<Source>(name_, nullptr, bytes);
+// Of the text's first lines: how often each delimiter stands there, outside quotes.
+struct Line {
+  std::array<std::size_t, delimiters.size()> counts{};
+  bool lone_cr = false;
+};
+
+std::vector<Line> first_lines(std::string_view text) {
+  constexpr std::size_t enough = 21;
+  std::vector<Line> lines;
+  Line line;
+  bool quoted = false, blank = true;
+  for (std::size_t at = 0; at < text.size() && lines.size() < enough; ++at) {
+    const char c = text[at];
+    if (c == '"') quoted = !quoted;
+    if ((c != '\n' && c != '\r') || quoted) {
+      blank = false;
+      if (const std::size_t d = delimiters.find(c); d != delimiters.npos && !quoted)
+        ++line.counts[d];
+      continue;
+    }
+    const std::size_t other = std::min(text.find_first_not_of('\r', at), text.size());
+    line.lone_cr = c == '\r' && (other == text.size() || text[other] != '\n');
+    if (!blank) lines.push_back(std::exchange(line, {}));
+    blank = true;
+  }
+  if (!blank && lines.size() < enough) lines.push_back(line);
+  return lines;
+}
+
+// The one that the following lines have as often as the header; of several, the most frequent one.
+char delimiter_of(const std::vector<Line>& lines) {
+  std::size_t best = 0;
+  std::pair<std::size_t, std::size_t> most{0, 0};
+  for (std::size_t d = 0; d < delimiters.size(); ++d) {
+    const std::size_t count = lines.front().counts[d];
+    if (count == 0) continue;
+    std::size_t alike = 0;
+    for (const Line& line : lines) alike += line.counts[d] == count ? 1 : 0;
+    if (std::pair{alike, count} > most) {
+      most = {alike, count};
+      best = d;
+    }
+  }
+  return delimiters[best];
+}
+
+// What text that is not UTF-8 looks like. A letter with an accent stands between plain ones in the
+// languages of Western Europe.
+std::string encoding_hint(std::string_view text) {
+  std::size_t high = 0, alone = 0, controls = 0;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const auto is_high = [&](std::size_t at) {
+      return at < text.size() && static_cast<unsigned char>(text[at]) >= 0x80;
+    };
+    if (!is_high(i)) continue;
+    ++high;
+    if (!(i > 0 && is_high(i - 1)) && !is_high(i + 1)) ++alone;
+    if (static_cast<unsigned char>(text[i]) < 0xA0) ++controls;
+  }
+  if (alone * 2 < high)
+    return "not valid UTF-8 but another encoding (such as GB18030, Shift_JIS or Windows-1251); "
+           "convert the file to UTF-8 with iconv";
+  const std::string likely = controls > 0 ? "Windows-1252" : "Latin-1";
+  return "not valid UTF-8; it looks like " + likely + ": convert the file with iconv -f " +
+         (controls > 0 ? "WINDOWS-1252" : "LATIN1") + " -t UTF-8";
+}
+
+// Other names in use for the columns that have a meaning, by their letters.
+struct Synonyms {
+  std::string_view name;
+  std::vector<std::string_view> letters;
+};
+
+const std::vector<Synonyms>& synonyms() {
+  static const std::vector<Synonyms> all = {
+      {"USER_ID",
+       {"USER", "UID", "CUSTOMERID", "CUSTOMER", "VISITORID", "REVIEWERID", "PLAYERID",
+        "MEMBERID"}},
+      {"ITEM_ID",
+       {"ITEM", "IID", "MOVIEID", "PRODUCTID", "ARTICLEID", "BOOKID", "GAMEID", "TRACKID", "SONGID",
+        "VIDEOID", "NEWSID", "ASIN", "SKU"}},
+      {"TIMESTAMP",
+       {"TS", "TIME", "UNIXTIME", "UNIXTIMESTAMP", "UNIXREVIEWTIME", "EVENTTIME", "EVENTTIMESTAMP",
+        "RATINGTIME", "RATINGTIMESTAMP", "INTERACTIONTIME", "DATETIME", "SENTAT"}},
+      {"EVENT_TYPE", {"EVENT", "EVENTNAME", "ACTION", "ACTIONTYPE", "BEHAVIORTYPE"}},
+      {"EVENT_VALUE", {"RATING"}},
+      {"CREATION_TIMESTAMP", {"CREATIONTIME", "CREATIONDATE", "CREATEDAT"}},
+      {"IMPRESSION", {"IMPRESSIONS"}},
+  };
+  return all;
+}
+
+void append_text(const nlohmann::json& value, std::string& row) {
+  if (value.is_string())
+    row += value.get_ref<const std::string&>();
+  else if (!value.is_null())
+    row += value.dump();
+}
+
+}  // namespace csv
+
+std::string letters_of(std::string_view name) {
+  for (const std::string_view suffix : {":token", ":token_seq", ":float", ":float_seq"})
+    if (name.ends_with(suffix)) {
+      name.remove_suffix(suffix.size());
+      break;
+    }
+  std::string letters;
+  for (const char c : name) {
+    if (c >= 'a' && c <= 'z')
+      letters += static_cast<char>(c - 'a' + 'A');
+    else if (c != '_' && c != '-' && c != ' ')
+      letters += c;
+  }
+  return letters;
+}
+
+std::string_view trimmed(std::string_view text) {
+  constexpr std::string_view wide = "\xC2\xA0";
+  for (;;) {
+    if (text.starts_with(' ') || text.starts_with('\t'))
+      text.remove_prefix(1);
+    else if (text.ends_with(' ') || text.ends_with('\t'))
+      text.remove_suffix(1);
+    else if (text.starts_with(wide))
+      text.remove_prefix(wide.size());
+    else if (text.ends_with(wide))
+      text.remove_suffix(wide.size());
+    else
+      return text;
+  }
+}
+
+// A row that was read before its turn.
+struct CsvReader::Waiting {
+  std::uint64_t line;
+  Object object;
+  std::string problem;  // of a bad row
+};
+
+CsvReader::CsvReader(const std::string& path) : name_(path), source_(path) { read_header(); }
+
+CsvReader::CsvReader(std::string name, std::span<const char> bytes)
+    : name_(std::move(name)), source_(name_, bytes) {
   read_header();
 }
 
@@ -109,11 +177,12 @@ CsvReader::~CsvReader() = default;
 
 int CsvReader::peek() {
   if (at_ == buffer_.size()) {
-    buffer_ = source_->next();
+    buffer_ = source_.next();
     at_ = 0;
     if (buffer_.empty()) return EOF;
   }
-  return static_cast<unsigned char>(buffer_[at_]);
+  const char c = buffer_[at_];
+  return lone_cr_ && c == '\r' ? '\n' : static_cast<unsigned char>(c);
 }
 
 int CsvReader::get() {
@@ -137,9 +206,11 @@ void CsvReader::skip_rest_of_row(bool quoted, bool at_field_begin) {
     } else if (c == '\n' && !quoted) {
       return;
     }
-    at_field_begin = c == ',' && !quoted;
+    at_field_begin = c == delimiter_ && !quoted;
   }
 }
+
+void CsvReader::end_field() { ends_.push_back(row_.size()); }
 
 bool CsvReader::read_row() {
   row_.clear();
@@ -156,7 +227,9 @@ bool CsvReader::read_row() {
   };
   for (;;) {
     if (row_.size() + ends_.size() > max_row_bytes)
-      malformed("the row is longer than 1 MiB", row_.size() == begin);
+      malformed(quoted ? "the row is longer than 1 MiB; is a quote not closed?"
+                       : "the row is longer than 1 MiB",
+                row_.size() == begin);
     const int c = get();
     if (c == 0) malformed("a NUL byte; is this a text file?");
     if (quoted) {
@@ -178,12 +251,13 @@ bool CsvReader::read_row() {
       quoted = true;
       continue;
     }
-    if (c == ',' || c == '\n' || c == EOF) {
-      if (c != ',' && !was_quoted && row_.size() > begin && row_.back() == '\r') row_.pop_back();
-      ends_.push_back(row_.size());
+    if (c == delimiter_ || c == '\n' || c == EOF) {
+      if (c != delimiter_ && !was_quoted && row_.size() > begin && row_.back() == '\r')
+        row_.pop_back();
+      end_field();
       begin = row_.size();
       was_quoted = false;
-      if (c != ',') break;
+      if (c != delimiter_) break;
       continue;
     }
     if (was_quoted && c == '\r' && (peek() == '\n' || peek() == EOF)) continue;
@@ -192,51 +266,211 @@ bool CsvReader::read_row() {
   }
   for (std::size_t c = 0; c < ends_.size(); ++c)
     if (!detail::valid_utf8(field(c)))
-      throw BadRow(row_line_, c < columns_.size() ? columns_[c] : "",
-                   "not valid UTF-8; convert the file to UTF-8");
+      throw BadRow(row_line_, c < columns_.size() ? columns_[c] : "", csv::encoding_hint(field(c)));
   return true;
 }
 
+void CsvReader::take_layout() {
+  forms_ = source_.forms();
+  if (peek() == EOF) throw Failure(name_ + ": the file is empty; a header row is needed");
+  const std::string_view text(buffer_.data(), buffer_.size());
+  const std::size_t first = text.find_first_not_of(" \t\r\n");
+  const std::size_t second = text.find_first_not_of(" \t\r\n", first + (first != text.npos));
+  if (first != text.npos && second != text.npos &&
+      ((text[first] == '{' && (text[second] == '"' || text[second] == '}')) ||
+       (text[first] == '[' && text[second] == '{'))) {
+    json_ = true;
+    forms_.emplace_back("JSON objects");
+    return;
+  }
+  auto lines = csv::first_lines(text);
+  if (lines.empty()) return;
+  lone_cr_ = lines.front().lone_cr;
+  if (lone_cr_) forms_.emplace_back("carriage returns alone end the lines");
+  delimiter_ = csv::delimiter_of(lines);
+  // Excel's own way to say it.
+  if (text.size() > first + 5 && text.substr(first, 4) == "sep=" &&
+      (text[first + 5] == '\r' || text[first + 5] == '\n')) {
+    delimiter_ = text[first + 4];
+    skip_rest_of_row(false, false);
+    if (csv::delimiters.find(delimiter_) == csv::delimiters.npos)
+      throw Failure(name_ + ":1: 'sep=' names no comma, semicolon, tab or bar");
+  }
+  if (delimiter_ != ',')
+    forms_.emplace_back(std::string(csv::name_of(delimiter_)) + " between fields");
+}
+
 void CsvReader::read_header() {
-  if (peek() == 0xEF) {
-    get();
-    if (get() != 0xBB || get() != 0xBF) throw Failure(name_ + ":1: not valid UTF-8");
+  take_layout();
+  if (json_) {
+    read_keys();
+  } else {
+    try {
+      if (!read_row()) throw Failure(name_ + ": the file is empty; a header row is needed");
+    } catch (const BadRow& row) {
+      throw Failure(name_ + ":" + std::to_string(row.line) + ": " + row.what());
+    }
+    for (std::size_t c = 0; c < ends_.size(); ++c) columns_.emplace_back(trimmed(field(c)));
   }
-  try {
-    if (!read_row()) throw Failure(name_ + ": the file is empty; a header row is needed");
-  } catch (const BadRow& row) {
-    throw Failure(name_ + ":" + std::to_string(row.line) + ": " + row.what());
-  }
-  for (std::size_t c = 0; c < ends_.size(); ++c) columns_.emplace_back(field(c));
   std::set<std::string_view> names;
   for (const std::string& column : columns_)
-    if (!names.insert(column).second)
-      throw Failure(name_ + ":" + std::to_string(row_line_) + ": two columns are named '" + column +
-                    "'; rename one");
+    if (!column.empty() && !names.insert(column).second)
+      throw Failure(name_ + ":" + std::to_string(row_line_) + ": two columns are named '" +
+                    printable(column) + "'; rename one");
+}
+
+// The next object, up to its closing brace; false at the end.
+bool CsvReader::read_object(Object& object) {
+  const auto is_between = [](int c) {
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n' || c == ',' || c == '[' || c == ']';
+  };
+  while (is_between(peek())) get();
+  row_line_ = line_;
+  if (peek() == EOF) return false;
+  const auto malformed = [&](const std::string& reason) {
+    for (int c; (c = get()) != EOF && c != '\n';) {
+    }
+    throw BadRow(row_line_, "", reason);
+  };
+  object_text_.clear();
+  if (peek() != '{') malformed("not a JSON object, as the rows before are");
+  bool quoted = false, escaped = false;
+  for (std::size_t depth = 0; object_text_.empty() || depth > 0;) {
+    if (object_text_.size() == max_row_bytes) malformed("the object is longer than 1 MiB");
+    const int c = get();
+    if (c == EOF) throw BadRow(row_line_, "", "the JSON object is not closed before the end");
+    object_text_.push_back(static_cast<char>(c));
+    if (escaped)
+      escaped = false;
+    else if (c == '\\')
+      escaped = quoted;
+    else if (c == '"')
+      quoted = !quoted;
+    else if (!quoted && (c == '{' || c == '['))
+      ++depth;
+    else if (!quoted && (c == '}' || c == ']'))
+      --depth;
+  }
+  try {
+    object = parse_json(object_text_, "the object");
+  } catch (const Failure& failure) {
+    throw BadRow(row_line_, "", failure.what());
+  }
+  if (!object.is_object()) throw BadRow(row_line_, "", "not a JSON object");
+  return true;
+}
+
+void CsvReader::read_keys() {
+  // A key that is optional should stand in one of so many rows.
+  constexpr std::size_t rows = 1000;
+  std::set<std::string> known;
+  std::string problem;
+  const std::size_t most = 4 * max_row_bytes;  // the first objects wait in memory
+  std::size_t bytes = 0;
+  while (waiting_.size() < rows && bytes < most) {
+    Object object;
+    try {
+      if (!read_object(object)) break;
+      for (const auto& [key, value] : object.items())
+        if (known.insert(key).second) columns_.push_back(key);
+      waiting_.push_back({row_line_, std::move(object), ""});
+    } catch (const BadRow& bad) {
+      if (problem.empty()) problem = std::to_string(bad.line) + ": " + bad.reason;
+      waiting_.push_back({bad.line, {}, bad.reason});
+    }
+    bytes += object_text_.size();
+  }
+  if (known.empty())
+    throw Failure(name_ + ":" + (problem.empty() ? "1: no JSON object has a key" : problem));
+  row_line_ = 1;
+}
+
+void CsvReader::take_object(const Object& object) {
+  row_.clear();
+  ends_.clear();
+  std::size_t found = 0;
+  for (const std::string& column : columns_) {
+    const auto value = object.find(column);
+    if (value != object.end()) {
+      ++found;
+      if (value->is_array()) {
+        for (std::size_t i = 0; i < value->size(); ++i) {
+          if (i > 0) row_ += '|';
+          csv::append_text((*value)[i], row_);
+        }
+      } else {
+        csv::append_text(*value, row_);
+      }
+    }
+    end_field();
+  }
+  left_out_values_ += object.size() - found;
+  if (row_.size() > max_row_bytes) throw BadRow(row_line_, "", "the row is longer than 1 MiB");
+  if (row_.find('\0') != row_.npos) throw BadRow(row_line_, "", "a NUL character");
 }
 
 std::optional<std::size_t> CsvReader::column(std::string_view name) const {
-  const auto found = std::find(columns_.begin(), columns_.end(), name);
-  if (found == columns_.end()) return std::nullopt;
-  return static_cast<std::size_t>(found - columns_.begin());
+  const auto exact = std::find(columns_.begin(), columns_.end(), name);
+  if (exact != columns_.end()) return static_cast<std::size_t>(exact - columns_.begin());
+  std::optional<std::size_t> found;
+  const auto fits = [&](std::string_view letters) {
+    for (std::size_t c = 0; c < columns_.size(); ++c) {
+      if (columns_[c].empty() || letters_of(columns_[c]) != letters) continue;
+      if (found)
+        throw Failure(name_ + ":1: columns '" + printable(columns_[*found]) + "' and '" +
+                      printable(columns_[c]) + "' can both be " + std::string(name) +
+                      "; rename the one that is");
+      found = c;
+    }
+  };
+  fits(letters_of(name));
+  if (found) return found;
+  for (const csv::Synonyms& known : csv::synonyms())
+    if (letters_of(known.name) == letters_of(name))
+      for (const std::string_view letters : known.letters) fits(letters);
+  return found;
 }
 
 std::size_t CsvReader::require(std::string_view name) const {
   if (const auto found = column(name)) return *found;
   std::string have;
-  for (const std::string& column : columns_) have += (have.empty() ? "" : ", ") + column;
+  bool data = false;
+  for (const std::string& column : columns_) {
+    have += (have.empty() ? "" : ", ") + (column.empty() ? "''" : printable(column));
+    data = data || (!column.empty() && column.find_first_not_of("0123456789.") == column.npos);
+  }
   if (have.size() > 200) have = have.substr(0, 200) + "...";
   throw Failure(name_ + ":" + std::to_string(row_line_) + ": no column " + std::string(name) +
-                " (found: " + have + "); name it so in the header row");
+                " (found: " + have + "); " +
+                (data ? "the first row seems to be data: put a header row before it"
+                      : "name it so in the header row"));
 }
 
 bool CsvReader::next() {
+  if (json_) {
+    if (!waiting_.empty()) {
+      const Waiting row = std::move(waiting_.front());
+      waiting_.pop_front();
+      row_line_ = row.line;
+      if (!row.problem.empty()) throw BadRow(row.line, "", row.problem);
+      take_object(row.object);
+      return true;
+    }
+    Object object;
+    if (!read_object(object)) return false;
+    take_object(object);
+    return true;
+  }
   if (!read_row()) return false;
   if (ends_.size() != columns_.size())
     throw BadRow(row_line_, "",
                  std::to_string(ends_.size()) + " fields, the header has " +
                      std::to_string(columns_.size()));
   return true;
+}
+
+std::uint64_t CsvReader::digest() const {
+  return xxh64(std::as_bytes(std::span(row_)), xxh64(std::as_bytes(std::span(ends_)), 0));
 }
 
 std::string_view CsvReader::field(std::size_t column) const {

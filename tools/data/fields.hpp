@@ -13,15 +13,27 @@
 
 namespace personalize::tools {
 
-// 1 to 256 bytes without control characters. Throws BadRow.
+// 1 to 256 bytes without control characters; blanks around it do not belong to it. Throws BadRow.
 std::string_view id_field(const CsvReader& reader, std::size_t column);
 
 // A clock that runs ahead, or a time zone, explains a day; more is another unit or a typing error.
 inline constexpr std::int64_t clock_skew = 86'400;  // seconds
 
-// Unix seconds from `earliest` to the system's clock and clock_skew. Throws BadRow.
+// Unix seconds from `earliest` to the system's clock and clock_skew; fractions are dropped. Throws
+// BadRow.
 std::int64_t timestamp_field(const CsvReader& reader, std::size_t column,
                              std::int64_t earliest = 0);
+
+// How a file writes its times. One is taken for the whole file, as it is told: a number does not
+// say its unit.
+enum class TimestampFormat { seconds, milliseconds, microseconds, nanoseconds, iso_8601 };
+
+std::string_view name(TimestampFormat format);
+
+// timestamp_field for a command with an option to say the format, which the message of a bad row
+// advises.
+std::int64_t timestamp_field(const CsvReader& reader, std::size_t column, std::int64_t earliest,
+                             TimestampFormat format, std::string_view option);
 
 // All of the text as a number, an infinity or NaN: no blanks, a decimal point in every locale.
 std::optional<double> read_number(std::string_view text);

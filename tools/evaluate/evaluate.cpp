@@ -334,7 +334,7 @@ void run(const Options& options) {
   Progress reading("read");
   const Dataset data = read_dataset(options.data, &reading);
   reading.finish("");
-  data.bad_rows.report("evaluate");
+  report(data, "evaluate");
   const KnownItems known = known_items(data, data.histories, **model);
   if (const auto unknown =
           report_known(data, known, **model, options.data.interactions,
@@ -383,7 +383,7 @@ void add_evaluate(CLI::App& app) {
                  ->default_str("the model's"));
   for_models(add_number(*command, "--exclusion-window", options->exclusion_window,
                         "A user's last items that are not recommended again; 0: none", 0, 65535));
-  for_models(add_event_type(*command, options->data.event_type_filter));
+  for (CLI::Option* const option : add_event_options(*command, options->data)) for_models(option);
   for_models(add_threads(*command, options->threads));
   add_skip_bad_rows(*command, options->data.skip_bad_rows);
   add_json(*command, options->json);

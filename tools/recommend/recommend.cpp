@@ -56,7 +56,7 @@ std::optional<Titles> read_titles(const Options& options) {
   }
   Titles titles;
   BadRows bad{.skip = options.data.skip_bad_rows};
-  for_each_row(reader, bad, [&] { titles.emplace(reader.field(id), reader.field(*title)); });
+  for_each_row(reader, bad, [&] { titles.emplace(id_field(reader, id), reader.field(*title)); });
   bad.report("recommend");
   return titles;
 }
@@ -206,7 +206,7 @@ void run(Options& options) {
   if (!options.data.interactions.empty()) {
     options.data.may_be_empty = true;  // a user without a history is a user, too
     data = read_dataset(options.data);
-    data.bad_rows.report("recommend");
+    report(data, "recommend");
     const auto known = known_items(data, data.histories, **model);
     if (const auto left_out =
             report_known(data, known, **model, options.data.interactions, "were left out"))
@@ -252,6 +252,7 @@ void add_recommend(CLI::App& app) {
   command->add_flag("--include-interacted", options->include_interacted,
                     "Also recommend items of the user's last " +
                         std::to_string(RecommenderOptions{}.history_length) + " interactions");
+  add_event_options(*command, options->data);
   add_skip_bad_rows(*command, options->data.skip_bad_rows);
   add_json(*command, options->json)->excludes(all);
   command->callback([options] { run(*options); });

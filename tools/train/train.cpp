@@ -60,7 +60,7 @@ void run(Arguments& arguments) {
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
   reading.finish("");
-  dataset.bad_rows.report("train");
+  report(dataset, "train", /*describe=*/true);
   require_sequences(dataset, arguments.data.interactions);
   arguments.train.interrupted = [] { return noted_signal() != 0; };
   note_signals();
@@ -81,12 +81,15 @@ void add_train(CLI::App& app) {
   DatasetOptions& data = arguments->data;
   TrainOptions& o = arguments->train;
   add_interactions(*command, data.interactions,
-                   "CSV with USER_ID, ITEM_ID, TIMESTAMP and optionally EVENT_TYPE")
+                   "CSV (plain, gzip, zstd or zip) or JSON lines with USER_ID, ITEM_ID, TIMESTAMP "
+                   "and optionally EVENT_TYPE and EVENT_VALUE")
       ->required();
-  command->add_option("--items", data.items, "CSV with ITEM_ID and metadata columns");
+  command->add_option("--items", data.items,
+                      "The same with ITEM_ID, optionally CREATION_TIMESTAMP, and metadata columns");
   o.output = "model.pzm";
   add_output(*command, o.output, "The model file to write")->capture_default_str();
-  add_event_type(*command, data.event_type_filter);
+  add_event_options(*command, data);
+  add_item_options(*command, data);
   add_skip_bad_rows(*command, data.skip_bad_rows);
   add_choice<Protocol>(*command, "--protocol", o.protocol,
                        {{"leave-one-out", Protocol::leave_one_out},
