@@ -490,11 +490,11 @@ std::string verify_graph(const ModelParts& source, TensorFile& file, const Mappi
       for (const std::uint32_t each : history)
         text += (text.empty() ? "'" : ", '") + std::string(source.item_ids[each]) + "'";
       throw Difference(file.name +
-                       ": ONNX: the graph does what the model file does not express: "
-                       "behind the history " +
+                       ": ONNX: the graph does what the converted model does not: behind the "
+                       "history " +
                        text + " it ranks '" + std::string(source.item_ids[swapped->first]) +
                        "' before '" + std::string(source.item_ids[swapped->second]) +
-                       "', the converted model after it");
+                       "', the model behind it");
     }
   } catch (const Difference&) {
     throw;

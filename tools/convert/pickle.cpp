@@ -61,6 +61,7 @@ enum Opcode : std::uint8_t {
   op_binbytes = 'B',
   op_short_binbytes = 'C',
   op_proto = 0x80,
+  op_newobj = 0x81,
   op_tuple1 = 0x85,
   op_tuple2 = 0x86,
   op_tuple3 = 0x87,
@@ -132,6 +133,42 @@ const TorchType* find_type(const TorchType (&types)[size], std::string_view glob
   return found == std::end(types) ? nullptr : found;
 }
 
+// Classes of plain data that checkpoints keep beside the model: options, paths, numbers of NumPy's.
+// Nothing is made of them, so that nothing they do can matter.
+bool is_plain(std::string_view name) {
+  static const std::set<std::string_view> names{"argparse.Namespace",
+                                                "types.SimpleNamespace",
+                                                "copyreg._reconstructor",
+                                                "copy_reg._reconstructor",
+                                                "builtins.object",
+                                                "__builtin__.object",
+                                                "pathlib.PosixPath",
+                                                "pathlib.WindowsPath",
+                                                "pathlib.PurePosixPath",
+                                                "pathlib.PureWindowsPath",
+                                                "pathlib._local.PosixPath",
+                                                "pathlib._local.WindowsPath",
+                                                "datetime.datetime",
+                                                "datetime.timedelta",
+                                                "_codecs.encode",
+                                                "numpy.dtype",
+                                                "numpy.core.multiarray.scalar",
+                                                "numpy._core.multiarray.scalar",
+                                                "torch.device",
+                                                "builtins.complex",
+                                                "__builtin__.complex"};
+  return names.count(name) > 0;
+}
+bool is_dictionary(std::string_view name) {
+  return name == "collections.defaultdict" || name == "collections.Counter";
+}
+bool is_collection(std::string_view name) {
+  static const std::set<std::string_view> names{
+      "builtins.set",  "__builtin__.set",  "builtins.frozenset", "__builtin__.frozenset",
+      "builtins.list", "__builtin__.list", "collections.deque"};
+  return names.count(name) > 0;
+}
+
 bool known_global(std::string_view name) {
   static const std::set<std::string_view> others{"collections.OrderedDict",
                                                  "torch._utils._rebuild_tensor_v2",
@@ -140,18 +177,14 @@ bool known_global(std::string_view name) {
                                                  "torch._utils._rebuild_parameter",
                                                  "torch._utils._rebuild_parameter_with_state",
                                                  "torch.Size"};
-  return others.count(name) > 0 || find_type(storage_types, name) || find_type(element_types, name);
+  return others.count(name) > 0 || is_plain(name) || is_dictionary(name) || is_collection(name) ||
+         find_type(storage_types, name) || find_type(element_types, name);
 }
 
 // What a global that is no part of a state dictionary of dense numbers stands for.
 std::string_view hint(std::string_view name) {
   if (name.starts_with("__torch__."))
     return " (a TorchScript archive; save torch.jit.load(path).state_dict() with torch.save)";
-  if (name == "torch._utils._rebuild_sparse_tensor" ||
-      name == "torch._utils._rebuild_sparse_csr_tensor")
-    return " (a sparse tensor; save it as .to_dense())";
-  if (name == "torch._utils._rebuild_qtensor")
-    return " (a quantised tensor; save it as .dequantize())";
   if (name.starts_with("numpy.")) return " (a value of NumPy's)";
   if (name.starts_with("sklearn.")) return " (a model of scikit-learn's)";
   if (name.starts_with("joblib.")) return " (a file of joblib's)";
@@ -288,6 +321,10 @@ void Unpickler::set_items(PickleValue* target, const std::vector<PickleValue*>& 
 
 PickleValue* Unpickler::global(const std::string& module, const std::string& global_name) {
   const std::string full = module + "." + global_name;
+  if (full.starts_with("torch._utils._rebuild_sparse"))
+    refuse("holds a sparse tensor, which is not read; save it as .to_dense()");
+  if (full == "torch._utils._rebuild_qtensor")
+    refuse("holds a quantised tensor, which is not read; save it as .dequantize()");
   if (!known_global(full)) {
     std::string shown = full.substr(0, 80);
     for (char& c : shown)
@@ -415,6 +452,16 @@ PickleValue* Unpickler::rebuild_tensor(const PickleValue& arguments) {
 PickleValue* Unpickler::reduce(const PickleValue& callable, const PickleValue& arguments) {
   if (callable.kind != Kind::name || arguments.kind != Kind::list)
     refuse("calls something that is no known function");
+  if (is_plain(callable.text)) return make(Kind::plain);
+  if (is_dictionary(callable.text) || is_collection(callable.text)) {
+    PickleValue* made = make(is_dictionary(callable.text) ? Kind::dictionary : Kind::list);
+    for (const PickleValue* argument : arguments.items)
+      if (argument->kind == made->kind) {
+        spend(argument->items.size());
+        made->items = argument->items;
+      }
+    return made;
+  }
   if (callable.text == "collections.OrderedDict") {
     PickleValue* dictionary = make(Kind::dictionary);
     if (arguments.items.empty()) return dictionary;
@@ -646,6 +693,7 @@ const PickleValue& Unpickler::load() {
         push(global(module->text, global_name->text));
         break;
       }
+      case op_newobj:
       case op_reduce: {
         const PickleValue* arguments = pop();
         const PickleValue* callable = pop();
@@ -655,7 +703,8 @@ const PickleValue& Unpickler::load() {
       case op_build:
         // PyTorch hangs the modules' versions on the state dictionary; they change no tensor.
         pop();
-        if (top()->kind != Kind::dictionary) refuse("sets the state of what is no dictionary");
+        if (top()->kind != Kind::dictionary && top()->kind != Kind::plain)
+          refuse("sets the state of what is no dictionary");
         break;
       case op_persid:
         push(storage_in_line());

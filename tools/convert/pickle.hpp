@@ -24,6 +24,7 @@ struct PickleValue {
     dictionary,  // items: key, value, key, value, ...
     name,        // text: module.name of an allowed global
     storage,     // text: its key; dtype, integer: its number of elements, or bytes if dtype is u8
+    plain,       // an object of a class of plain data, which is not looked into
     tensor,      // items: its storage; dtype; integer: offset, shape and strides in elements
   };
   Kind kind = Kind::none;

@@ -333,7 +333,9 @@ std::optional<Mapping> torch_gru(Names& names) {
     return std::nullopt;
   }
   const auto left = names.unclaimed();
-  if (left.size() == 1 && !mapping.output_bias && is_column(*names.find(left[0]), items))
+  // Any other number an item, as popularity or a loss's weights, is not added to the scores.
+  if (left.size() == 1 && !mapping.output_bias && is_column(*names.find(left[0]), items) &&
+      (mentions(left[0], {"bias"}) || left[0] == "b"))
     mapping.output_bias = names.part(left[0]);
   if (names.find("item_embedding.weight") && names.find("gru_layers.weight_ih_l0") &&
       names.find("dense.weight")) {
@@ -341,6 +343,9 @@ std::optional<Mapping> torch_gru(Names& names) {
     mapping.index_offset = 1;  // RecBole's [PAD]
   } else {
     mapping.padding_if_zero = true;
+    if (const Layer& last = mapping.layers.back(); last.type == Type::linear)
+      mapping.notes.push_back("taken for granted: no activation follows the layer '" +
+                              last.weights.at("weight")[0].tensor + "'");
   }
   return mapping;
 }
@@ -430,8 +435,8 @@ bool is_training_state(const std::string& name) {
       "loss", "rng",  "sampler", "model_ema",  "loops",       "config",  "history",    "hparams",
       "best", "seed", "scaler",  "amp_scaler", "grad_scaler", "metrics", "loss_scaler"};
   return whole.count(lower(name)) > 0 ||
-         mentions(name, {"optim", "sched", "rng_state", "random_state", "loss_", "criterion",
-                         "callback", "hyper_param", "state_dict_ema", "ema_state", "best_loss"});
+         mentions(name, {"optim", "sched", "rng_state", "random_state", "criterion", "callback",
+                         "hyper_param", "state_dict_ema", "ema_state", "loss"});
 }
 
 // The prefixes under which a whole model may lie: none, and what wrappers and checkpoints put in
@@ -443,19 +448,21 @@ std::vector<std::string> model_prefixes(const TensorFile& file) {
     constexpr std::size_t deepest = 4;
     if (static_cast<std::size_t>(std::count(prefix.begin(), prefix.end(), '.')) == deepest) break;
     std::vector<std::string> parts;  // behind the prefix, in the file's order
+    std::set<std::string> numbers;   // those that are a number by themselves
     for (const Tensor& tensor : file.tensors) {
       if (!tensor.name.starts_with(prefix)) continue;
       const std::size_t dot = tensor.name.find('.', prefix.size());
       const std::string part = tensor.name.substr(
           prefix.size(), dot == std::string::npos ? dot : dot + 1 - prefix.size());
       if (std::find(parts.begin(), parts.end(), part) == parts.end()) parts.push_back(part);
+      if (dot == std::string::npos && is_scalar(tensor)) numbers.insert(part);
     }
     for (const std::string& part : parts) {
       if (!part.ends_with('.')) continue;
       const bool dictionary =
           part == "state_dict." || part == "model_state_dict." || part == "model_state.";
       const auto beside = [&](const std::string& other) {
-        return other == part ||
+        return other == part || numbers.count(other) > 0 ||
                is_training_state(other.substr(0, other.size() - other.ends_with('.')));
       };
       if (dictionary || (!is_training_state(part.substr(0, part.size() - 1)) &&
@@ -513,7 +520,7 @@ std::optional<Mapping> recognise_with(TensorFile& file, const std::vector<std::s
           else if (const auto copy = copies.find(tensor.name); copy != copies.end())
             doubles.push_back(tensor.describe() + " = " + copy->second);
         }
-        note(integers, "no real numbers, as counters and masks are");
+        note(integers, "no floating-point numbers: counters, masks, names");
         note(doubles, "the same numbers under a second name");
         for (const auto& [part, count] : counts)
           beside.push_back("'" + part + "' with " + std::to_string(count) +

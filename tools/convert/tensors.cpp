@@ -20,7 +20,7 @@ class FileSource : public ByteSource {
   explicit FileSource(const std::string& path)
       : path_(path), file_(std::fopen(path.c_str(), "rb")) {
     if (!file_) throw Failure(path + ": cannot open");
-    // A directory opens, too, but has no end.
+    if (std::filesystem::is_directory(path)) throw Failure(path + ": is " + folder_kind(path));
     if (::fseeko(file_.get(), 0, SEEK_END) != 0 || ::ftello(file_.get()) < 0 ||
         ::ftello(file_.get()) == std::numeric_limits<::off_t>::max())
       throw Failure(path + ": cannot read; is it a file?");
@@ -318,8 +318,6 @@ bool same_values(TensorFile& file, const Tensor& a, const Tensor& b) {
 }
 
 TensorFile open_tensors(const Input& input) {
-  if (!input.memory && std::filesystem::is_directory(input.name))
-    throw Failure(input.name + ": is " + folder_kind(input.name));
   if (const std::string kind = shard_kind(input.name); !kind.empty())
     throw Failure(input.name + ": is " + kind);
   const auto source = input.open();

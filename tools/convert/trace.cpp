@@ -394,7 +394,8 @@ class Tracer {
       pass(node);
     } else if (op == "Slice" && is_whole(node)) {
       set(node, input(node, 0));
-    } else if (input(node, 0).kind == Kind::indices || input(node, 1).kind == Kind::indices) {
+    } else if (input(node, 0).kind == Kind::indices ||
+               (input(node, 1).kind == Kind::indices && !scores)) {
       refuse(
           "changes the history's item indices before the embedding, which the model file cannot "
           "express; change the histories instead, and export the graph without it");
@@ -506,7 +507,9 @@ class Tracer {
       if (kept.size() * events != all.size() ||
           !std::equal(kept.begin(), kept.end(),
                       all.end() - static_cast<std::ptrdiff_t>(kept.size())))
-        refuse("takes something else than the last event");
+        refuse(value.kind == Kind::scores
+                   ? "takes something else than the last event's scores of all items in order"
+                   : "takes something else than the last event");
     }
     value.last = true;
     set(node, value);
