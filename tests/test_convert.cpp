@@ -232,14 +232,14 @@ TEST_CASE("rows, padding and items must fit one another") {
     return build_model(file, mapping, catalogue_of(ids), pz::ElementType::f32);
   };
   const Mapping mapping = recognise(file);
-  CHECK(build(mapping, 5).first_row == 0);
+  CHECK(build(mapping, 5).rows.front() == 0);
   // The first row is not zero and therefore no padding.
   CHECK(contains(refusal([&] { build(mapping, 4); }), "5 rows"));
   CHECK(contains(refusal([&] { build(mapping, 6); }), "check the items file"));
   Mapping offset = mapping;
   offset.index_offset = 1;
   const Built built = build(offset, 4);
-  CHECK(built.first_row == 1);
+  CHECK(built.rows.front() == 1);
   CHECK(built.parts.item_vectors.at(0, 0) == 4.0f / 64);
   Mapping padded = mapping;
   padded.padding_row = 2;
@@ -357,27 +357,22 @@ TEST_CASE("a check agrees with the model it is made from and notices another") {
 namespace {
 
 // Fields of a protocol buffer, as ONNX files are made of.
-std::string varint(std::uint64_t value) {
+std::string wire_varint(std::uint64_t value) {
   std::string bytes;
   for (; value > 127; value >>= 7) bytes.push_back(static_cast<char>((value & 127) | 128));
   bytes.push_back(static_cast<char>(value));
   return bytes;
 }
-std::string field(int number, std::uint64_t value) {
-  return varint(static_cast<std::uint64_t>(number) << 3) + varint(value);
+std::string wire_field(int number, std::uint64_t value) {
+  return wire_varint(static_cast<std::uint64_t>(number) << 3) + wire_varint(value);
 }
-std::string field(int number, const std::string& content) {
-  return varint(static_cast<std::uint64_t>(number) << 3 | 2) + varint(content.size()) + content;
+std::string wire_field(int number, const std::string& content) {
+  return wire_varint(static_cast<std::uint64_t>(number) << 3 | 2) + wire_varint(content.size()) +
+         content;
 }
 
 TensorFile open_text(const std::string& bytes, const std::string& name = "model") {
   return open_tensors({name, std::as_bytes(std::span(bytes))});
-}
-
-std::string read_text(const std::string& path) {
-  const auto bytes = pz::read_file(path, 1 << 20);
-  REQUIRE(bytes);
-  return {reinterpret_cast<const char*>(bytes->data()), bytes->size()};
 }
 
 }  // namespace
@@ -385,18 +380,21 @@ std::string read_text(const std::string& path) {
 TEST_CASE("an ONNX file's numbers read wherever the format lets them lie") {
   const auto tensor = [](const char* name, std::uint64_t size, std::uint64_t type,
                          const std::string& data) {
-    return field(5, field(1, size) + field(2, type) + field(8, std::string(name)) + data);
+    return wire_field(
+        5, wire_field(1, size) + wire_field(2, type) + wire_field(8, std::string(name)) + data);
   };
   const std::string two{"\0\0\x80\x3f\0\0\0\xc0", 8};  // 1 and -2 as f32
   const std::string one_by_one = "\x25" + two.substr(0, 4) + "\x25" + two.substr(4);
   const std::string graph =
-      tensor("f16", 3, 10, field(5, varint(0x3c00) + varint(0xc000) + varint(0x7bff))) +
-      tensor("bf16", 2, 16, field(5, 0x3f80) + field(5, 0xc040)) +
-      tensor("i8", 2, 3, field(5, varint(127) + varint(~std::uint64_t{0}))) +
-      tensor("i64", 2, 7, field(7, varint(5) + varint(~std::uint64_t{0} - 1))) +
-      tensor("packed", 2, 1, field(4, two)) + tensor("raw", 2, 1, field(9, two)) +
-      tensor("separate", 2, 1, one_by_one) + tensor("f8", 2, 17, field(5, varint(1) + varint(2)));
-  TensorFile file = open_text(field(1, 8) + field(7, graph));
+      tensor("f16", 3, 10,
+             wire_field(5, wire_varint(0x3c00) + wire_varint(0xc000) + wire_varint(0x7bff))) +
+      tensor("bf16", 2, 16, wire_field(5, 0x3f80) + wire_field(5, 0xc040)) +
+      tensor("i8", 2, 3, wire_field(5, wire_varint(127) + wire_varint(~std::uint64_t{0}))) +
+      tensor("i64", 2, 7, wire_field(7, wire_varint(5) + wire_varint(~std::uint64_t{0} - 1))) +
+      tensor("packed", 2, 1, wire_field(4, two)) + tensor("raw", 2, 1, wire_field(9, two)) +
+      tensor("separate", 2, 1, one_by_one) +
+      tensor("f8", 2, 17, wire_field(5, wire_varint(1) + wire_varint(2)));
+  TensorFile file = open_text(wire_field(1, 8) + wire_field(7, graph));
   const auto values = [&](const char* name) { return read_values(file, file.at(name)); };
   CHECK(values("f16") == std::vector<float>{1, -2, 65504});
   CHECK(values("bf16") == std::vector<float>{1, -3});
@@ -464,7 +462,7 @@ TEST_CASE("a checkpoint is looked through, and what lies beside the model is tol
   CHECK(contains(refusal([&] { recognised(with(gru("a."), gru("b."))); }),
                  "not a known architecture"));
   CHECK(contains(refusal([&] {
-                   recognised(with(gru("model."), {{"head.weight", {4, 4}}}));
+                   recognised(with(gru("model."), {{"head.positions", {50, 7}}}));
                  }),
                  "not a known architecture"));
   // A loss's weights beside the model are no bias of it.
@@ -506,7 +504,7 @@ TEST_CASE("a file of another kind is told what it is") {
         "model: is a Git LFS pointer, not the file that it stands for; run `git lfs pull` where it "
         "was cloned");
   for (const char* page :
-       {"<!DOCTYPE html>\n<title>404", "\n\xef\xbb\xbf <HTML lang=en>", "<html>"})
+       {"<!DOCTYPE html>\n<title>404", "\xef\xbb\xbf\n <HTML lang=en>", "<html>"})
     CHECK(contains(told(page), "is an HTML page"));
   CHECK(contains(told("<?xml version=\"1.0\"?><Error>"), "is an XML text"));
   CHECK(contains(told("{\"error\": \"not found\"}"), "is a JSON text, which holds no weights"));
@@ -619,9 +617,9 @@ TEST_CASE("a graph that the converted model does not follow is noticed before a 
   CHECK(verified(traced).empty());
   Mapping other = traced;
   other.layers[0].gate_order = "rzn";
-  CHECK(contains(refusal([&] { verified(other); }),
-                 "the graph does what the converted model does not: "
-                 "behind the history 'd' it ranks '"));
+  const std::string told = refusal([&] { verified(other); });
+  CHECK(contains(told, "the graph does what the converted model does not: behind the history '"));
+  CHECK(contains(told, "it ranks '"));
   other = traced;
   other.output_bias.reset();
   CHECK(contains(refusal([&] { verified(other); }), "the graph does what"));
