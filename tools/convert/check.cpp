@@ -316,27 +316,32 @@ class GraphOfItems {
   std::size_t all_rows_ = 0;
 };
 
-// Two items, the first of which ranks before the second by `expected` and behind it by `scores`,
-// more than rounding could do. Their scales may differ.
+// Two items that `expected` ranks in this order and `scores` in the other, by more than rounding
+// could do. Their scales may differ.
 std::optional<std::pair<std::uint32_t, std::uint32_t>> first_swap(const Vector& scores,
                                                                   const Vector& expected) {
   constexpr double rounding = 1e-5;
-  for (const auto& [by, other, swapped] :
-       {std::tuple(&expected, &scores, false), std::tuple(&scores, &expected, true)}) {
-    std::vector<std::uint32_t> order(by->size());
+  // An item that `by` puts behind another one although `other` has it in front.
+  const auto swap_in =
+      [](const Vector& by,
+         const Vector& other) -> std::optional<std::pair<std::uint32_t, std::uint32_t>> {
+    std::vector<std::uint32_t> order(by.size());
     std::iota(order.begin(), order.end(), 0u);
     std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return (*by)[a] != (*by)[b] ? (*by)[a] > (*by)[b] : (*other)[a] > (*other)[b];
+      return by[a] != by[b] ? by[a] > by[b] : other[a] > other[b];
     });
-    const auto [low, high] = std::minmax_element(other->begin(), other->end());
+    const auto [low, high] = std::minmax_element(other.begin(), other.end());
     std::uint32_t lowest = order[0];
     for (const std::uint32_t item : order) {
-      // A score that is no number is in no order.
-      if (!((*other)[item] <= (*other)[lowest] + rounding * (*high - *low)))
-        return swapped ? std::pair(item, lowest) : std::pair(lowest, item);
-      if ((*other)[item] < (*other)[lowest]) lowest = item;
+      if (!(other[item] <= other[lowest] + rounding * (*high - *low)))
+        return std::pair(lowest, item);
+      if (other[item] < other[lowest]) lowest = item;
     }
-  }
+    return std::nullopt;
+  };
+  if (const auto swapped = swap_in(expected, scores)) return swapped;
+  if (const auto swapped = swap_in(scores, expected))
+    return std::pair(swapped->second, swapped->first);
   return std::nullopt;
 }
 

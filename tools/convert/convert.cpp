@@ -236,9 +236,10 @@ void add_convert(CLI::App& app) {
                    "Format to write");
   add_element_type(*command, o.element_type);
   add_output(*command, o.output, "File to write")->required();
-  command->add_option("--check", o.check,
-                      "Run the histories of this interactions CSV through the new file, the source in "
-                      "double precision and, of ONNX, the graph; fails where they differ");
+  command->add_option(
+      "--check", o.check,
+      "Run the histories of this interactions CSV through the new file, the source in "
+      "double precision and, of ONNX, the graph; fails where they differ");
   command->add_option("--reference", o.reference,
                       "With --check: a file with tensor 'hidden' [histories, d] or 'scores' "
                       "[histories, items] to compare with, too");
