@@ -468,7 +468,8 @@ TEST_CASE("a checkpoint is looked through, and what lies beside the model is tol
   // A loss's weights beside the model are no bias of it.
   const Mapping loss = recognised(with(gru("model."), {{"criterion.weight", {9}}}));
   CHECK_FALSE(loss.output_bias);
-  CHECK(loss.notes[0] == "left out: 'criterion' with 1 tensor (not under 'model.')");
+  CHECK(loss.notes == std::vector<std::string>{"left out: 'criterion' with 1 tensor (not under "
+                                               "'model.')"});
 }
 
 TEST_CASE("an embedding that was saved under two names is one") {

@@ -469,6 +469,7 @@ Agreement compare_with_reference(const ModelParts& source, TensorFile& reference
 
 std::string verify_graph(const ModelParts& source, TensorFile& file, const Mapping& mapping,
                          const std::vector<std::uint64_t>& rows) {
+  if (!source.user_ids.empty()) return "a known user's scores do not follow from a history";
   const std::size_t items = source.item_ids.size();
   try {
     GraphOfItems graph(source, file, mapping, rows);
