@@ -183,8 +183,9 @@ def main():
         "an ONNX tensor larger than the file": (onnx(
             field(1, 2 ** 40), field(2, 1), field(8, b"w"), field(9, bytes(16))), "more bytes"),
         "an ONNX graph cut off": ((golden / "model.onnx").read_bytes()[:-50], "damaged or cut off"),
-        "nothing": (b"", "none of the known formats"),
-        "a text": (b"hello world, this is no model", "none of the known formats"),
+        "nothing": (b"", "is empty; copy it again"),
+        "a text": (b"hello world, this is no model", "a text that begins 'hello world"),
+        "bytes of no format": (bytes(range(1, 60)), "none of the known formats"),
     }
     for name, (data, pattern) in cases.items():
         path = root / "hostile"

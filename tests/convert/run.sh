@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the example, and compares conversions of every architecture and format with PyTorch.
+# Runs the example, and compares conversions of every architecture and format, and of graphs that do
+# something else, with PyTorch.
 # usage: tests/convert/run.sh PYTHON PERSONALIZE FOLDER
 set -euo pipefail
 python=$1
@@ -20,5 +21,6 @@ mkdir -p "$folder"
   "$folder/example"
 "$personalize" evaluate --model "$folder/example/model.onnx.pzm" \
   --interactions "$folder/data/interactions.csv"
+"$python" "$here/graphs.py" "$personalize" "$folder/graphs"
 "$python" "$here/parity.py" "$personalize" "$folder/models" "$here/../golden/model_v1.pzm"
 rm -rf "$folder"

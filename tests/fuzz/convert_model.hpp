@@ -6,8 +6,8 @@
 
 #include "command/command.hpp"
 #include "convert/build.hpp"
+#include "convert/check.hpp"
 #include "convert/mapping.hpp"
-#include "convert/run_graph.hpp"
 #include "convert/tensors.hpp"
 
 // Whatever the bytes are, they convert or are refused with a Failure; any other exception is a bug.
@@ -27,8 +27,8 @@ inline int convert_model(std::span<const std::uint8_t> data,
     for (const char* id : {"a", "b", "c", "d"}) (void)catalogue.items.item_ids.add(id);
     catalogue.items.items.resize(4);
     const Mapping mapping = file.graph ? trace_graph(file) : recognise(file);
-    (void)build_model(file, mapping, catalogue, personalize::ElementType::i8);
-    if (file.graph) (void)GraphRunner(file).run({0, 3, 2}, 4);
+    const Built built = build_model(file, mapping, catalogue, personalize::ElementType::f32);
+    if (file.graph) (void)verify_graph(built.parts, file, mapping, built.rows);
   } catch (const Failure&) {
     return 0;
   }

@@ -144,7 +144,7 @@ class Builder {
     parts_.metadata = std::move(metadata);
     if (const auto checked = detail::check_parts(parts_, LoadLimits{}); !checked)
       throw Failure(file_.name + ": " + checked.error().message);
-    return {std::move(parts_), rows_.front()};
+    return {std::move(parts_), std::move(rows_)};
   }
 
  private:
@@ -201,19 +201,7 @@ class Builder {
       const auto x = matrix({a}), y = matrix({b});
       return x.values == y.values;
     }
-    const Tensor &first = file_.at(a.tensor), &second = file_.at(b.tensor);
-    if (&first == &second) return true;
-    TensorReader one(file_, first), two(file_, second);
-    std::uint64_t left = first.elements();
-    std::vector<float> x(1 << 16), y(1 << 16);
-    for (; left > 0; left -= x.size()) {
-      x.resize(static_cast<std::size_t>(std::min<std::uint64_t>(left, x.size())));
-      y.resize(x.size());
-      one.read(x);
-      two.read(y);
-      if (x != y) return false;
-    }
-    return true;
+    return same_values(file_, file_.at(a.tensor), file_.at(b.tensor));
   }
 
   // Calls row(n, values) for the n-th of the chosen rows, which ascend.

@@ -17,7 +17,7 @@ struct Catalogue {
 
 struct Built {
   ModelParts parts;
-  std::uint64_t first_row;  // of the embedding: the first item's
+  std::vector<std::uint64_t> rows;  // of the embedding: each item's
 };
 
 // element_type: of the item vectors, inputs and user states, which are converted as they are read;

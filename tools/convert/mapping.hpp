@@ -49,6 +49,8 @@ struct Mapping {
   std::optional<TensorPart> users = {};  // [users, d]: states of known users
   std::uint64_t user_index_offset = 0;
   std::string item_ids = {}, user_ids = {};  // CSV files; empty: given on the command line
+  std::string graph_output = {};             // ONNX: what the model was traced from
+  std::vector<std::string> notes = {};       // what of the file is left out, a sentence each
 };
 
 // Throws Failure: not JSON, an unknown key, a value of the wrong type. Files that it names are

@@ -97,10 +97,22 @@ class HeaderParser {
 DType dtype_of(std::string_view descr) {
   static const std::unordered_map<std::string_view, DType> types{
       {"<f8", DType::f64}, {"<f4", DType::f32}, {"<f2", DType::f16}, {"<i8", DType::i64},
-      {"<i4", DType::i32}, {"<i2", DType::i16}, {"|i1", DType::i8},  {"|u1", DType::u8},
-      {"|b1", DType::u8},  {"<c8", DType::f32}};
-  const auto found = types.find(descr);
-  return found == types.end() ? DType::other : found->second;
+      {"<i4", DType::i32}, {"<i2", DType::i16}, {"|i1", DType::i8},  {"<u8", DType::u64},
+      {"<u4", DType::u32}, {"<u2", DType::u16}, {"|u1", DType::u8},  {"|b1", DType::u8},
+      {"<c8", DType::f32}};
+  if (const auto found = types.find(descr); found != types.end()) return found->second;
+  // Text, bytes, dates and spans of time; f, c and V (bfloat16 and the like) may be weights.
+  return descr.size() > 1 && std::string_view("USMm").find(descr[1]) != std::string_view::npos
+             ? DType::text
+             : DType::foreign;
+}
+
+std::string type_name(std::string_view descr) {
+  const std::string quoted = "'" + std::string(descr) + "'";
+  if (descr == "<f16" || descr == "<f12") return quoted + " (long double)";
+  if (descr == "<c16") return quoted + " (complex128)";
+  if (descr == "|V2") return quoted + " (void; bfloat16?)";
+  return quoted;
 }
 
 void add_array(TensorFile& file, std::string name, std::unique_ptr<ByteSource> source) {
@@ -128,6 +140,7 @@ void add_array(TensorFile& file, std::string name, std::unique_ptr<ByteSource> s
   Tensor tensor;
   tensor.name = std::move(name);
   tensor.dtype = dtype_of(header.descr);
+  if (element_bytes(tensor.dtype) == 0) tensor.type_name = type_name(header.descr);
   tensor.shape = header.shape;
   tensor.source = file.sources.size();
   tensor.offset = begin + length;
@@ -147,6 +160,24 @@ void add_array(TensorFile& file, std::string name, std::unique_ptr<ByteSource> s
   }
   file.sources.push_back(std::move(source));
   file.add(std::move(tensor));
+}
+
+// What a zip archive is that holds this entry.
+std::string not_npz(const ZipArchive& archive, const ZipArchive::Entry& entry) {
+  if (archive.find("model.weights.h5"))
+    return "is a Keras file (.keras), which is not read; save its weights by numpy.savez(path, "
+           "**{w.path: w.numpy() for w in model.weights}) and name them by --mapping";
+  for (const ZipArchive::Entry& other : archive.entries()) {
+    if (other.name.ends_with("archive_format"))
+      return "is a program of torch.export, which is not read; save model.state_dict() with "
+             "torch.save, or export the model as ONNX";
+    for (const char* ending : {".onnx", ".pt", ".pth", ".safetensors", ".npz", ".ckpt", ".bin"})
+      if (other.name.ends_with(ending))
+        return "is a zip archive that holds a model; unpack it and give '" +
+               other.name.substr(0, 100) + "'";
+  }
+  return "entry '" + entry.name.substr(0, 100) +
+         "' is neither a NumPy array nor part of a PyTorch file";
 }
 
 }  // namespace
@@ -171,9 +202,7 @@ TensorFile open_zip(const Input& input) {
   file.name = input.name;
   file.format = "npz";
   for (const ZipArchive::Entry& entry : archive->entries()) {
-    if (!entry.name.ends_with(".npy"))
-      throw Failure(input.name + ": entry '" + entry.name.substr(0, 100) +
-                    "' is neither a NumPy array nor part of a PyTorch file");
+    if (!entry.name.ends_with(".npy")) throw Failure(input.name + ": " + not_npz(*archive, entry));
     add_array(file, entry.name.substr(0, entry.name.size() - 4), archive->source(entry));
   }
   return file;

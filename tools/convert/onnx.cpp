@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <set>
 
 #include "command/command.hpp"
 #include "convert/tensors.hpp"
@@ -38,30 +40,74 @@ class SourceStream : public io::CopyingInputStream {
   std::uint64_t at_ = 0;
 };
 
-DType dtype_of(std::uint64_t type) {
+struct OnnxType {
+  DType dtype;
+  std::string_view name = {};  // of a foreign one
+};
+
+OnnxType type_of(std::uint64_t type) {
   switch (type) {  // TensorProto.DataType
     case 1:
-      return DType::f32;
+      return {DType::f32};
     case 2:
     case 9:
-      return DType::u8;
+      return {DType::u8};
     case 3:
-      return DType::i8;
+      return {DType::i8};
+    case 4:
+      return {DType::u16};
     case 5:
-      return DType::i16;
+      return {DType::i16};
     case 6:
-      return DType::i32;
+      return {DType::i32};
     case 7:
-      return DType::i64;
+      return {DType::i64};
+    case 8:
+      return {DType::text, "STRING"};
     case 10:
-      return DType::f16;
+      return {DType::f16};
     case 11:
-      return DType::f64;
+      return {DType::f64};
+    case 12:
+      return {DType::u32};
+    case 13:
+      return {DType::u64};
+    case 14:
+      return {DType::foreign, "COMPLEX64"};
+    case 15:
+      return {DType::foreign, "COMPLEX128"};
     case 16:
-      return DType::bf16;
+      return {DType::bf16};
+    case 17:
+      return {DType::foreign, "FLOAT8E4M3FN"};
+    case 18:
+      return {DType::foreign, "FLOAT8E4M3FNUZ"};
+    case 19:
+      return {DType::foreign, "FLOAT8E5M2"};
+    case 20:
+      return {DType::foreign, "FLOAT8E5M2FNUZ"};
+    case 21:
+      return {DType::foreign, "UINT4"};
+    case 22:
+      return {DType::foreign, "INT4"};
+    case 23:
+      return {DType::foreign, "FLOAT4E2M1"};
     default:
-      return DType::other;
+      return {DType::foreign, "an unknown element type"};
   }
+}
+
+// What a subgraph defines gets names of its own, so that two branches may use the same.
+void rename(Graph& graph, const std::set<std::string>& defined, const std::string& prefix) {
+  const auto change = [&](std::string& name) {
+    if (defined.count(name)) name = prefix + name;
+  };
+  for (GraphNode& node : graph.nodes) {
+    for (std::string& input : node.inputs) change(input);
+    for (std::string& output : node.outputs) change(output);
+    for (auto& [attribute, nested] : node.graphs) rename(*nested, defined, prefix);
+  }
+  for (std::string& output : graph.outputs) change(output);
 }
 
 class OnnxReader {
@@ -76,9 +122,10 @@ class OnnxReader {
     message(static_cast<int>(file_.sources[0]->size()), [&](int field, int wire) {
       if (field != 7) return skip(wire);
       has_graph = true;
-      nested(wire, [&](int f, int w) { graph_field(f, w); });
+      if (!file_.graph) file_.graph.emplace();
+      nested(wire, [&](int f, int w) { graph_field(*file_.graph, f, w); });
     });
-    if (!has_graph) refuse("holds no graph");
+    if (!has_graph) refuse("holds no graph; is it a model in ONNX's format?");
   }
 
  private:
@@ -161,9 +208,7 @@ class OnnxReader {
     if (in_.CurrentPosition() != end) damaged();
   }
 
-  void graph_field(int field, int wire) {
-    if (!file_.graph) file_.graph.emplace();
-    Graph& graph = *file_.graph;
+  void graph_field(Graph& graph, int field, int wire) {
     switch (field) {
       case 1:
         graph.nodes.emplace_back();
@@ -175,16 +220,17 @@ class OnnxReader {
         tensor(wire, "");
         break;
       case 11:
-      case 12:
-        (field == 11 ? graph.inputs : graph.outputs).emplace_back();
+        graph.inputs.emplace_back();
         count();
-        nested(wire, [&](int f, int w) {
-          if (f == 1)
-            (field == 11 ? graph.inputs : graph.outputs).back() = text(w);
-          else
-            skip(w);
-        });
+        nested(wire, [&](int f, int w) { value_field(graph.inputs.back(), f, w); });
         break;
+      case 12: {
+        GraphInput output;
+        count();
+        nested(wire, [&](int f, int w) { value_field(output, f, w); });
+        graph.outputs.push_back(output.name);
+        break;
+      }
       case 15:
         refuse("has sparse initialisers; export them dense");
       default:
@@ -197,6 +243,31 @@ class OnnxReader {
     if (structure_bytes_ > max_structure_bytes) refuse("its graph is too large");
   }
 
+  // ValueInfoProto: a name, and a type, of which a tensor's shape is kept.
+  void value_field(GraphInput& value, int field, int wire) {
+    if (field == 1) {
+      value.name = text(wire);
+      return;
+    }
+    if (field != 2) return skip(wire);
+    nested(wire, [&](int type_field, int w) {
+      if (type_field != 1) return skip(w);
+      nested(w, [&](int tensor_field, int w2) {
+        if (tensor_field != 2) return skip(w2);
+        value.shape.emplace();
+        nested(w2, [&](int shape_field, int w3) {
+          if (shape_field != 1) return skip(w3);
+          count();
+          value.shape->push_back(-1);
+          nested(w3, [&](int dimension_field, int w4) {
+            if (dimension_field != 1) return skip(w4);
+            value.shape->back() = static_cast<std::int64_t>(varint(w4));
+          });
+        });
+      });
+    });
+  }
+
   void node_field(GraphNode& node, int field, int wire) {
     switch (field) {
       case 1:
@@ -206,6 +277,9 @@ class OnnxReader {
       case 2:
         count();
         node.outputs.push_back(text(wire));
+        break;
+      case 3:
+        node.name = text(wire);
         break;
       case 4:
         node.operation = text(wire);
@@ -244,8 +318,11 @@ class OnnxReader {
           tensor(w, node.outputs.empty() ? "" : node.outputs[0]);
           break;
         case 6:
-        case 11:
-          refuse("a node has a subgraph (If, Loop or Scan), which cannot be converted");
+          subgraph(node, name, w);
+          break;
+        case 7:
+          numbers(w, name, node);
+          break;
         case 8:
           integers(w, node.integer_lists[name]);
           break;
@@ -260,35 +337,99 @@ class OnnxReader {
     });
   }
 
+  // A repeated float: of a Constant node its value, else of no interest.
+  void numbers(int wire, const std::string& name, const GraphNode& node) {
+    std::vector<std::byte> bytes(sizeof(float));
+    if (wire == 5) {
+      const float value = number(wire);
+      std::memcpy(bytes.data(), &value, sizeof value);
+    } else {
+      bytes.resize(static_cast<std::size_t>(length(wire)));
+      if (!in_.ReadRaw(bytes.data(), static_cast<int>(bytes.size()))) damaged();
+    }
+    structure_bytes_ += bytes.size();
+    if (structure_bytes_ > max_structure_bytes) refuse("its graph is too large");
+    if (name != "value_floats" || node.outputs.empty()) return;
+    const std::uint64_t size = bytes.size() / sizeof(float);
+    file_.add(
+        {.name = prefix_ + node.outputs[0], .dtype = DType::f32, .shape = {size}, .strides = {}},
+        std::move(bytes));
+  }
+
+  void subgraph(GraphNode& node, const std::string& name, int wire) {
+    constexpr int deepest = 4;
+    if (++depth_ > deepest) refuse("its subgraphs are nested too deeply");
+    const std::string outer = prefix_;
+    prefix_ += name + std::to_string(++subgraphs_) + "/";
+    const std::size_t tensors = file_.tensors.size();
+    const auto graph = std::make_shared<Graph>();
+    nested(wire, [&](int f, int w) { graph_field(*graph, f, w); });
+    std::set<std::string> defined;
+    for (const GraphNode& inner : graph->nodes)
+      defined.insert(inner.outputs.begin(), inner.outputs.end());
+    for (std::size_t t = tensors; t < file_.tensors.size(); ++t)
+      defined.insert(file_.tensors[t].name.substr(prefix_.size()));
+    defined.erase("");
+    rename(*graph, defined, prefix_);
+    node.graphs[name] = graph;
+    prefix_ = outer;
+    --depth_;
+  }
+
   void tensor(int wire, const std::string& given_name) {
     Tensor made;
     made.name = given_name;
-    std::vector<std::int64_t> dims, int64_data;
-    bool has_data = false, foreign_data = false;
+    std::vector<std::int64_t> dims;
+    std::vector<std::byte> values;  // that do not lie in the file as they do in memory
+    bool in_file = false, foreign_bytes = false;
+    // What int32_data and the like hold, as elements of the tensor's type.
+    const auto varints = [&](int w) {
+      const std::size_t size = element_bytes(made.dtype);
+      if (size == 0) foreign_bytes = true;
+      if (size == 8 && made.dtype == DType::f64) damaged();
+      const auto add = [&](std::uint64_t value) {
+        const auto* bytes = reinterpret_cast<const std::byte*>(&value);
+        values.insert(values.end(), bytes, bytes + size);
+        if (size == 8 && values.size() > max_structure_bytes) refuse("its graph is too large");
+      };
+      if (w == 0) return add(varint(w));
+      const int end = length(w) + in_.CurrentPosition();
+      while (in_.CurrentPosition() < end) add(varint(0));
+      if (in_.CurrentPosition() != end) damaged();
+    };
     nested(wire, [&](int field, int w) {
       switch (field) {
         case 1:
           integers(w, dims);
           break;
-        case 2:
-          made.dtype = dtype_of(varint(w));
+        case 2: {
+          const OnnxType type = type_of(varint(w));
+          made.dtype = type.dtype;
+          made.type_name = type.name;
           break;
+        }
         case 8:
           if (const std::string name = text(w); given_name.empty()) made.name = name;
           break;
         case 4:     // float_data, packed: as in memory
         case 9:     // raw_data
         case 10: {  // double_data, packed
+          if (w == 5) {
+            const float value = number(w);
+            const auto* bytes = reinterpret_cast<const std::byte*>(&value);
+            values.insert(values.end(), bytes, bytes + sizeof value);
+            break;
+          }
           const int bytes = length(w);
           made.offset = static_cast<std::uint64_t>(in_.CurrentPosition());
-          has_data = true;
+          in_file = true;
           if (!in_.Skip(bytes)) damaged();
           break;
         }
-        case 5:
-        case 7:
-          foreign_data = true;
-          skip(w);
+        case 5:   // int32_data: of everything that has at most 32 bits, halves included
+        case 7:   // int64_data
+        case 11:  // uint64_data
+          varints(w);
           break;
         case 13:
           refuse("tensor '" + made.name.substr(0, 100) +
@@ -306,9 +447,12 @@ class OnnxReader {
       if (size < 0) refuse("tensor '" + made.name.substr(0, 100) + "' has a negative dimension");
       made.shape.push_back(static_cast<std::uint64_t>(size));
     }
-    // Shapes and indices in varints are no weights.
-    if (foreign_data || !has_data) made.dtype = DType::other;
-    file_.add(std::move(made));
+    if (foreign_bytes && !made.type_name.empty()) values.clear();
+    made.name = prefix_ + made.name;
+    if (in_file || element_bytes(made.dtype) == 0)
+      file_.add(std::move(made));
+    else
+      file_.add(std::move(made), std::move(values));
   }
 
   TensorFile& file_;
@@ -316,6 +460,8 @@ class OnnxReader {
   io::CopyingInputStreamAdaptor adaptor_;
   io::CodedInputStream in_;
   std::size_t structure_bytes_ = 0;
+  std::string prefix_;  // of the names that the subgraph being read defines
+  int depth_ = 0, subgraphs_ = 0;
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cstring>
 #include <optional>
+#include <regex>
 #include <set>
 #include <utility>
 
@@ -30,8 +31,10 @@ enum Opcode : std::uint8_t {
   op_long = 'L',
   op_binint2 = 'M',
   op_none = 'N',
+  op_persid = 'P',
   op_binpersid = 'Q',
   op_reduce = 'R',
+  op_string = 'S',
   op_binstring = 'T',
   op_short_binstring = 'U',
   op_unicode = 'V',
@@ -58,6 +61,7 @@ enum Opcode : std::uint8_t {
   op_binbytes = 'B',
   op_short_binbytes = 'C',
   op_proto = 0x80,
+  op_newobj = 0x81,
   op_tuple1 = 0x85,
   op_tuple2 = 0x86,
   op_tuple3 = 0x87,
@@ -75,46 +79,141 @@ enum Opcode : std::uint8_t {
   op_frame = 0x95,
 };
 
-struct Storage {
-  std::string_view name;
+struct TorchType {
+  std::string_view name;  // behind "torch."
   DType dtype;
+  bool complex = false;
 };
-constexpr Storage storage_types[] = {
-    {"torch.DoubleStorage", DType::f64},      {"torch.FloatStorage", DType::f32},
-    {"torch.HalfStorage", DType::f16},        {"torch.BFloat16Storage", DType::bf16},
-    {"torch.LongStorage", DType::i64},        {"torch.IntStorage", DType::i32},
-    {"torch.ShortStorage", DType::i16},       {"torch.CharStorage", DType::i8},
-    {"torch.ByteStorage", DType::u8},         {"torch.BoolStorage", DType::u8},
-    {"torch.ComplexFloatStorage", DType::f32}};
+constexpr TorchType storage_types[] = {{"DoubleStorage", DType::f64},
+                                       {"FloatStorage", DType::f32},
+                                       {"HalfStorage", DType::f16},
+                                       {"BFloat16Storage", DType::bf16},
+                                       {"LongStorage", DType::i64},
+                                       {"IntStorage", DType::i32},
+                                       {"ShortStorage", DType::i16},
+                                       {"CharStorage", DType::i8},
+                                       {"ByteStorage", DType::u8},
+                                       {"BoolStorage", DType::u8},
+                                       {"ComplexFloatStorage", DType::f32, true},
+                                       {"ComplexDoubleStorage", DType::foreign},
+                                       {"QInt8Storage", DType::foreign},
+                                       {"QUInt8Storage", DType::foreign},
+                                       {"QInt32Storage", DType::foreign},
+                                       {"storage.UntypedStorage", DType::u8},
+                                       {"UntypedStorage", DType::u8}};
+constexpr TorchType element_types[] = {{"float64", DType::f64},
+                                       {"float32", DType::f32},
+                                       {"float16", DType::f16},
+                                       {"bfloat16", DType::bf16},
+                                       {"complex64", DType::f32, true},
+                                       {"int64", DType::i64},
+                                       {"int32", DType::i32},
+                                       {"int16", DType::i16},
+                                       {"int8", DType::i8},
+                                       {"uint64", DType::u64},
+                                       {"uint32", DType::u32},
+                                       {"uint16", DType::u16},
+                                       {"uint8", DType::u8},
+                                       {"bool", DType::u8},
+                                       {"complex128", DType::foreign},
+                                       {"complex32", DType::foreign},
+                                       {"float8_e4m3fn", DType::foreign},
+                                       {"float8_e4m3fnuz", DType::foreign},
+                                       {"float8_e5m2", DType::foreign},
+                                       {"float8_e5m2fnuz", DType::foreign},
+                                       {"float8_e8m0fnu", DType::foreign},
+                                       {"float4_e2m1fn_x2", DType::foreign}};
 
-constexpr std::string_view complex_storage = "torch.ComplexFloatStorage";
+template <std::size_t size>
+const TorchType* find_type(const TorchType (&types)[size], std::string_view global) {
+  if (!global.starts_with("torch.")) return nullptr;
+  const auto* found = std::find_if(std::begin(types), std::end(types), [&](const TorchType& type) {
+    return type.name == global.substr(6);
+  });
+  return found == std::end(types) ? nullptr : found;
+}
+
+// Classes of plain data that checkpoints keep beside the model: options, paths, numbers of NumPy's.
+// Nothing is made of them, so that nothing they do can matter.
+bool is_plain(std::string_view name) {
+  static const std::set<std::string_view> names{"argparse.Namespace",
+                                                "types.SimpleNamespace",
+                                                "copyreg._reconstructor",
+                                                "copy_reg._reconstructor",
+                                                "builtins.object",
+                                                "__builtin__.object",
+                                                "pathlib.PosixPath",
+                                                "pathlib.WindowsPath",
+                                                "pathlib.PurePosixPath",
+                                                "pathlib.PureWindowsPath",
+                                                "pathlib._local.PosixPath",
+                                                "pathlib._local.WindowsPath",
+                                                "datetime.datetime",
+                                                "datetime.timedelta",
+                                                "_codecs.encode",
+                                                "numpy.dtype",
+                                                "numpy.core.multiarray.scalar",
+                                                "numpy._core.multiarray.scalar",
+                                                "torch.device",
+                                                "builtins.complex",
+                                                "__builtin__.complex"};
+  return names.count(name) > 0;
+}
+bool is_dictionary(std::string_view name) {
+  return name == "collections.defaultdict" || name == "collections.Counter";
+}
+bool is_collection(std::string_view name) {
+  static const std::set<std::string_view> names{
+      "builtins.set",  "__builtin__.set",  "builtins.frozenset", "__builtin__.frozenset",
+      "builtins.list", "__builtin__.list", "collections.deque"};
+  return names.count(name) > 0;
+}
 
 bool known_global(std::string_view name) {
   static const std::set<std::string_view> others{"collections.OrderedDict",
                                                  "torch._utils._rebuild_tensor_v2",
+                                                 "torch._utils._rebuild_tensor_v3",
                                                  "torch._utils._rebuild_tensor",
                                                  "torch._utils._rebuild_parameter",
-                                                 "torch.Size",
-                                                 "torch.float32",
-                                                 "torch.float64",
-                                                 "torch.float16",
-                                                 "torch.bfloat16",
-                                                 "torch.complex64",
-                                                 "torch.int64",
-                                                 "torch.int32",
-                                                 "torch.int16",
-                                                 "torch.int8",
-                                                 "torch.uint8",
-                                                 "torch.bool"};
-  return others.count(name) > 0 ||
-         std::any_of(std::begin(storage_types), std::end(storage_types),
-                     [&](const Storage& storage) { return storage.name == name; });
+                                                 "torch._utils._rebuild_parameter_with_state",
+                                                 "torch.Size"};
+  return others.count(name) > 0 || is_plain(name) || is_dictionary(name) || is_collection(name) ||
+         find_type(storage_types, name) || find_type(element_types, name);
+}
+
+// What a global that is no part of a state dictionary of dense numbers stands for.
+std::string_view hint(std::string_view name) {
+  if (name.starts_with("__torch__."))
+    return " (a TorchScript archive; save torch.jit.load(path).state_dict() with torch.save)";
+  if (name.starts_with("numpy.")) return " (a value of NumPy's)";
+  if (name.starts_with("sklearn.")) return " (a model of scikit-learn's)";
+  if (name.starts_with("joblib.")) return " (a file of joblib's)";
+  return "";
+}
+
+void append_utf8(std::string& text, std::uint32_t code) {
+  const auto add = [&](std::uint32_t byte) { text.push_back(static_cast<char>(byte)); };
+  if (code < 0x80) {
+    add(code);
+  } else if (code < 0x800) {
+    add(0xc0 | code >> 6);
+    add(0x80 | (code & 63));
+  } else if (code < 0x10000) {
+    add(0xe0 | code >> 12);
+    add(0x80 | (code >> 6 & 63));
+    add(0x80 | (code & 63));
+  } else {
+    add(0xf0 | (code >> 18 & 7));
+    add(0x80 | (code >> 12 & 63));
+    add(0x80 | (code >> 6 & 63));
+    add(0x80 | (code & 63));
+  }
 }
 
 }  // namespace
 
-Unpickler::Unpickler(ByteSource& source, std::uint64_t offset, std::string name)
-    : source_(source), begin_(offset), name_(std::move(name)) {}
+Unpickler::Unpickler(ByteSource& source, std::uint64_t offset, std::string name, std::string cure)
+    : source_(source), begin_(offset), name_(std::move(name)), cure_(std::move(cure)) {}
 
 void Unpickler::refuse(const std::string& what) const {
   throw Failure(name_ + ": pickle, byte " + std::to_string(begin_ + at_) + ": " + what);
@@ -222,13 +321,17 @@ void Unpickler::set_items(PickleValue* target, const std::vector<PickleValue*>& 
 
 PickleValue* Unpickler::global(const std::string& module, const std::string& global_name) {
   const std::string full = module + "." + global_name;
+  if (full.starts_with("torch._utils._rebuild_sparse"))
+    refuse("holds a sparse tensor, which is not read; save it as .to_dense()");
+  if (full == "torch._utils._rebuild_qtensor")
+    refuse("holds a quantised tensor, which is not read; save it as .dequantize()");
   if (!known_global(full)) {
     std::string shown = full.substr(0, 80);
     for (char& c : shown)
       if (c < 32 || c > 126) c = '?';
-    refuse("names " + shown +
-           ", which could run code; only tensors, dictionaries and plain values are read: save "
-           "model.state_dict() with torch.save");
+    refuse(
+        "names " + shown + std::string(hint(full)) +
+        ", which could run code; only tensors, dictionaries and plain values are read: " + cure_);
   }
   PickleValue* value = make(Kind::name);
   value->text = full;
@@ -243,15 +346,75 @@ PickleValue* Unpickler::storage(const PickleValue& id) {
     refuse("refers to something that is no tensor storage");
   if (id.items.size() > 5 && id.items[5]->kind != Kind::none)
     refuse("has a storage that is a view of another; save it with a newer PyTorch");
-  const auto* type = std::find_if(std::begin(storage_types), std::end(storage_types),
-                                  [&](const Storage& s) { return s.name == id.items[1]->text; });
-  if (type == std::end(storage_types)) refuse("has a storage of unknown type " + id.items[1]->text);
+  const TorchType* type = find_type(storage_types, id.items[1]->text);
+  if (!type) refuse("has a storage of unknown type " + id.items[1]->text);
   PickleValue* value = make(Kind::storage);
   value->text = id.items[2]->text;
   value->dtype = type->dtype;
-  value->complex = type->name == complex_storage;
+  if (type->dtype == DType::foreign) value->type_name = type->name;
+  value->complex = type->complex;
   value->integer = id.items[4]->integer;
   return value;
+}
+
+// Protocol 0 has it as Python prints it: ('storage', <class 'torch.FloatStorage'>, '0', 'cpu', 96)
+PickleValue* Unpickler::storage_in_line() {
+  static const std::regex pattern(
+      "\\('storage', <class 'torch\\.([A-Za-z0-9_.]+)'>, '([^']*)', '[^']*', ([0-9]{1,18})(, "
+      "None)?\\)");
+  const std::string text = line();
+  std::smatch found;
+  if (!std::regex_match(text, found, pattern))
+    refuse("refers to something that is no tensor storage");
+  PickleValue* elements = make(Kind::integer);
+  elements->integer = std::stoll(found[3]);
+  PickleValue* id = make(Kind::list);
+  id->items = {make_text("storage"), global("torch", found[1]), make_text(found[2]),
+               make(Kind::none), elements};
+  return storage(*id);
+}
+
+// Of protocols 0 and 1; 00 and 01 are False and True.
+PickleValue* Unpickler::integer_in_line(bool may_be_boolean) {
+  std::string text = line();
+  PickleValue* made = make(Kind::integer);
+  if (may_be_boolean && (text == "00" || text == "01")) {
+    made->kind = Kind::boolean;
+    made->integer = text == "01";
+    return made;
+  }
+  if (!text.empty() && text.back() == 'L') text.pop_back();
+  const char* const end = text.data() + text.size();
+  const auto [at, error] = std::from_chars(text.data(), end, made->integer);
+  if (error == std::errc::result_out_of_range) {  // PyTorch's magic number
+    made->kind = Kind::text;
+    made->text = text;
+  } else if (error != std::errc{} || at != end) {
+    refuse("has a malformed number");
+  }
+  return made;
+}
+
+// A text of protocol 0: Latin-1, and \u and \U of what is not.
+std::string Unpickler::escaped_line() {
+  const std::string raw = line();
+  std::string text;
+  for (std::size_t i = 0; i < raw.size(); ++i) {
+    const bool wide = raw[i] == '\\' && i + 1 < raw.size() && raw[i + 1] == 'U';
+    if (!wide && !(raw[i] == '\\' && i + 1 < raw.size() && raw[i + 1] == 'u')) {
+      append_utf8(text, static_cast<unsigned char>(raw[i]));
+      continue;
+    }
+    const std::size_t digits = wide ? 8 : 4;
+    std::uint32_t code = 0;
+    const char* const begin = raw.data() + i + 2;
+    const char* const end = raw.data() + std::min(raw.size(), i + 2 + digits);
+    const auto [at, error] = std::from_chars(begin, end, code, 16);
+    if (error != std::errc{} || at != begin + digits) refuse("has a malformed text");
+    append_utf8(text, code);
+    i += 1 + digits;
+  }
+  return text;
 }
 
 PickleValue* Unpickler::rebuild_tensor(const PickleValue& arguments) {
@@ -263,6 +426,16 @@ PickleValue* Unpickler::rebuild_tensor(const PickleValue& arguments) {
     refuse("rebuilds a tensor from something else");
   PickleValue* tensor = make(Kind::tensor);
   tensor->items = {a[0]};
+  tensor->dtype = a[0]->dtype;
+  tensor->type_name = a[0]->type_name;
+  tensor->complex = a[0]->complex;
+  if (a.size() > 6 && a[6]->kind == Kind::name) {  // version 3: of a storage of bytes
+    const TorchType* type = find_type(element_types, a[6]->text);
+    if (!type) refuse("has a tensor of unknown type " + a[6]->text);
+    tensor->dtype = type->dtype;
+    if (type->dtype == DType::foreign) tensor->type_name = type->name;
+    tensor->complex = type->complex;
+  }
   tensor->integer = a[1]->integer;
   const auto naturals = [&](const PickleValue& list, std::vector<std::uint64_t>& out) {
     for (const PickleValue* item : list.items) {
@@ -279,6 +452,16 @@ PickleValue* Unpickler::rebuild_tensor(const PickleValue& arguments) {
 PickleValue* Unpickler::reduce(const PickleValue& callable, const PickleValue& arguments) {
   if (callable.kind != Kind::name || arguments.kind != Kind::list)
     refuse("calls something that is no known function");
+  if (is_plain(callable.text)) return make(Kind::plain);
+  if (is_dictionary(callable.text) || is_collection(callable.text)) {
+    PickleValue* made = make(is_dictionary(callable.text) ? Kind::dictionary : Kind::list);
+    for (const PickleValue* argument : arguments.items)
+      if (argument->kind == made->kind) {
+        spend(argument->items.size());
+        made->items = argument->items;
+      }
+    return made;
+  }
   if (callable.text == "collections.OrderedDict") {
     PickleValue* dictionary = make(Kind::dictionary);
     if (arguments.items.empty()) return dictionary;
@@ -294,9 +477,11 @@ PickleValue* Unpickler::reduce(const PickleValue& callable, const PickleValue& a
     return dictionary;
   }
   if (callable.text == "torch._utils._rebuild_tensor_v2" ||
+      callable.text == "torch._utils._rebuild_tensor_v3" ||
       callable.text == "torch._utils._rebuild_tensor")
     return rebuild_tensor(arguments);
-  if (callable.text == "torch._utils._rebuild_parameter") {
+  if (callable.text == "torch._utils._rebuild_parameter" ||
+      callable.text == "torch._utils._rebuild_parameter_with_state") {
     if (arguments.items.empty() || arguments.items[0]->kind != Kind::tensor)
       refuse("rebuilds a parameter from something else");
     PickleValue* tensor = make(Kind::tensor);
@@ -345,8 +530,7 @@ const PickleValue& Unpickler::load() {
     push(made);
   };
   const auto number_in_line = [&](auto value) {
-    std::string text = line();
-    if (!text.empty() && text.back() == 'L') text.pop_back();
+    const std::string text = line();
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc{} || end != text.data() + text.size()) refuse("has a malformed number");
     return value;
@@ -388,7 +572,7 @@ const PickleValue& Unpickler::load() {
       }
       case op_int:
       case op_long:
-        make_integer(number_in_line(std::int64_t{}));
+        push(integer_in_line(opcode == op_int));
         break;
       case op_binint:
         make_integer(static_cast<std::int32_t>(integer<std::uint32_t>()));
@@ -420,8 +604,16 @@ const PickleValue& Unpickler::load() {
         break;
       }
       case op_unicode:
-        push(make_text(line()));
+        push(make_text(escaped_line()));
         break;
+      case op_string: {
+        const std::string quoted = line();
+        if (quoted.size() < 2 || quoted.front() != quoted.back() ||
+            quoted.find('\\') != std::string::npos)
+          refuse("has a malformed text");
+        push(make_text(quoted.substr(1, quoted.size() - 2)));
+        break;
+      }
       case op_short_binstring:
       case op_short_binunicode:
       case op_short_binbytes:
@@ -501,6 +693,7 @@ const PickleValue& Unpickler::load() {
         push(global(module->text, global_name->text));
         break;
       }
+      case op_newobj:
       case op_reduce: {
         const PickleValue* arguments = pop();
         const PickleValue* callable = pop();
@@ -510,7 +703,11 @@ const PickleValue& Unpickler::load() {
       case op_build:
         // PyTorch hangs the modules' versions on the state dictionary; they change no tensor.
         pop();
-        if (top()->kind != Kind::dictionary) refuse("sets the state of what is no dictionary");
+        if (top()->kind != Kind::dictionary && top()->kind != Kind::plain)
+          refuse("sets the state of what is no dictionary");
+        break;
+      case op_persid:
+        push(storage_in_line());
         break;
       case op_binpersid:
         push(storage(*pop()));
@@ -538,7 +735,7 @@ const PickleValue& Unpickler::load() {
         break;
       default:
         refuse("has opcode " + std::to_string(opcode) +
-               ", which no state dictionary needs; save model.state_dict() with torch.save");
+               ", which no state dictionary needs: " + cure_);
     }
   }
 }

@@ -23,23 +23,25 @@ struct PickleValue {
     list,        // and tuples and sets: items
     dictionary,  // items: key, value, key, value, ...
     name,        // text: module.name of an allowed global
-    storage,     // text: its key; dtype, integer: its number of elements
-    tensor,      // items: its storage; integer: offset, shape and strides in elements
+    storage,     // text: its key; dtype, integer: its number of elements, or bytes if dtype is u8
+    plain,       // an object of a class of plain data, which is not looked into
+    tensor,      // items: its storage; dtype; integer: offset, shape and strides in elements
   };
   Kind kind = Kind::none;
-  DType dtype = DType::other;
+  DType dtype = DType::foreign;
   bool complex = false;
   std::int64_t integer = 0;
   double real = 0;
   std::string text;
+  std::string type_name;  // storage, tensor: of a dtype that is foreign
   std::vector<const PickleValue*> items;
   std::vector<std::uint64_t> shape, strides;
 };
 
 class Unpickler {
  public:
-  // Reads from `source` on; `name` stands in messages.
-  Unpickler(ByteSource& source, std::uint64_t offset, std::string name);
+  // Reads from `source` on; `name` stands in messages, and `cure`: how to save what is refused.
+  Unpickler(ByteSource& source, std::uint64_t offset, std::string name, std::string cure);
 
   // The next pickle of the stream. The value lives as long as the unpickler. Throws Failure: a
   // malformed pickle, or one that calls or builds anything but tensors and plain values.
@@ -60,6 +62,9 @@ class Unpickler {
   PickleValue* reduce(const PickleValue& callable, const PickleValue& arguments);
   PickleValue* rebuild_tensor(const PickleValue& arguments);
   PickleValue* storage(const PickleValue& id);
+  PickleValue* storage_in_line();
+  PickleValue* integer_in_line(bool may_be_boolean);
+  std::string escaped_line();
 
   std::uint8_t byte();
   std::string bytes(std::uint64_t count);
@@ -74,7 +79,7 @@ class Unpickler {
   ByteSource& source_;
   std::uint64_t begin_, at_ = 0;
   std::vector<std::byte> buffer_;
-  std::string name_;
+  std::string name_, cure_;
   std::deque<PickleValue> values_;
   std::vector<PickleValue*> stack_;
   std::vector<std::size_t> marks_;

@@ -51,10 +51,11 @@ class Flattener {
     const auto found = storages_.find(storage.text);
     if (found == storages_.end())
       throw Failure(file_.name + ": tensor '" + name + "' has no storage in the file");
-    const std::uint64_t size = element_bytes(storage.dtype) * (storage.complex ? 2 : 1);
+    const std::uint64_t size = element_bytes(value.dtype) * (value.complex ? 2 : 1);
     Tensor tensor;
     tensor.name = name.empty() ? "tensor" : name;
-    tensor.dtype = storage.dtype;
+    tensor.dtype = value.dtype;
+    tensor.type_name = value.type_name;
     tensor.shape = value.shape;
     tensor.strides = value.strides;
     tensor.source = found->second.source;
@@ -62,7 +63,7 @@ class Flattener {
     if (!offset || *offset > std::numeric_limits<std::uint64_t>::max() - found->second.offset)
       throw Failure(file_.name + ": tensor '" + name + "' lies outside its storage");
     tensor.offset = found->second.offset + *offset;
-    if (storage.complex) {
+    if (value.complex) {
       for (std::uint64_t& stride : tensor.strides) {
         const auto doubled = detail::checked_product(stride, 2);
         if (!doubled) throw Failure(file_.name + ": tensor '" + name + "': its strides overflow");
@@ -78,6 +79,9 @@ class Flattener {
   const Storages& storages_;
   std::size_t visited_ = 0;
 };
+
+constexpr std::string_view magic_number{"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 10};
+const std::string state_dictionary = "save model.state_dict() with torch.save";
 
 }  // namespace
 
@@ -100,7 +104,11 @@ TensorFile open_pytorch(const std::shared_ptr<ZipArchive>& archive,
       file.sources.push_back(archive->source(entry));
     }
   const auto source = archive->source(pickle);
-  Unpickler unpickler(*source, 0, file.name);
+  if (archive->find(root + "constants.pkl"))
+    throw Failure(file.name +
+                  ": is a TorchScript archive, whose program is not read; save "
+                  "torch.jit.load(path).state_dict() with torch.save, or export the model as ONNX");
+  Unpickler unpickler(*source, 0, file.name, state_dictionary);
   Flattener(file, storages).add("", unpickler.load(), 0);
   return file;
 }
@@ -113,12 +121,18 @@ TensorFile open_legacy_pytorch(const Input& input) {
   file.format = "pytorch";
   file.sources.push_back(input.open());
   ByteSource& source = *file.sources[0];
-  Unpickler unpickler(source, 0, file.name);
-  const PickleValue& magic = unpickler.load();
-  static constexpr std::string_view expected{"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 10};
-  if (magic.text != expected)
-    throw Failure(file.name +
-                  ": a pickle, but not a file of torch.save; save model.state_dict() with it");
+  // Pickled without torch.save: what it holds is of any library.
+  std::string head(static_cast<std::size_t>(std::min<std::uint64_t>(source.size(), 32)), '\0');
+  source.read(0, std::as_writable_bytes(std::span(head)));
+  const bool of_torch =
+      head.find(magic_number) != std::string::npos || head.starts_with("L1195470371460388013333");
+  const std::string matrices =
+      "save its matrices by numpy.savez(path, user_factors=..., item_factors=...)";
+  Unpickler unpickler(source, 0, file.name, of_torch ? state_dictionary : matrices);
+  unpickler.load();
+  if (!of_torch)
+    throw Failure(file.name + ": a pickle, but not a file of torch.save; " + state_dictionary +
+                  ", or " + matrices);
   if (unpickler.load().integer != 1001)
     throw Failure(file.name + ": unknown protocol of PyTorch's older format");
   unpickler.load();
@@ -133,10 +147,13 @@ TensorFile open_legacy_pytorch(const Input& input) {
     const auto found = declared.find(key->text);
     if (found == declared.end())
       throw Failure(file.name + ": storage '" + key->text.substr(0, 40) + "' is not declared");
+    if (found->second->dtype == DType::foreign)
+      throw Failure(file.name + ": a tensor is in a " + found->second->type_name +
+                    ", which is not read; save it as torch.float32");
     std::uint64_t elements;
-    std::array<std::byte, 8> head;
-    source.read(at, head);
-    std::memcpy(&elements, head.data(), 8);
+    std::array<std::byte, 8> count;
+    source.read(at, count);
+    std::memcpy(&elements, count.data(), 8);
     if (elements != static_cast<std::uint64_t>(found->second->integer))
       throw Failure(file.name + ": a storage has another size than declared");
     const auto size = detail::checked_product(

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <functional>
+#include <map>
 #include <set>
 
 #include "command/command.hpp"
@@ -10,18 +11,15 @@
 namespace personalize::tools {
 namespace {
 
-// The tensors under one prefix, and which of them an architecture has claimed.
+// The tensors under one prefix that may be weights, and which of them an architecture has claimed.
 class Names {
  public:
-  Names(const TensorFile& file, std::string prefix) : prefix_(std::move(prefix)) {
+  Names(const TensorFile& file, std::string prefix, const std::set<std::string>& copies)
+      : prefix_(std::move(prefix)) {
     for (const Tensor& tensor : file.tensors)
       // Counters and masks of training are integers and have no part in inference.
-      if (tensor.name.starts_with(prefix_) && is_weight(tensor)) tensors_.push_back(&tensor);
-  }
-
-  static bool is_weight(const Tensor& tensor) {
-    return tensor.dtype == DType::f64 || tensor.dtype == DType::f32 || tensor.dtype == DType::f16 ||
-           tensor.dtype == DType::bf16;
+      if (tensor.name.starts_with(prefix_) && is_real(tensor.dtype) && !copies.count(tensor.name))
+        tensors_.push_back(&tensor);
   }
 
   const Tensor* claim(const std::string& name) {
@@ -51,19 +49,29 @@ class Names {
       if (!claimed_.count(tensor)) names.push_back(tensor->name.substr(prefix_.size()));
     return names;
   }
-  bool all_claimed() const { return !tensors_.empty() && claimed_.size() == tensors_.size(); }
   std::vector<std::string> all() const {
     std::vector<std::string> names;
     for (const Tensor* tensor : tensors_) names.push_back(tensor->name.substr(prefix_.size()));
     return names;
   }
+  std::size_t claimed() const { return claimed_.size(); }
+  const std::string& prefix() const { return prefix_; }
+
+  // Why nothing was recognised, where the architecture can tell.
+  std::nullopt_t refuse(std::string reason) {
+    reason_ = std::move(reason);
+    return std::nullopt;
+  }
+  const std::string& reason() const { return reason_; }
 
  private:
-  std::string prefix_;
+  std::string prefix_, reason_;
   std::vector<const Tensor*> tensors_;
   std::set<const Tensor*> claimed_;
 };
 
+// A number by itself, as a hyperparameter is kept: no architecture has a weight of that shape.
+bool is_scalar(const Tensor& tensor) { return tensor.shape.empty(); }
 std::uint64_t rows(const Tensor& tensor) { return tensor.shape.empty() ? 1 : tensor.shape[0]; }
 bool is_matrix(const Tensor& tensor) { return tensor.shape.size() == 2; }
 bool is_column(const Tensor& tensor, std::uint64_t size) {
@@ -218,7 +226,7 @@ std::optional<Mapping> matrix_factorisation(Names& names) {
   mapping.users = names.part(users);
   for (const std::string& name : names.unclaimed()) {
     const Tensor& tensor = *names.find(name);
-    if (!mentions(name, {"bias", "mean"})) return std::nullopt;
+    if (!mentions(name, {"bias", "mean"})) continue;
     if (mentions(name, {"item"}) && is_column(tensor, rows(*names.find(items))))
       mapping.output_bias = names.part(name);
     else if ((mentions(name, {"user"}) && is_column(tensor, rows(*names.find(users)))) ||
@@ -287,9 +295,13 @@ std::optional<Mapping> torch_gru(Names& names) {
     return bias_of(name).empty() && names.find(name)->shape[1] == first_input &&
            !mentions(name, {"out", "dense", "fc", "head", "decoder", "proj", "linear"});
   };
-  const auto candidates = std::count_if(matrices.begin(), matrices.end(), is_embedding);
-  if (candidates != 1) return std::nullopt;
   const auto at = std::find_if(matrices.begin(), matrices.end(), is_embedding);
+  if (at == matrices.end()) return names.refuse("none of its tensors can be the embedding");
+  if (const auto other = std::find_if(at + 1, matrices.end(), is_embedding);
+      other != matrices.end())
+    return names.refuse("two of its tensors could be the embedding, " +
+                        names.find(*at)->describe() + " and " + names.find(*other)->describe() +
+                        ", and they differ");
   const std::uint64_t items = rows(*names.find(*at));
   mapping.embedding = names.part(*at);
   matrices.erase(at);
@@ -321,7 +333,9 @@ std::optional<Mapping> torch_gru(Names& names) {
     return std::nullopt;
   }
   const auto left = names.unclaimed();
-  if (left.size() == 1 && !mapping.output_bias && is_column(*names.find(left[0]), items))
+  // Any other number an item, as popularity or a loss's weights, is not added to the scores.
+  if (left.size() == 1 && !mapping.output_bias && is_column(*names.find(left[0]), items) &&
+      (mentions(left[0], {"bias"}) || left[0] == "b"))
     mapping.output_bias = names.part(left[0]);
   if (names.find("item_embedding.weight") && names.find("gru_layers.weight_ih_l0") &&
       names.find("dense.weight")) {
@@ -329,6 +343,9 @@ std::optional<Mapping> torch_gru(Names& names) {
     mapping.index_offset = 1;  // RecBole's [PAD]
   } else {
     mapping.padding_if_zero = true;
+    if (const Layer& last = mapping.layers.back(); last.type == Type::linear)
+      mapping.notes.push_back("taken for granted: no activation follows the layer '" +
+                              last.weights.at("weight")[0].tensor + "'");
   }
   return mapping;
 }
@@ -349,7 +366,52 @@ const std::vector<Known>& known() {
   return all;
 }
 
-std::string refusal(const TensorFile& file) {
+// An architecture that the tensors under a prefix nearly are.
+struct Attempt {
+  std::string architecture, reason;
+  std::size_t claimed = 0;
+};
+
+std::string list(const std::vector<std::string>& names, std::size_t shown) {
+  std::string text;
+  for (std::size_t n = 0; n < std::min(shown, names.size()); ++n)
+    text += (n == 0 ? "" : ", ") + names[n];
+  if (names.size() > shown) text += " and " + std::to_string(names.size() - shown) + " more";
+  return text;
+}
+
+std::string refusal(const TensorFile& file, const Attempt& nearest) {
+  std::string text = file.name + ": not a known architecture";
+  const auto has = [&](const char* tensor) { return file.find(tensor) != nullptr; };
+  if (has("data") && has("indices") && has("indptr"))
+    return file.name +
+           ": holds a sparse matrix, as SciPy and implicit's nearest-neighbour models "
+           "save it, and no factors; nothing here ranks by one";
+  if (!nearest.architecture.empty()) text += "; the nearest is " + nearest.architecture;
+  if (!nearest.reason.empty()) text += ": " + nearest.reason;
+  for (const Tensor& tensor : file.tensors)
+    if (tensor.dtype == DType::foreign)
+      return file.name + ": tensor '" + tensor.name + "' is " + tensor.type_name +
+             ", which is not read; save it as F32 or BF16";
+  const auto is_lstm = [](const Tensor& t) {
+    return t.name.find("weight_hh") != std::string::npos && is_matrix(t) &&
+           t.shape[0] == 4 * t.shape[1];
+  };
+  const auto is_reverse = [](const Tensor& t) { return t.name.ends_with("_reverse"); };
+  if (std::any_of(file.tensors.begin(), file.tensors.end(), is_lstm))
+    text += " (an LSTM has no counterpart in the runtime)";
+  if (std::any_of(file.tensors.begin(), file.tensors.end(), is_reverse))
+    text += " (a bidirectional GRU reads events that have not happened yet)";
+  text += "; say what is what with --mapping (tools/convert/README.md); its tensors: ";
+  std::vector<std::string> tensors;
+  for (const Tensor& tensor : file.tensors) tensors.push_back(tensor.describe());
+  text += tensors.empty() ? "none" : list(tensors, 60);
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  return text;
+}
+
+// The nearest by the parts of the tensors' names.
+std::string nearest_by_name(const TensorFile& file) {
   const Known* nearest = nullptr;
   std::size_t best = 0;
   for (const Known& architecture : known()) {
@@ -363,47 +425,133 @@ std::string refusal(const TensorFile& file) {
       nearest = &architecture;
     }
   }
-  std::string text = file.name + ": not a known architecture";
-  if (nearest) text += "; the nearest is " + std::string(nearest->name);
-  const auto is_lstm = [](const Tensor& t) {
-    return t.name.find("weight_hh") != std::string::npos && is_matrix(t) &&
-           t.shape[0] == 4 * t.shape[1];
-  };
-  const auto is_reverse = [](const Tensor& t) { return t.name.ends_with("_reverse"); };
-  if (std::any_of(file.tensors.begin(), file.tensors.end(), is_lstm))
-    text += " (an LSTM has no counterpart in the runtime)";
-  if (std::any_of(file.tensors.begin(), file.tensors.end(), is_reverse))
-    text += " (a bidirectional GRU reads events that have not happened yet)";
-  text += "; say what is what with --mapping (tools/convert/README.md); its tensors:";
-  constexpr std::size_t shown = 60;
-  for (std::size_t t = 0; t < std::min(shown, file.tensors.size()); ++t)
-    text += (t == 0 ? " " : ", ") + file.tensors[t].describe();
-  if (file.tensors.size() > shown)
-    text += " and " + std::to_string(file.tensors.size() - shown) + " more";
-  if (file.tensors.empty()) text += " none";
-  std::replace(text.begin(), text.end(), '\n', ' ');
-  return text;
+  return nearest ? nearest->name : "";
+}
+
+// What a checkpoint keeps beside the model: the state of the optimiser and of the training.
+bool is_training_state(const std::string& name) {
+  static const std::set<std::string> whole{
+      "opt",  "lr",   "amp",     "ema",        "step",        "iter",    "epoch",      "args",
+      "loss", "rng",  "sampler", "model_ema",  "loops",       "config",  "history",    "hparams",
+      "best", "seed", "scaler",  "amp_scaler", "grad_scaler", "metrics", "loss_scaler"};
+  return whole.count(lower(name)) > 0 ||
+         mentions(name, {"optim", "sched", "rng_state", "random_state", "criterion", "callback",
+                         "hyper_param", "state_dict_ema", "ema_state", "loss"});
+}
+
+// The prefixes under which a whole model may lie: none, and what wrappers and checkpoints put in
+// front where nothing else of the file can be a part of the model.
+std::vector<std::string> model_prefixes(const TensorFile& file) {
+  std::vector<std::string> prefixes{""};
+  for (std::size_t p = 0; p < prefixes.size(); ++p) {
+    const std::string prefix = prefixes[p];
+    constexpr std::size_t deepest = 4;
+    if (static_cast<std::size_t>(std::count(prefix.begin(), prefix.end(), '.')) == deepest) break;
+    std::vector<std::string> parts;  // behind the prefix, in the file's order
+    std::set<std::string> numbers;   // those that are a number by themselves
+    for (const Tensor& tensor : file.tensors) {
+      if (!tensor.name.starts_with(prefix)) continue;
+      const std::size_t dot = tensor.name.find('.', prefix.size());
+      const std::string part = tensor.name.substr(
+          prefix.size(), dot == std::string::npos ? dot : dot + 1 - prefix.size());
+      if (std::find(parts.begin(), parts.end(), part) == parts.end()) parts.push_back(part);
+      if (dot == std::string::npos && is_scalar(tensor)) numbers.insert(part);
+    }
+    for (const std::string& part : parts) {
+      if (!part.ends_with('.')) continue;
+      const bool dictionary =
+          part == "state_dict." || part == "model_state_dict." || part == "model_state.";
+      const auto beside = [&](const std::string& other) {
+        return other == part || numbers.count(other) > 0 ||
+               is_training_state(other.substr(0, other.size() - other.ends_with('.')));
+      };
+      if (dictionary || (!is_training_state(part.substr(0, part.size() - 1)) &&
+                         std::all_of(parts.begin(), parts.end(), beside)))
+        prefixes.push_back(prefix + part);
+    }
+  }
+  return prefixes;
+}
+
+// Matrices that hold the same numbers as another one: a tied embedding under two names. By the name
+// of each, its first like.
+std::map<std::string, std::string> copies_of(TensorFile& file) {
+  std::map<std::string, std::string> copies;
+  for (std::size_t t = 0; t < file.tensors.size(); ++t) {
+    const Tensor& tensor = file.tensors[t];
+    if (!is_matrix(tensor) || !is_real(tensor.dtype) || tensor.dtype == DType::foreign) continue;
+    for (std::size_t o = 0; o < t; ++o) {
+      const Tensor& other = file.tensors[o];
+      if (other.shape != tensor.shape || other.dtype != tensor.dtype || copies.count(other.name) ||
+          !same_values(file, other, tensor))
+        continue;
+      copies[tensor.name] = other.name;
+      break;
+    }
+  }
+  return copies;
+}
+
+std::optional<Mapping> recognise_with(TensorFile& file, const std::vector<std::string>& prefixes,
+                                      const std::map<std::string, std::string>& copies,
+                                      Attempt& nearest) {
+  std::set<std::string> left_out;
+  for (const auto& [copy, original] : copies) left_out.insert(copy);
+  for (const std::string& prefix : prefixes) {
+    for (const Known& architecture : known()) {
+      Names names(file, prefix, left_out);
+      auto mapping = architecture.recognise(names);
+      std::vector<std::string> scalars, others;
+      for (const std::string& name : names.unclaimed())
+        (is_scalar(*names.find(name)) ? scalars : others).push_back(names.find(name)->describe());
+      if (mapping && others.empty() && names.claimed() > 0) {
+        const auto note = [&](const std::vector<std::string>& tensors, const std::string& why) {
+          if (tensors.empty()) return;
+          mapping->notes.push_back("left out: " + list(tensors, 8) + " (" + why + ")");
+        };
+        note(scalars, "numbers by themselves, as hyperparameters are");
+        std::vector<std::string> integers, doubles, beside;
+        std::map<std::string, std::size_t> counts;  // of the tensors of what lies beside the model
+        for (const Tensor& tensor : file.tensors) {
+          if (!tensor.name.starts_with(prefix))
+            ++counts[tensor.name.substr(0, tensor.name.find('.'))];
+          else if (!is_real(tensor.dtype))
+            integers.push_back(tensor.describe());
+          else if (const auto copy = copies.find(tensor.name); copy != copies.end())
+            doubles.push_back(tensor.describe() + " = " + copy->second);
+        }
+        note(integers, "no floating-point numbers: counters, masks, names");
+        note(doubles, "the same numbers under a second name");
+        for (const auto& [part, count] : counts)
+          beside.push_back("'" + part + "' with " + std::to_string(count) +
+                           (count == 1 ? " tensor" : " tensors"));
+        note(beside, "not under '" + prefix + "'");
+        return mapping;
+      }
+      if ((mapping || !names.reason().empty()) && names.claimed() >= nearest.claimed) {
+        nearest = {architecture.name, names.reason(), names.claimed()};
+        if (mapping) nearest.reason = "it has no place for " + list(others, 8);
+      }
+    }
+  }
+  return std::nullopt;
 }
 
 }  // namespace
 
 Mapping recognise(TensorFile& file) {
-  // A checkpoint keeps the model beside the optimiser's state; wrappers put their name in front.
-  for (const char* checkpoint :
-       {"", "state_dict.", "model_state_dict.", "model_state.", "model.", "module."})
-    for (const char* wrapper : {"", "module.", "model."}) {
-      const std::string prefix = std::string(checkpoint) + wrapper;
-      const bool whole = prefix.find("state") == std::string::npos;
-      if (whole && !std::all_of(file.tensors.begin(), file.tensors.end(),
-                                [&](const Tensor& t) { return t.name.starts_with(prefix); }))
-        continue;
-      for (const Known& architecture : known()) {
-        Names names(file, prefix);
-        auto mapping = architecture.recognise(names);
-        if (mapping && names.all_claimed()) return *mapping;
-      }
-    }
-  throw Failure(refusal(file));
+  const auto prefixes = model_prefixes(file);
+  Attempt nearest{nearest_by_name(file), "", 0};
+  if (auto mapping = recognise_with(file, prefixes, {}, nearest)) return *mapping;
+  if (const auto copies = copies_of(file); !copies.empty()) {
+    Attempt unused = nearest;
+    if (auto mapping = recognise_with(file, prefixes, copies, unused)) return *mapping;
+    // The first of the names may be the one that an architecture does not know.
+    std::map<std::string, std::string> originals;
+    for (const auto& [copy, original] : copies) originals[original] = copy;
+    if (auto mapping = recognise_with(file, prefixes, originals, unused)) return *mapping;
+  }
+  throw Failure(refusal(file, nearest));
 }
 
 }  // namespace personalize::tools

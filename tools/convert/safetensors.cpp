@@ -15,9 +15,10 @@ DType dtype_of(const std::string& text) {
   static const std::unordered_map<std::string, DType> types{
       {"F64", DType::f64}, {"F32", DType::f32}, {"F16", DType::f16}, {"BF16", DType::bf16},
       {"I64", DType::i64}, {"I32", DType::i32}, {"I16", DType::i16}, {"I8", DType::i8},
-      {"U8", DType::u8},   {"BOOL", DType::u8}, {"C64", DType::f32}};
+      {"U64", DType::u64}, {"U32", DType::u32}, {"U16", DType::u16}, {"U8", DType::u8},
+      {"BOOL", DType::u8}, {"C64", DType::f32}};
   const auto found = types.find(text);
-  return found == types.end() ? DType::other : found->second;
+  return found == types.end() ? DType::foreign : found->second;
 }
 
 std::uint64_t natural(const nlohmann::json& value, const std::string& where) {
@@ -65,16 +66,18 @@ TensorFile open_safetensors(const Input& input) {
       throw Failure(at + ": needs dtype, shape and data_offsets");
     Tensor tensor;
     tensor.name = name;
-    tensor.dtype = dtype_of(entry["dtype"].get<std::string>());
+    const auto type = entry["dtype"].get<std::string>();
+    tensor.dtype = dtype_of(type);
+    if (tensor.dtype == DType::foreign) tensor.type_name = type.substr(0, 20);
     for (const auto& value : entry["shape"]) tensor.shape.push_back(natural(value, at));
-    if (entry["dtype"] == "C64") tensor.shape.push_back(2);
+    if (type == "C64") tensor.shape.push_back(2);
     const std::uint64_t first = natural(entry["data_offsets"][0], at),
                         last = natural(entry["data_offsets"][1], at);
     if (first > last || last > size) throw Failure(at + ": lies outside the file");
     tensor.offset = begin + first;
     file.add(std::move(tensor));
     const Tensor& added = file.tensors.back();
-    if (added.dtype != DType::other &&
+    if (added.dtype != DType::foreign &&
         added.elements() * element_bytes(added.dtype) != last - first)
       throw Failure(at + ": its shape and its bytes differ in size");
   }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 
 #include "command/command.hpp"
@@ -19,7 +20,7 @@ class FileSource : public ByteSource {
   explicit FileSource(const std::string& path)
       : path_(path), file_(std::fopen(path.c_str(), "rb")) {
     if (!file_) throw Failure(path + ": cannot open");
-    // A directory opens, too, but has no end.
+    if (std::filesystem::is_directory(path)) throw Failure(path + ": is " + folder_kind(path));
     if (::fseeko(file_.get(), 0, SEEK_END) != 0 || ::ftello(file_.get()) < 0 ||
         ::ftello(file_.get()) == std::numeric_limits<::off_t>::max())
       throw Failure(path + ": cannot read; is it a file?");
@@ -61,6 +62,18 @@ class MemorySource : public ByteSource {
   std::span<const std::byte> bytes_;
 };
 
+class BufferSource : public ByteSource {
+ public:
+  explicit BufferSource(std::vector<std::byte> bytes) : bytes_(std::move(bytes)) {}
+  std::uint64_t size() const override { return bytes_.size(); }
+  void read(std::uint64_t offset, std::span<std::byte> out) override {
+    MemorySource("", bytes_).read(offset, out);
+  }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
 // IEEE 754 binary16.
 float half_to_float(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half >> 15) << 31;
@@ -90,14 +103,20 @@ void convert_numbers(std::span<const std::byte> bytes, std::span<float> out) {
 }  // namespace
 
 std::string_view name(DType dtype) {
-  constexpr std::array<std::string_view, 10> names{"f64", "f32", "f16", "bf16", "i64",
-                                                   "i32", "i16", "i8",  "u8",   "other"};
+  constexpr std::array<std::string_view, 14> names{"f64", "f32", "f16", "bf16", "i64",
+                                                   "i32", "i16", "i8",  "u64",  "u32",
+                                                   "u16", "u8",  "",    "text"};
   return names[static_cast<std::size_t>(dtype)];
 }
 
 std::size_t element_bytes(DType dtype) {
-  constexpr std::array<std::size_t, 10> sizes{8, 4, 2, 2, 8, 4, 2, 1, 1, 0};
+  constexpr std::array<std::size_t, 14> sizes{8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 0, 0};
   return sizes[static_cast<std::size_t>(dtype)];
+}
+
+bool is_real(DType dtype) {
+  return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::f16 ||
+         dtype == DType::bf16 || dtype == DType::foreign;
 }
 
 std::unique_ptr<ByteSource> Input::open() const {
@@ -112,10 +131,15 @@ std::uint64_t Tensor::elements() const {
 }
 
 std::string Tensor::describe() const {
-  std::string text = name + " " + std::string(tools::name(dtype)) + " [";
+  std::string text =
+      name + " " + (type_name.empty() ? std::string(tools::name(dtype)) : type_name) + " [";
   for (std::size_t d = 0; d < shape.size(); ++d)
     text += (d == 0 ? "" : ", ") + std::to_string(shape[d]);
   return text + "]";
+}
+
+std::string GraphNode::describe() const {
+  return operation + " '" + (name.empty() && !outputs.empty() ? outputs[0] : name) + "'";
 }
 
 const Tensor* TensorFile::find(std::string_view tensor) const {
@@ -141,38 +165,48 @@ void TensorFile::add(Tensor tensor) {
     if (!product) throw Failure(where + ": its shape overflows");
     count = *product;
   }
-  if (tensor.dtype == DType::other) {
+  if (element_bytes(tensor.dtype) == 0) {
     tensors.push_back(std::move(tensor));
     return;
   }
-  const auto bytes = detail::checked_product(count, element_bytes(tensor.dtype));
-  const std::uint64_t available = sources.at(tensor.source)->size();
-  if (!bytes || tensor.offset > available || *bytes > available - tensor.offset)
-    throw Failure(where + ": its shape needs more bytes than the file holds for it");
-  if (!tensor.strides.empty() && count > 0) {
-    std::uint64_t last = 0;
-    for (std::size_t d = 0; d < tensor.shape.size(); ++d) {
-      const auto reach = detail::checked_product(tensor.strides[d], tensor.shape[d] - 1);
-      if (!reach || *reach > available || last > available)
-        throw Failure(where + ": its strides reach past the file's data");
-      last += *reach;
-    }
-    if (last >= (available - tensor.offset) / element_bytes(tensor.dtype))
-      throw Failure(where + ": its strides reach past the file's data");
-  }
+  const auto too_short = [&] {
+    return Failure(where + ": its shape and strides need more bytes than the file holds for it");
+  };
   std::uint64_t row_major = 1;
   bool contiguous = true;
   for (std::size_t d = tensor.strides.size(); d-- > 0;) {
     contiguous = contiguous && (tensor.shape[d] == 1 || tensor.strides[d] == row_major);
     row_major *= tensor.shape[d];
   }
-  if (contiguous) tensor.strides.clear();
+  if (contiguous || count == 0) tensor.strides.clear();
+  const std::uint64_t available = sources.at(tensor.source)->size();
+  std::uint64_t reach = tensor.strides.empty() ? count : 1;  // elements of the storage
+  for (std::size_t d = 0; d < tensor.strides.size(); ++d) {
+    const auto last = detail::checked_product(tensor.strides[d], tensor.shape[d] - 1);
+    if (!last || *last > available || reach > available) throw too_short();
+    reach += *last;
+  }
+  const auto bytes = detail::checked_product(reach, element_bytes(tensor.dtype));
+  if (!bytes || tensor.offset > available || *bytes > available - tensor.offset) throw too_short();
+  if (count > reach && count > max_expanded)
+    throw Failure(where + " repeats " + std::to_string(reach) + " stored numbers " +
+                  std::to_string(count) + " times; save what it stands for, with .contiguous()");
   tensors.push_back(std::move(tensor));
 }
 
+void TensorFile::add(Tensor tensor, std::vector<std::byte> bytes) {
+  tensor.source = sources.size();
+  tensor.offset = 0;
+  sources.push_back(std::make_unique<BufferSource>(std::move(bytes)));
+  add(std::move(tensor));
+}
+
 TensorReader::TensorReader(TensorFile& file, const Tensor& tensor) : file_(file), tensor_(tensor) {
-  if (tensor.dtype == DType::other)
+  if (tensor.dtype == DType::text)
     throw Failure(file.name + ": tensor '" + tensor.name + "' does not hold numbers");
+  if (tensor.dtype == DType::foreign)
+    throw Failure(file.name + ": tensor '" + tensor.name + "' is " + tensor.type_name +
+                  ", which is not read; save it as F32 or BF16");
   if (tensor.strides.empty() || tensor.elements() == 0) return;
   std::uint64_t last = 0;
   for (std::size_t d = 0; d < tensor.shape.size(); ++d)
@@ -239,10 +273,20 @@ void TensorReader::convert(std::span<const std::byte> bytes, std::span<float> ou
     case DType::i8:
       convert_numbers<std::int8_t>(bytes, out);
       break;
+    case DType::u64:
+      convert_numbers<std::uint64_t>(bytes, out);
+      break;
+    case DType::u32:
+      convert_numbers<std::uint32_t>(bytes, out);
+      break;
+    case DType::u16:
+      convert_numbers<std::uint16_t>(bytes, out);
+      break;
     case DType::u8:
       convert_numbers<std::uint8_t>(bytes, out);
       break;
-    case DType::other:
+    case DType::foreign:
+    case DType::text:
       break;
   }
   if (!std::all_of(out.begin(), out.end(), [](float v) { return std::isfinite(v); }))
@@ -257,20 +301,38 @@ std::vector<float> read_values(TensorFile& file, const Tensor& tensor) {
   return values;
 }
 
+bool same_values(TensorFile& file, const Tensor& a, const Tensor& b) {
+  if (a.source == b.source && a.offset == b.offset && a.strides == b.strides && a.dtype == b.dtype)
+    return true;
+  TensorReader one(file, a), two(file, b);
+  std::uint64_t left = a.elements();
+  std::vector<float> x(1 << 16), y(1 << 16);
+  for (; left > 0; left -= x.size()) {
+    x.resize(static_cast<std::size_t>(std::min<std::uint64_t>(left, x.size())));
+    y.resize(x.size());
+    one.read(x);
+    two.read(y);
+    if (x != y) return false;
+  }
+  return true;
+}
+
 TensorFile open_tensors(const Input& input) {
+  if (const std::string kind = shard_kind(input.name); !kind.empty())
+    throw Failure(input.name + ": is " + kind);
   const auto source = input.open();
-  std::array<std::byte, 16> head{};
-  source->read(0, std::span(head).first(std::min<std::size_t>(
-                      head.size(), static_cast<std::size_t>(source->size()))));
-  const auto begins = [&](std::string_view magic) {
-    return std::memcmp(head.data(), magic.data(), magic.size()) == 0;
-  };
+  std::string head(static_cast<std::size_t>(std::min<std::uint64_t>(source->size(), 4096)), '\0');
+  source->read(0, std::as_writable_bytes(std::span(head)));
+  const auto begins = [&](std::string_view magic) { return head.starts_with(magic); };
   if (begins("PK\x03\x04")) return open_zip(input);
   if (begins("\x93NUMPY")) return open_npy(input);
-  if (head[8] == std::byte{'{'} && source->size() > 9) return open_safetensors(input);
-  // A pickle's protocol opcode; an ONNX model begins with its version, field 1.
-  if (head[0] == std::byte{0x80}) return open_legacy_pytorch(input);
-  if (head[0] == std::byte{0x08}) return open_onnx(input);
+  // A length that a text does not begin with, and the JSON of that length.
+  if (head.size() > 9 && head[8] == '{' && head.find('\0') < 8) return open_safetensors(input);
+  // A pickle's protocol opcode, or of protocols 0 and 1 the magic number of torch.save.
+  if (begins("\x80") || begins("L1195470371460388013333")) return open_legacy_pytorch(input);
+  if (const std::string kind = foreign_kind(input.name, head); !kind.empty())
+    throw Failure(input.name + ": is " + kind);
+  if (begins("\x08")) return open_onnx(input);  // its version, field 1
   throw Failure(input.name +
                 ": none of the known formats (safetensors, .npz, .npy, PyTorch .pt, ONNX)");
 }
