@@ -19,8 +19,8 @@
 // OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 //
 // Loads a compact model file, keeps one recurrent state a user, and answers with exact top-k
-// slates. Needs GCC or Clang with C++20, a little-endian 64-bit target, xsimd (>= 8.1) and zstd
-// (>= 1.5.4).
+// slates. Needs GCC or Clang with C++20, a little-endian target of 32 or 64 bits, xsimd
+// (>= 8.1) and zstd (>= 1.5.4).
 //
 //   #include "personalize_runtime.hpp"
 //   namespace pz = personalize;
@@ -106,8 +106,12 @@
 #define PERSONALIZE_VERSION_PATCH 0
 
 // Set by the user, before the include or on the command line, alike in all of a program:
-//   PERSONALIZE_NO_XSIMD  build with the scalar kernels only; xsimd is not included
+//   PERSONALIZE_NO_XSIMD  build with the scalar kernels only; xsimd is not included. Set by itself
+//                         where xsimd knows nothing of the target
 //   PERSONALIZE_NO_ZSTD   read and write stored (uncompressed) sections only; zstd is not included
+//   PERSONALIZE_NO_THREADS  one thread calls, and none is started: Updates::by_thread is as
+//                         in_requests. Set by itself where the standard library has no threads
+//                         (WASI, Emscripten without -pthread)
 //   PERSONALIZE_DISPATCH  the kernels are chosen when the program runs, from those that the library
 //                         personalize::kernels holds; that CMake target defines it
 //
@@ -124,9 +128,6 @@
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "personalize_runtime.hpp needs a little-endian target: model files are read as they lie."
 #endif
-#if __SIZEOF_POINTER__ < 8
-#error "personalize_runtime.hpp needs a 64-bit target: models may be larger than 4 GiB."
-#endif
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
 #error \
     "personalize_runtime.hpp cannot be built with -ffast-math: it tells finite values from others."
@@ -140,7 +141,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <bit>
 #include <bitset>
 #include <cassert>
@@ -148,7 +148,6 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -157,7 +156,6 @@
 #include <functional>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <numeric>
 #include <optional>
@@ -166,12 +164,27 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <thread>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <variant>
 #include <vector>
+
+#if !defined(PERSONALIZE_NO_THREADS)
+#if (defined(__wasi__) && !defined(_REENTRANT)) ||                                                \
+    (defined(__EMSCRIPTEN__) && !defined(__EMSCRIPTEN_PTHREADS__)) ||                             \
+    (defined(_LIBCPP_VERSION) && (defined(_LIBCPP_HAS_NO_THREADS) ||                              \
+                                  (defined(_LIBCPP_HAS_THREADS) && _LIBCPP_HAS_THREADS == 0))) || \
+    (defined(__GLIBCXX__) && !defined(_GLIBCXX_HAS_GTHREADS))
+#define PERSONALIZE_NO_THREADS
+#endif
+#endif
+#if !defined(PERSONALIZE_NO_THREADS)
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#endif
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
@@ -182,7 +195,15 @@
 #else
 #include <random>
 #if defined(_WIN32)
-extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const char*, unsigned long);
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
+extern "C" {
+__declspec(dllimport) int __stdcall MoveFileExW(const wchar_t*, const wchar_t*, unsigned long);
+__declspec(dllimport) unsigned long __stdcall GetLastError();
+__declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long, const char*, int,
+                                                        wchar_t*, int);
+}
 #endif
 #define PERSONALIZE_HAS_POSIX 0
 #endif
@@ -198,6 +219,9 @@ extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const ch
 #include <xsimd/xsimd.hpp>
 #if XSIMD_VERSION_MAJOR < 8 || (XSIMD_VERSION_MAJOR == 8 && XSIMD_VERSION_MINOR < 1)
 #error "personalize_runtime.hpp needs xsimd 8.1 or newer, or PERSONALIZE_NO_XSIMD."
+#endif
+#if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
+#define PERSONALIZE_NO_XSIMD
 #endif
 #endif
 #ifndef PERSONALIZE_NO_ZSTD
@@ -225,10 +249,111 @@ extern "C" __declspec(dllimport) int __stdcall MoveFileExA(const char*, const ch
 #define PERSONALIZE_QUOTED(x) #x
 #define PERSONALIZE_DOTTED(a, b, c) PERSONALIZE_QUOTED(a.b.c)
 
+// The 387's registers round a float later than all others do: slates would not be the same.
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#if defined(__clang__)
+#error "personalize_runtime.hpp needs SSE2 on 32-bit x86: add -msse2 -mfpmath=sse."
+#endif
+#pragma GCC push_options
+#pragma GCC target("sse2,fpmath=sse")
+#endif
+
 namespace personalize {
 inline namespace v1 {
 
 static_assert(std::numeric_limits<float>::is_iec559 && sizeof(float) == 4);
+
+namespace detail {
+
+#ifndef PERSONALIZE_NO_THREADS
+inline constexpr bool has_threads = true;
+using std::atomic, std::memory_order_relaxed, std::memory_order_acquire, std::memory_order_release;
+using std::condition_variable, std::mutex, std::lock_guard, std::unique_lock, std::try_to_lock;
+using std::thread;
+inline std::size_t thread_number() noexcept {
+  return std::hash<thread::id>{}(std::this_thread::get_id());
+}
+#else
+// What the same calls are where there is one thread: nobody to wait for, to wake or to exclude.
+inline constexpr bool has_threads = false;
+inline constexpr int memory_order_relaxed = 0, memory_order_acquire = 0, memory_order_release = 0;
+template <class T>
+class atomic {
+ public:
+  static constexpr bool is_always_lock_free = true;
+  constexpr atomic(T value = {}) noexcept : value_(value) {}
+  atomic(const atomic&) = delete;
+  atomic& operator=(const atomic&) = delete;
+  T operator=(T value) noexcept { return value_ = value; }
+  T load(int = 0) const noexcept { return value_; }
+  void store(T value, int = 0) noexcept { value_ = value; }
+  T exchange(T value, int = 0) noexcept { return std::exchange(value_, value); }
+  T fetch_add(T value, int = 0) noexcept { return std::exchange(value_, value_ + value); }
+  T fetch_or(T value, int = 0) noexcept { return std::exchange(value_, value_ | value); }
+  bool compare_exchange_weak(T& expected, T value, int = 0) noexcept {
+    const bool same = value_ == expected;
+    (same ? value_ : expected) = same ? value : value_;
+    return same;
+  }
+
+ private:
+  T value_;
+};
+struct mutex {
+  void lock() noexcept {}
+  bool try_lock() noexcept { return true; }
+  void unlock() noexcept {}
+};
+struct try_to_lock_t {};
+inline constexpr try_to_lock_t try_to_lock{};
+// Holds what it was given for as long as it is there.
+template <class Mutex>
+class unique_lock {
+ public:
+  explicit unique_lock(Mutex& held) : mutex_(held) { lock(); }
+  unique_lock(Mutex& held, try_to_lock_t) : mutex_(held), held_(held.try_lock()) {}
+  unique_lock(const unique_lock&) = delete;
+  unique_lock& operator=(const unique_lock&) = delete;
+  ~unique_lock() {
+    if (held_) mutex_.unlock();
+  }
+  explicit operator bool() const noexcept { return held_; }
+  void lock() {
+    mutex_.lock();
+    held_ = true;
+  }
+  void unlock() {
+    mutex_.unlock();
+    held_ = false;
+  }
+
+ private:
+  Mutex& mutex_;
+  bool held_ = false;
+};
+template <class Mutex>
+struct lock_guard : unique_lock<Mutex> {
+  explicit lock_guard(Mutex& held) : unique_lock<Mutex>(held) {}
+};
+struct condition_variable {
+  void notify_one() noexcept {}
+  void notify_all() noexcept {}
+  template <class Lock, class Time, class Until>
+  bool wait_for(Lock&, Time, Until until) {
+    return until();
+  }
+};
+struct thread {  // none of which is ever started
+  thread() = default;
+  template <class Call>
+  explicit thread(Call) noexcept {}
+  bool joinable() const noexcept { return false; }
+  void join() noexcept {}
+};
+inline std::size_t thread_number() noexcept { return 0; }
+#endif
+
+}  // namespace detail
 
 // ============================================================================================
 // Room 1: interface. Owns what goes into a recommender and what comes out of it, as plain data:
@@ -349,7 +474,8 @@ inline constexpr std::int64_t no_timestamp = std::numeric_limits<std::int64_t>::
 // Who runs automatic updates.
 enum class Updates : std::uint8_t {
   by_thread,    // a thread that create() starts and the destructor joins; while requests are under
-                // way it rests between pieces of a millisecond, so that they hardly notice it
+                // way it rests between pieces of a millisecond, so that they hardly notice it.
+                // Without threads (PERSONALIZE_NO_THREADS): as in_requests
   by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
   in_requests,  // the record or recommend that finds one due, which then takes that much longer
 };
@@ -379,7 +505,8 @@ struct RecommenderOptions {
   std::chrono::seconds update_interval = std::chrono::hours{2};
   Updates updates = Updates::by_thread;
   // Slates whose recommendation ids are known: at most so many, [1, 2^28], in so many bytes,
-  // [2^16, 2^50], which are taken at once, for so long, > 0 and at most 2^32.
+  // [2^16, 2^50] (of 32-bit programs 2^31 - 1), which are taken at once, for so long, > 0 and at
+  // most 2^32.
   std::uint32_t remembered_slates = 65'536;
   std::uint64_t slate_log_bytes = std::uint64_t{64} << 20;
   std::chrono::seconds slate_expiry = std::chrono::days{1};
@@ -616,6 +743,8 @@ inline Result<void> check_options(const RecommenderOptions& options) {
     return error("remembered_slates is outside [1, 2^28]");
   if (outside(options.slate_log_bytes, 16, 50))
     return error("slate_log_bytes is outside [2^16, 2^50]");
+  if (options.slate_log_bytes > std::numeric_limits<std::size_t>::max() / 2)
+    return error("slate_log_bytes, which are taken at once, are more than a 32-bit program has");
   if (!within(options.slate_expiry, 1, std::int64_t{1} << 32))
     return error("slate_expiry is not above 0, or above 2^32 seconds");
   if (outside(options.remembered_event_ids, 6, 28))
@@ -683,11 +812,23 @@ inline std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed 
 
 namespace detail {
 
+// As std::bit_cast, which libc++ has only from version 14 on.
+template <class To, class From>
+constexpr To bit_cast(const From& from) noexcept {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
 template <class T>
 T load_integer(const std::byte* p) noexcept {
   T value;
   std::memcpy(&value, p, sizeof value);
   return value;
+}
+
+// std::span takes no text in libc++ 14.
+inline std::span<const std::byte> text_bytes(std::string_view text) noexcept {
+  return std::as_bytes(std::span(text.data(), text.size()));
 }
 
 template <class T>
@@ -699,6 +840,20 @@ void append_integer(std::vector<std::byte>& out, T value) {
 inline std::optional<std::uint64_t> checked_product(std::uint64_t a, std::uint64_t b) noexcept {
   if (b != 0 && a > std::numeric_limits<std::uint64_t>::max() / b) return std::nullopt;
   return a * b;
+}
+
+// The most that one program can hold, of whatever.
+inline constexpr std::uint64_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
+
+// Of a budget, what there can be of it.
+inline std::size_t to_memory(std::uint64_t budget) noexcept {
+  return static_cast<std::size_t>(std::min(budget, most_memory));
+}
+
+// Elements of an array; more than there can be where the product is: so that memory runs out, and
+// none is taken that is too short.
+inline std::size_t elements(std::uint64_t rows, std::uint64_t columns) noexcept {
+  return to_memory(checked_product(rows, columns).value_or(most_memory));
 }
 
 using HashKey = std::array<std::uint64_t, 2>;
@@ -828,8 +983,8 @@ using BareVector = std::vector<T, BareAllocator<T>>;
 // compilers make vectors of it.
 inline float largest(std::span<const float> values) noexcept {
   std::uint32_t most = 0;
-  for (const float v : values) most = std::max(most, std::bit_cast<std::uint32_t>(v) & 0x7fffffff);
-  return std::bit_cast<float>(std::min(most, 0x7f800000u));
+  for (const float v : values) most = std::max(most, bit_cast<std::uint32_t>(v) & 0x7fffffff);
+  return bit_cast<float>(std::min(most, 0x7f800000u));
 }
 
 // One added to an exponent of all ones carries into the sign. Four values a step: compilers do not
@@ -845,8 +1000,7 @@ inline bool all_finite(std::span<const float> values) noexcept {
     carries |= (bits & magnitude) + one;
   }
   std::uint32_t carry = carries[0] | carries[1] | carries[2] | carries[3];
-  for (; i < values.size(); ++i)
-    carry |= (std::bit_cast<std::uint32_t>(values[i]) & magnitude) + one;
+  for (; i < values.size(); ++i) carry |= (bit_cast<std::uint32_t>(values[i]) & magnitude) + one;
   return carry <= magnitude;
 }
 
@@ -972,10 +1126,59 @@ inline Error io_error(const std::string& path, const char* what) {
   return {Errc::io, path + ": " + what + ": " + std::strerror(errno)};
 }
 
+#if defined(_WIN32)
+// Paths are UTF-8, whatever the code page; what is not becomes a name that no file has.
+inline std::wstring native_path(const std::string& path) {
+  const int size = static_cast<int>(path.size());
+  std::wstring wide(path.size(), L'\0');
+  const int length = ::MultiByteToWideChar(65001, 0, path.data(), size, wide.data(), size);
+  wide.resize(static_cast<std::size_t>(length));
+  return wide;
+}
+inline std::FILE* open_file(const std::string& path, const char* mode) {
+  return ::_wfopen(native_path(path).c_str(), native_path(mode).c_str());
+}
+// A file that is not there yet.
+inline std::FILE* create_file(const std::string& path) {
+  const int descriptor =
+      ::_wopen(native_path(path).c_str(), _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY | _O_NOINHERIT,
+               _S_IREAD | _S_IWRITE);
+  return descriptor < 0 ? nullptr : ::_wfdopen(descriptor, L"wb");
+}
+inline bool sync_file(std::FILE* file) noexcept { return ::_commit(::_fileno(file)) == 0; }
+inline bool replace_file(const std::string& from, const std::string& to) {
+  // MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH
+  if (::MoveFileExW(native_path(from).c_str(), native_path(to).c_str(), 1 | 8) != 0) return true;
+  const unsigned long error = ::GetLastError();
+  errno = error == 2 || error == 3      ? ENOENT
+          : error == 5 || error == 32   ? EACCES  // denied, or open elsewhere
+          : error == 39 || error == 112 ? ENOSPC
+                                        : EIO;
+  return false;
+}
+inline void remove_file(const std::string& path) { ::_wremove(native_path(path).c_str()); }
+#else
+inline std::FILE* open_file(const std::string& path, const char* mode) {
+  return std::fopen(path.c_str(), mode);
+}
+inline void remove_file(const std::string& path) { std::remove(path.c_str()); }
+#if !PERSONALIZE_HAS_POSIX
+inline std::FILE* create_file(const std::string& path) { return open_file(path, "wbx"); }
+inline bool sync_file(std::FILE*) noexcept { return true; }
+inline bool replace_file(const std::string& from, const std::string& to) {
+  return std::rename(from.c_str(), to.c_str()) == 0;
+}
+#endif
+#endif
+
 inline bool seek(std::FILE* file, std::uint64_t offset, int from) noexcept {
 #if defined(_WIN32)
   return ::_fseeki64(file, static_cast<std::int64_t>(offset), from) == 0;
 #else
+  if (offset > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) {
+    errno = EFBIG;
+    return false;
+  }
   return ::fseeko(file, static_cast<off_t>(offset), from) == 0;
 #endif
 }
@@ -996,7 +1199,7 @@ class ByteSource {
 
   static Result<ByteSource> open(const std::string& path) {
     ByteSource source{{}};
-    source.file_.reset(std::fopen(path.c_str(), "rb"));
+    source.file_.reset(open_file(path, "rb"));
     if (!source.file_) return io_error(path, "cannot open");
     const std::int64_t size =
         seek(source.file_.get(), 0, SEEK_END) ? position(source.file_.get()) : -1;
@@ -1080,7 +1283,7 @@ class FileSink final : public ByteSink {
   ~FileSink() override {
     if (!file_) return;
     file_.reset();
-    std::remove(part_.c_str());
+    remove_file(part_);
   }
 
   void append(std::span<const std::byte> bytes) override {
@@ -1103,11 +1306,13 @@ class FileSink final : public ByteSink {
     bool written = std::fflush(file_.get()) == 0;
 #if PERSONALIZE_HAS_POSIX
     written = written && ::fsync(::fileno(file_.get())) == 0;
+#else
+    written = written && sync_file(file_.get());
 #endif
     written = std::fclose(file_.release()) == 0 && written;
     if (written && replace()) return {};
     const Error error = io_error(path_, "cannot write");
-    std::remove(part_.c_str());
+    remove_file(part_);
     return error;
   }
 
@@ -1117,7 +1322,11 @@ class FileSink final : public ByteSink {
   }
 
   std::string folder() const {
+#if defined(_WIN32)
+    const std::size_t slash = path_.find_last_of("/\\:");
+#else
     const std::size_t slash = path_.find_last_of('/');
+#endif
     return slash == std::string::npos ? "" : path_.substr(0, slash + 1);
   }
 
@@ -1148,11 +1357,11 @@ class FileSink final : public ByteSink {
         file_.reset(::fdopen(descriptor, "wb"));
         if (file_) return;
         ::close(descriptor);
-        std::remove(part_.c_str());
+        remove_file(part_);
         break;
       }
 #else
-      file_.reset(std::fopen(part_.c_str(), "wbx"));
+      file_.reset(create_file(part_));
       if (file_) return;
 #endif
       if (errno != EEXIST) break;
@@ -1161,19 +1370,17 @@ class FileSink final : public ByteSink {
   }
 
   bool replace() {
-#if defined(_WIN32)
-    return ::MoveFileExA(part_.c_str(), path_.c_str(), 1 | 8) != 0;  // replace, write through
-#else
-    if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
 #if PERSONALIZE_HAS_POSIX
+    if (std::rename(part_.c_str(), path_.c_str()) != 0) return false;
     // So that the new name outlives a power cut. The file is whole with or without.
     const int descriptor = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor >= 0) {
       (void)::fsync(descriptor);
       ::close(descriptor);
     }
-#endif
     return true;
+#else
+    return replace_file(part_, path_);
 #endif
   }
 
@@ -1228,7 +1435,7 @@ class FileSink final : public ByteSink {
 // The bytes of a file of at most `limit` bytes.
 inline Result<std::vector<std::byte>> read_file(const std::string& path, std::uint64_t limit) {
   return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
-    const detail::File file{std::fopen(path.c_str(), "rb")};
+    const detail::File file{detail::open_file(path, "rb")};
     if (!file) return detail::io_error(path, "cannot open");
     std::vector<std::byte> bytes;
     constexpr std::size_t piece = std::size_t{1} << 20;
@@ -1283,17 +1490,17 @@ inline std::size_t allocated_text(std::size_t capacity) noexcept {
 
 // IEEE 754 half precision, rounded to nearest; what is too large becomes the largest.
 inline std::uint16_t half_of(float value) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const auto bits = bit_cast<std::uint32_t>(value);
   const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   const std::uint32_t half =
       magnitude < 0x38800000  // subnormal: the sum's last bits are those of the half
-          ? std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000
+          ? bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000
           : std::min((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13, 0x7bffu);
   return static_cast<std::uint16_t>(sign | half);
 }
 inline float float_of(std::uint16_t half) noexcept {
   // 2^112 moves the exponent's origin, of subnormals as well.
-  const float magnitude = std::bit_cast<float>(std::uint32_t{half & 0x7fffu} << 13) * 0x1p112f;
+  const float magnitude = bit_cast<float>(std::uint32_t{half & 0x7fffu} << 13) * 0x1p112f;
   return (half & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
@@ -1347,7 +1554,7 @@ class RankedMutex {
     held_ranks() = held ? held_ranks() | 1u << Rank : held_ranks() & ~(1u << Rank);
 #endif
   }
-  std::mutex mutex_;
+  mutex mutex_;
 };
 
 // Numbers found again by the hash of what they stand for: open addressing with linear probing, half
@@ -1571,6 +1778,12 @@ struct NeonDot : Neon {
 };
 #endif
 #endif
+#if XSIMD_WITH_WASM
+struct Wasm {
+  static constexpr const char* name = "wasm simd128";
+  using simd = xsimd::wasm;
+};
+#endif
 #endif
 
 // The newest that the including translation unit's flags allow.
@@ -1588,6 +1801,8 @@ using Default = Sse2;
 using Default = NeonDot;
 #elif XSIMD_WITH_NEON64
 using Default = Neon;
+#elif XSIMD_WITH_WASM
+using Default = Wasm;
 #else
 using Default = Scalar;
 #endif
@@ -2247,6 +2462,136 @@ struct Ops<NeonDot> : Ops<Neon> {
   }
 };
 #endif
+#endif
+
+#if XSIMD_WITH_WASM
+template <>
+struct Ops<Wasm> {
+  static constexpr std::size_t panels = 1;
+  static constexpr std::size_t most_sums = 1;
+  static constexpr int query_limit = 127;
+  struct Sums {
+    v128_t v[8];  // two rows each, two partial sums a row
+    v128_t offset;
+  };
+  static void start(Sums& s, std::int32_t offset) noexcept {
+    PERSONALIZE_UNROLL
+    for (v128_t& v : s.v) v = wasm_i32x4_splat(0);
+    s.offset = wasm_i32x4_splat(offset);
+  }
+  struct Rows {
+    v128_t v[4];
+  };
+  using Four = v128_t;  // widened, twice
+  static Rows load(const std::uint8_t* rows) noexcept {
+    return {{wasm_v128_load(rows), wasm_v128_load(rows + 16), wasm_v128_load(rows + 32),
+             wasm_v128_load(rows + 48)}};
+  }
+  static Four spread(const std::int8_t* query) noexcept {
+    return wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(query));
+  }
+  static void add_products(Sums& s, std::size_t p, v128_t rows, v128_t q) noexcept {
+    const v128_t low = wasm_u16x8_extend_low_u8x16(rows);
+    const v128_t high = wasm_u16x8_extend_high_u8x16(rows);
+    s.v[2 * p] = wasm_i32x4_add(s.v[2 * p], wasm_i32x4_dot_i16x8(low, q));
+    s.v[2 * p + 1] = wasm_i32x4_add(s.v[2 * p + 1], wasm_i32x4_dot_i16x8(high, q));
+  }
+  static void step(Sums& s, const Rows& rows, Four query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) add_products(s, p, rows.v[p], query);
+  }
+  static void step_4bit(Sums& s, const Rows& rows, Four low, Four high) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) {
+      add_products(s, p, wasm_v128_and(rows.v[p], wasm_i8x16_splat(15)), low);
+      add_products(s, p, wasm_u8x16_shr(rows.v[p], 4), high);
+    }
+  }
+  static v128_t four_dots(const Sums& s, std::size_t p, float scale) noexcept {
+    const v128_t even = wasm_i32x4_shuffle(s.v[2 * p], s.v[2 * p + 1], 0, 2, 4, 6);
+    const v128_t odd = wasm_i32x4_shuffle(s.v[2 * p], s.v[2 * p + 1], 1, 3, 5, 7);
+    const v128_t dots = wasm_i32x4_add(wasm_i32x4_add(even, odd), s.offset);
+    return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(dots), wasm_f32x4_splat(scale));
+  }
+  struct Scores {
+    v128_t v[4];
+  };
+  template <class Real>
+  static Scores scores(const Sums& s, float scale, const Real* scales,
+                       const Real* biases) noexcept {
+    Scores scores;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      scores.v[p] = wasm_f32x4_add(wasm_f32x4_mul(four_dots(s, p, scale), wide(scales + 4 * p)),
+                                   wide(biases + 4 * p));
+    return scores;
+  }
+  static std::uint32_t reaching(const Scores& s, float limit) noexcept {
+    std::uint32_t mask = 0;
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      mask |= static_cast<std::uint32_t>(
+                  wasm_i32x4_bitmask(wasm_f32x4_ge(s.v[p], wasm_f32x4_splat(limit))))
+              << (4 * p);
+    return mask;
+  }
+  static void store(const Scores& s, float* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) wasm_v128_store(out + 4 * p, s.v[p]);
+  }
+  static v128_t wide(const float* four) noexcept { return wasm_v128_load(four); }
+  static v128_t wide(const std::uint16_t* four) noexcept {
+    return wasm_i32x4_shl(wasm_u32x4_load16x4(four), 16);
+  }
+  static std::int32_t dot(const std::int8_t* row, const std::int8_t* query, std::size_t columns,
+                          std::int32_t /*offset*/) noexcept {
+    v128_t sum = wasm_i32x4_splat(0);
+    for (std::size_t c = 0; c < columns; c += 16) {
+      const v128_t v = wasm_v128_load(row + c), q = wasm_v128_load(query + c);
+      sum =
+          wasm_i32x4_add(sum, wasm_i32x4_extadd_pairwise_i16x8(wasm_i16x8_extmul_low_i8x16(v, q)));
+      sum =
+          wasm_i32x4_add(sum, wasm_i32x4_extadd_pairwise_i16x8(wasm_i16x8_extmul_high_i8x16(v, q)));
+    }
+    return wasm_i32x4_extract_lane(sum, 0) + wasm_i32x4_extract_lane(sum, 1) +
+           wasm_i32x4_extract_lane(sum, 2) + wasm_i32x4_extract_lane(sum, 3);
+  }
+  static void quantise(const float* x, float inverse, std::int8_t* q) noexcept {
+    const auto four = [&](std::size_t p) {
+      return wasm_i32x4_trunc_sat_f32x4(
+          wasm_f32x4_nearest(wasm_f32x4_mul(wasm_v128_load(x + 4 * p), wasm_f32x4_splat(inverse))));
+    };
+    wasm_v128_store(q, wasm_i8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(four(0), four(1)),
+                                               wasm_i16x8_narrow_i32x4(four(2), four(3))));
+  }
+  struct Doubles {
+    v128_t v[4];
+  };
+  static void clear(Doubles& s) noexcept {
+    PERSONALIZE_UNROLL
+    for (v128_t& v : s.v) v = wasm_f64x2_splat(0);
+  }
+  static void add(Doubles& s, std::size_t p, v128_t row, const double* query) noexcept {
+    s.v[p] = wasm_f64x2_add(s.v[p], wasm_f64x2_mul(row, wasm_v128_load(query + 2 * p)));
+  }
+  static void multiply(Doubles& s, const std::int8_t* row, const double* query) noexcept {
+    const v128_t v = wasm_i16x8_load8x8(row);
+    const v128_t low = wasm_i32x4_extend_low_i16x8(v), high = wasm_i32x4_extend_high_i16x8(v);
+    add(s, 0, wasm_f64x2_convert_low_i32x4(low), query);
+    add(s, 1, wasm_f64x2_convert_low_i32x4(wasm_i32x4_shuffle(low, low, 2, 3, 2, 3)), query);
+    add(s, 2, wasm_f64x2_convert_low_i32x4(high), query);
+    add(s, 3, wasm_f64x2_convert_low_i32x4(wasm_i32x4_shuffle(high, high, 2, 3, 2, 3)), query);
+  }
+  static void multiply(Doubles& s, const float* row, const double* query) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p)
+      add(s, p, wasm_f64x2_promote_low_f32x4(wasm_v128_load64_zero(row + 2 * p)), query);
+  }
+  static void store(const Doubles& s, double* out) noexcept {
+    PERSONALIZE_UNROLL
+    for (std::size_t p = 0; p < 4; ++p) wasm_v128_store(out + 2 * p, s.v[p]);
+  }
+};
 #endif
 #endif  // PERSONALIZE_NO_XSIMD
 
@@ -3155,6 +3500,7 @@ struct LoadLimits {
 struct LoadOptions {
   LoadLimits limits = {};
   // That decode, [1, 64]: the calling one, and threads - 1 more that end before the call returns.
+  // Without threads (PERSONALIZE_NO_THREADS) the calling one alone.
   unsigned threads = 1;
   // Called on the calling thread from time to time, and at the end, with the bytes of the file that
   // are dealt with and all of them. false: the call ends with Errc::cancelled.
@@ -3265,6 +3611,8 @@ inline Result<void> check_header(std::span<const std::byte> header, std::uint64_
                      " bytes; copy it again",
                  size};
   if (size > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
+  if (total > most_memory)
+    return Error{Errc::limit, "header: the file is larger than a 32-bit program can hold", 16};
   if (std::uint64_t{count} * entry_size > total - header_size)
     return Error{Errc::corrupt, "header: the section table is larger than the file", 12};
   return {};
@@ -3379,6 +3727,11 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
                            "LoadLimits::expansion times the file");
     raw_total += *decoded;
     if (auto checked = check_sizes(section); !checked) return checked.error();
+    // What a section becomes is counted in std::size_t from here on.
+    if (raw_total > most_memory ||
+        std::any_of(section.shape.begin(), section.shape.end(),
+                    [](std::uint64_t extent) { return extent > most_memory; }))
+      return section_error(Errc::limit, section, "larger than a 32-bit program can hold");
   }
   if (expected_offset != size)
     return Error{Errc::corrupt, "bytes follow the last section", expected_offset};
@@ -3429,8 +3782,9 @@ class SectionDecoder {
     }
     {
       Threads others;
-      others.start(static_cast<std::size_t>(std::min<std::uint64_t>(options_.threads, chunks)),
-                   [this] { work(false); });
+      if (has_threads)
+        others.start(static_cast<std::size_t>(std::min<std::uint64_t>(options_.threads, chunks)),
+                     [this] { work(false); });
       work(true);
     }
     if (error_) return std::move(*error_);
@@ -3468,9 +3822,9 @@ class SectionDecoder {
 #endif
     }
     ~Threads() {
-      for (std::thread& thread : threads) thread.join();
+      for (thread& thread : threads) thread.join();
     }
-    std::vector<std::thread> threads;
+    std::vector<thread> threads;
   };
 
   static Error stop() { return {Errc::cancelled, "cancelled by LoadOptions::progress"}; }
@@ -3489,7 +3843,7 @@ class SectionDecoder {
         if (reports && options_.progress) {
           std::uint64_t position;
           {
-            const std::lock_guard lock{mutex_};
+            const lock_guard lock{mutex_};
             position = done_;
           }
           if (!options_.progress(position, source_.size())) return stop();
@@ -3497,7 +3851,7 @@ class SectionDecoder {
       }
     });
     if (done) return;
-    const std::lock_guard lock{mutex_};
+    const lock_guard lock{mutex_};
     stopped_ = true;
     if (!error_ || ordinal < error_ordinal_) {
       error_ = done.error();
@@ -3507,7 +3861,7 @@ class SectionDecoder {
 
   // The next chunk of the file, its stored bytes in `buffer` or where they lie; nothing at the end.
   Result<std::optional<Chunk>> next(BareVector<std::byte>& buffer, std::uint64_t& ordinal) {
-    const std::lock_guard lock{mutex_};
+    const lock_guard lock{mutex_};
     ordinal = ordinal_;
     if (stopped_) return std::optional<Chunk>{};
     // Until this is done: what an error or a lack of memory leaves half done is not for others.
@@ -3601,7 +3955,7 @@ class SectionDecoder {
 
   // Where the section's bytes go, for which the first to ask takes the memory.
   SectionTarget::Areas areas_of(std::size_t section) {
-    const std::lock_guard lock{mutex_};
+    const lock_guard lock{mutex_};
     Progress& of = progress_[section];
     if (!of.taken && targets_[section].take) of.areas = targets_[section].take();
     of.taken = true;
@@ -3662,7 +4016,7 @@ class SectionDecoder {
     const SectionInfo& section = sections_[chunk.section];
     const SectionTarget& target = targets_[chunk.section];
     Progress& progress = progress_[chunk.section];
-    std::unique_lock lock{mutex_};
+    unique_lock lock{mutex_};
     done_ += chunk.stored.size();
     if (!target.arrived) return {};
     progress.ahead.push_back(chunk.number);
@@ -3702,7 +4056,7 @@ class SectionDecoder {
   std::span<const SectionInfo> sections_;
   std::span<const SectionTarget> targets_;
   const LoadOptions& options_;
-  std::mutex mutex_;                      // over all that follows
+  mutex mutex_;                           // over all that follows
   std::size_t section_ = 0;               // that chunks come from, + 1
   std::uint64_t chunk_ = 0, chunks_ = 0;  // of it: the next one, and how many it has
   std::uint64_t ordinal_ = 0;
@@ -3960,7 +4314,7 @@ class StringTable {
 
   // Valid until the next add.
   std::string_view operator[](std::size_t index) const noexcept {
-    const std::uint64_t begin = index == 0 ? begin_ : ends_[index - 1];
+    const std::size_t begin = index == 0 ? begin_ : ends_[index - 1];
     return {text_.data() + begin, ends_[index] - begin};
   }
 
@@ -4001,7 +4355,7 @@ class StringTable {
   static constexpr std::size_t max_probes = 512;
   static constexpr std::size_t most_growth = 32;
 
-  std::uint64_t length_of(std::size_t index) const noexcept {
+  std::size_t length_of(std::size_t index) const noexcept {
     std::uint16_t length;
     std::memcpy(&length, text_.data() + index * sizeof length, sizeof length);
     return length;
@@ -4015,8 +4369,7 @@ class StringTable {
     std::array<std::uint64_t, batch> hashes;
     for (std::size_t begin = next; begin < size(); begin = next) {
       if (auto grown = make_slots(begin, std::min(begin + batch, size())); !grown) return grown;
-      std::uint64_t end = begin == 0 ? begin_ : ends_[begin - 1];
-      std::size_t count = 0;
+      std::size_t end = begin == 0 ? begin_ : ends_[begin - 1], count = 0;
       for (; count < std::min(batch, size() - begin); ++count) {
         end += length_of(begin + count);
         if (end > arrived) break;
@@ -4036,7 +4389,7 @@ class StringTable {
       }
       if (count == 0) break;
     }
-    const std::uint64_t end = next == 0 ? begin_ : ends_[next - 1];
+    const std::size_t end = next == 0 ? begin_ : ends_[next - 1];
     if (arrived == text_.size() && (next != size() || end != arrived))
       return Error{Errc::corrupt, "the strings' lengths do not add up to their text"};
     return {};
@@ -4052,7 +4405,7 @@ class StringTable {
   }
 
   static std::uint64_t hash_of(std::string_view text) noexcept {
-    return xxh64(std::as_bytes(std::span(text)));
+    return xxh64(detail::text_bytes(text));
   }
   // Half of the hash, so that other strings are seldom looked at, and the number + 1.
   static std::uint64_t entry(std::uint64_t hash, std::size_t number) noexcept {
@@ -4110,9 +4463,9 @@ class StringTable {
     return {};
   }
 
-  std::uint64_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
+  std::size_t begin_ = 0;  // of the first string in text_; a file's lengths lie before it
   detail::BareVector<char> text_;
-  detail::BareVector<std::uint64_t> ends_;
+  detail::BareVector<std::size_t> ends_;
   std::vector<std::uint64_t> slots_;  // 0 where free; a power of two
 };
 
@@ -4191,13 +4544,13 @@ class Matrix {
   void resize_rows(std::size_t rows) {
     const std::size_t kept = std::min(rows, rows_) * columns_;
     if (type_ == ElementType::f32) {
-      f32_.resize(rows * columns_ + kernels::lanes);
+      f32_.resize(detail::elements(rows, columns_) + kernels::lanes);
       std::fill(f32_.begin() + static_cast<std::ptrdiff_t>(kept), f32_.end(), 0.0f);
     } else {
       scales_.resize(rows);
       if (rows > rows_)
         std::fill(scales_.begin() + static_cast<std::ptrdiff_t>(rows_), scales_.end(), 0.0f);
-      i8_.resize(rows * columns_ + kernels::lanes);
+      i8_.resize(detail::elements(rows, columns_) + kernels::lanes);
       std::fill(i8_.begin() + static_cast<std::ptrdiff_t>(kept), i8_.end(), std::int8_t{0});
     }
     rows_ = rows;
@@ -4211,10 +4564,10 @@ class Matrix {
     m.type_ = type;
     m.rows_ = rows;
     if (type == ElementType::f32) {
-      m.f32_.resize(rows * columns + kernels::lanes);
+      m.f32_.resize(detail::elements(rows, columns) + kernels::lanes);
     } else {
       m.scales_.resize(rows);
-      m.i8_.resize(rows * columns + kernels::lanes);
+      m.i8_.resize(detail::elements(rows, columns) + kernels::lanes);
     }
     return m;
   }
@@ -4713,7 +5066,7 @@ void write_strings(const StringTable& table, const auto& append) {
   for (std::size_t i = 0; i < table.size(); ++i)
     append_integer(lengths, static_cast<std::uint16_t>(table[i].size()));
   append(std::span<const std::byte>(lengths));
-  for (std::size_t i = 0; i < table.size(); ++i) append(std::as_bytes(std::span(table[i])));
+  for (std::size_t i = 0; i < table.size(); ++i) append(text_bytes(table[i]));
 }
 inline std::uint64_t string_bytes(const StringTable& table) {
   std::uint64_t bytes = 0;
@@ -4740,7 +5093,8 @@ class FourBitWriter {
 
   void write(const FileBuilder::Append& append, unsigned chunk_log2) {
     std::array<std::vector<std::byte>, 3> parts;  // scales, groups, values
-    const std::size_t in_chunk = FourBitRows::rows_in_chunk(columns_, chunk_log2);
+    const auto in_chunk =
+        static_cast<std::size_t>(FourBitRows::rows_in_chunk(columns_, chunk_log2));
     for (std::size_t r = 0; r < matrix_->rows(); ++r) {
       append_integer(parts[0], quantise(r));
       append_nibbles(parts[1], std::span<const std::uint8_t>(best_groups_));
@@ -5105,8 +5459,7 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
              [&table](const FileBuilder::Append& append) { write_strings(table, append); });
   };
   const ElementType type = options.element_type;
-  file.add("META", 0, ElementType::u8, {parts.metadata.size()},
-           std::as_bytes(std::span(parts.metadata)));
+  file.add("META", 0, ElementType::u8, {parts.metadata.size()}, text_bytes(parts.metadata));
   add_strings("IIDS", 0, parts.item_ids);
   add_matrix("IVEC", 0, parts.item_vectors, type);
   if (!parts.input_vectors.empty()) add_matrix("IINP", 0, parts.input_vectors, type);
@@ -5718,7 +6071,7 @@ class Encoder {
   detail::LineVector<float> products(const Layer& layer, const Matrix& rows, bool centred) const {
     const std::size_t inputs = rows.columns(), size = layer.blocks * kernels::lanes;
     detail::LineVector<float> result;
-    result.assign(rows.rows() * size, 0.0f);
+    result.assign(detail::elements(rows.rows(), size), 0.0f);
     const std::vector<float> zeros(size);
     std::vector<float> row(kernels::padded(inputs) + kernels::lanes);
     for (std::size_t r = 0; r < rows.rows(); ++r) {
@@ -5770,10 +6123,10 @@ class Encoder {
     Layer layer{.blocks = gates * stride / kernels::lanes};
     layer.bias.assign(gates * stride, 0.0f);
     if (int8) {
-      layer.panels.assign(layer.blocks * kernels::panel_bytes<8>(inputs), 128);
+      layer.panels.assign(detail::elements(layer.blocks, kernels::panel_bytes<8>(inputs)), 128);
       layer.scales.assign(gates * stride, 0.0f);
     } else {
-      layer.weights.assign(gates * stride * inputs, 0.0f);
+      layer.weights.assign(detail::elements(gates * stride, inputs), 0.0f);
     }
     for (std::size_t g = 0; g < gates; ++g)
       for (std::size_t j = 0; j < size; ++j) {
@@ -6094,7 +6447,7 @@ class ItemRows {
         made_(other.made_),
         elsewhere_(other.elsewhere_),
         own_(other.own_.size()) {
-    other.shared_.store(true, std::memory_order_relaxed);
+    other.shared_.store(true, detail::memory_order_relaxed);
   }
   ItemRows(ItemRows&& other) noexcept { swap(other); }
   ItemRows& operator=(ItemRows other) noexcept {
@@ -6199,9 +6552,9 @@ class ItemRows {
   }
   // Who copied this object reads the pages that were there.
   void disown_shared() noexcept {
-    if (!shared_.load(std::memory_order_relaxed)) return;
+    if (!shared_.load(detail::memory_order_relaxed)) return;
     std::fill(own_.begin(), own_.end(), false);
-    shared_.store(false, std::memory_order_relaxed);
+    shared_.store(false, detail::memory_order_relaxed);
   }
   Matrix& own_page(std::size_t p) {
     disown_shared();
@@ -6229,7 +6582,7 @@ class ItemRows {
   std::vector<std::shared_ptr<const Matrix>> made_;  // of [page_rows, columns]; null: in base_
   std::vector<std::uint64_t> elsewhere_;             // a bit a page: made_ has it
   std::vector<bool> own_;  // pages that no other object has seen, unless shared_
-  mutable std::atomic<bool> shared_{false};
+  mutable detail::atomic<bool> shared_{false};
 };
 
 namespace detail {
@@ -6256,9 +6609,9 @@ struct Place {
 };
 
 // bfloat16: the upper half of a float.
-inline float wide(std::uint16_t v) noexcept { return std::bit_cast<float>(std::uint32_t{v} << 16); }
+inline float wide(std::uint16_t v) noexcept { return bit_cast<float>(std::uint32_t{v} << 16); }
 inline std::uint16_t bfloat16(float v) noexcept {
-  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+  return static_cast<std::uint16_t>(bit_cast<std::uint32_t>(v) >> 16);
 }
 // No lower than v, which is no NaN.
 inline std::uint16_t bfloat16_above(float v) noexcept {
@@ -6268,7 +6621,7 @@ inline std::uint16_t bfloat16_above(float v) noexcept {
 
 // Bits that compare as the floats do; -0 is 0. Not for a NaN.
 inline std::uint32_t ordered_bits(float v) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(v + 0.0f);
+  const auto bits = bit_cast<std::uint32_t>(v + 0.0f);
   return bits ^ (bits >> 31 ? ~std::uint32_t{0} : std::uint32_t{1} << 31);
 }
 
@@ -6549,7 +6902,7 @@ class ItemIds {
     if (const auto item = model_->find_item(id)) return item;
     if (added_.empty()) return std::nullopt;
     const std::uint64_t hash = hash_of(id);
-    const auto& part = parts_[hash % parts_.size()];
+    const auto& part = parts_[part_of(hash)];
     if (!part) return std::nullopt;
     const auto found = part->find(hash, [&](std::uint32_t n) { return added_[n] == id; });
     if (!found) return std::nullopt;
@@ -6559,7 +6912,7 @@ class ItemIds {
   // The number of an id that is not there yet.
   std::uint32_t add(std::string_view id) {
     const std::uint64_t hash = hash_of(id);
-    const std::size_t p = hash % parts_.size();
+    const std::size_t p = part_of(hash);
     if (!owned_.test(p) || parts_[p]->full()) {
       const HashIndex& old = parts_[p] ? *parts_[p] : HashIndex{};
       parts_[p] = std::make_shared<HashIndex>(old.full() ? old.grown() : old);
@@ -6581,7 +6934,10 @@ class ItemIds {
 
  private:
   std::uint64_t hash_of(std::string_view id) const noexcept {
-    return siphash(key_, std::as_bytes(std::span(id)));
+    return siphash(key_, text_bytes(id));
+  }
+  std::size_t part_of(std::uint64_t hash) const noexcept {
+    return static_cast<std::size_t>(hash % parts_.size());
   }
 
   std::shared_ptr<const Model> model_;
@@ -7069,8 +7425,8 @@ class Scorer {
   }
   static float score_of(std::uint64_t key) noexcept {
     const auto ordered = static_cast<std::uint32_t>(key >> 32);
-    return std::bit_cast<float>(ordered ^
-                                (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
+    return detail::bit_cast<float>(ordered ^
+                                   (ordered >> 31 ? std::uint32_t{1} << 31 : ~std::uint32_t{0}));
   }
 
   void widen(std::span<const float> query, std::span<double> wide) const noexcept {
@@ -7505,7 +7861,7 @@ class Scorer {
     const std::uint64_t greatest = *most;
     const int bits = std::min(static_cast<int>(std::bit_width(keys.size())), most_bits);
     const int shift = std::max(static_cast<int>(std::bit_width(greatest - *least)) - bits, 0);
-    const auto bucket = [&](std::uint64_t key) { return (greatest - key) >> shift; };
+    const auto bucket = [&](std::uint64_t key) { return std::size_t((greatest - key) >> shift); };
     std::array<std::uint32_t, (1 << most_bits) + 1> ends;
     const std::size_t buckets = std::size_t{1} << bits;
     std::fill_n(ends.begin(), buckets + 1, 0u);
@@ -7610,14 +7966,14 @@ class ItemCounters {
     std::size_t count = 0;
     for (const auto& block : blocks_)
       for (const auto& word : block->touched)
-        count += static_cast<std::size_t>(std::popcount(word.load(std::memory_order_relaxed)));
+        count += static_cast<std::size_t>(std::popcount(word.load(detail::memory_order_relaxed)));
     items.reserve(items.size() + count + 64);
     for (std::size_t w = 0; w < blocks_.size() * block_items / 64; ++w) {
       auto& word = touched_word(w);
-      if (word.load(std::memory_order_relaxed) == 0) continue;
+      if (word.load(detail::memory_order_relaxed) == 0) continue;
       // What came meanwhile and has no room is left for the next time.
       if (items.capacity() - items.size() < 64) break;
-      std::uint64_t bits = word.exchange(0, std::memory_order_acquire);
+      std::uint64_t bits = word.exchange(0, detail::memory_order_acquire);
       for (; bits != 0; bits &= bits - 1)
         items.push_back(
             static_cast<std::uint32_t>(w * 64 + static_cast<unsigned>(std::countr_zero(bits))));
@@ -7626,16 +7982,16 @@ class ItemCounters {
   void touch(std::uint32_t item) noexcept {
     auto& word = touched_word(item / 64);
     const std::uint64_t bit = std::uint64_t{1} << (item % 64);
-    if ((word.load(std::memory_order_relaxed) & bit) == 0)
-      word.fetch_or(bit, std::memory_order_release);
+    if ((word.load(detail::memory_order_relaxed) & bit) == 0)
+      word.fetch_or(bit, detail::memory_order_release);
   }
 
   // Adds amount >= 0, counted in steps of 2^-22; a counter holds at most 2^29. item < size().
   void add(Kind kind, std::uint32_t item, double amount, const DecayMoment& moment) noexcept {
-    std::atomic<std::uint64_t>& word = at(kind, item);
+    detail::atomic<std::uint64_t>& word = at(kind, item);
     const double steps = amount * moment.weight * unit;
     const std::uint64_t whole = rounded(steps);
-    std::uint64_t old = word.load(std::memory_order_relaxed), sum;
+    std::uint64_t old = word.load(detail::memory_order_relaxed), sum;
     do {
       const std::uint64_t epoch = old >> value_bits, now = moment.half_lives;
       const std::uint64_t value =
@@ -7644,13 +8000,13 @@ class ItemCounters {
               ? aged(old, now) + whole
               : (old & value_mask) + rounded(std::ldexp(steps, -static_cast<int>(epoch - now)));
       sum = std::max(epoch, now) << value_bits | std::min(value, value_mask);
-    } while (!word.compare_exchange_weak(old, sum, std::memory_order_relaxed));
+    } while (!word.compare_exchange_weak(old, sum, detail::memory_order_relaxed));
     touch(item);
   }
 
   // The count as it has decayed by `moment`.
   double value(Kind kind, std::uint32_t item, const DecayMoment& moment) const noexcept {
-    const std::uint64_t word = at(kind, item).load(std::memory_order_relaxed);
+    const std::uint64_t word = at(kind, item).load(detail::memory_order_relaxed);
     if ((word & value_mask) == 0) return 0;
     // A moment long before the last addition is taken for the half-life before it.
     const int age =
@@ -7669,10 +8025,10 @@ class ItemCounters {
   static constexpr double unit = 0x1p22;
   static constexpr std::size_t block_items = 4096, kinds = 4;
   struct Block {
-    std::array<std::atomic<std::uint64_t>, kinds * block_items> counts;
-    std::array<std::atomic<std::uint64_t>, block_items / 64> touched;  // a bit an item
+    std::array<detail::atomic<std::uint64_t>, kinds * block_items> counts;
+    std::array<detail::atomic<std::uint64_t>, block_items / 64> touched;  // a bit an item
   };
-  static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+  static_assert(detail::atomic<std::uint64_t>::is_always_lock_free);
 
   static std::uint64_t rounded(double steps) noexcept {
     return steps < 0x1p52 - 1 ? static_cast<std::uint64_t>(steps + 0.5) : value_mask;
@@ -7683,11 +8039,11 @@ class ItemCounters {
     return age < value_bits ? (word & value_mask) >> age : 0;
   }
 
-  std::atomic<std::uint64_t>& at(Kind kind, std::uint32_t item) const noexcept {
+  detail::atomic<std::uint64_t>& at(Kind kind, std::uint32_t item) const noexcept {
     return blocks_[item / block_items]
         ->counts[kinds * (item % block_items) + static_cast<std::uint32_t>(kind)];
   }
-  std::atomic<std::uint64_t>& touched_word(std::size_t w) const noexcept {
+  detail::atomic<std::uint64_t>& touched_word(std::size_t w) const noexcept {
     return blocks_[w / (block_items / 64)]->touched[w % (block_items / 64)];
   }
 
@@ -7720,7 +8076,7 @@ class ContextSums {
       bool rows_full = false;
       std::size_t rows = 0, index_slots = 0;  // of a new index, or none
       {
-        const std::lock_guard lock{stripe.mutex};
+        const detail::lock_guard lock{stripe.mutex};
         if (find(stripe, item)) return;
         const bool index_full = stripe.index.full();
         if (index_full) index_slots = std::max<std::size_t>(2 * stripe.index.capacity(), 1);
@@ -7755,7 +8111,7 @@ class ContextSums {
       for (std::size_t count = 0;;) {  // memory is taken without the lock
         rows.reserve(count);
         sums.resize(std::max(sums.size(), count * 2 * dimension_));
-        const std::lock_guard lock{stripe.mutex};
+        const detail::lock_guard lock{stripe.mutex};
         count = stripe.rows.size();
         if (rows.capacity() < count || sums.size() < count * 2 * dimension_) continue;
         rows.assign(stripe.rows.begin(), stripe.rows.end());
@@ -7779,14 +8135,14 @@ class ContextSums {
   // Gives up an item's sums; the memory serves other items.
   void forget(std::uint32_t item) noexcept {
     Stripe& stripe = stripe_of(item);
-    const std::lock_guard lock{stripe.mutex};
+    const detail::lock_guard lock{stripe.mutex};
     if (const auto row = find(stripe, item)) release(stripe, *row);
   }
 
   std::size_t bytes() const {
     std::size_t sum = 0;
     for (const Stripe& stripe : stripes_) {
-      const std::lock_guard lock{stripe.mutex};
+      const detail::lock_guard lock{stripe.mutex};
       sum += stripe.index.bytes() + detail::allocated(stripe.rows) +
              detail::allocated(stripe.blocks) +
              stripe.blocks.size() * detail::allocated(block_rows * 2 * dimension_ * sizeof(float));
@@ -7840,7 +8196,7 @@ class ContextSums {
       blocks.reserve(count / block_rows + 1);
       block.reset(new float[block_rows * 2 * dimension_]);
     }
-    const std::lock_guard lock{stripe.mutex};
+    const detail::lock_guard lock{stripe.mutex};
     if (stripe.index.full() && larger.capacity() > stripe.index.capacity()) {
       larger.take(stripe.index);
       std::swap(larger, stripe.index);
@@ -7894,7 +8250,7 @@ class ContextSums {
   void add(std::uint32_t item, std::span<const float> query, double amount, std::size_t offset,
            const DecayMoment& moment) noexcept {
     Stripe& stripe = stripe_of(item);
-    const std::lock_guard lock{stripe.mutex};
+    const detail::lock_guard lock{stripe.mutex};
     const auto number = row_in(stripe, item);
     if (!number) return;
     Row& row = stripe.rows[*number];
@@ -8070,20 +8426,20 @@ class SlateLog {
   void add(std::string_view owner, const LoggedSlate& slate, std::int64_t now, std::string& id) {
     id.resize(32);
     const std::uint64_t of_owner = owner_hash(owner);
-    const std::size_t s = of_owner % stripes_.size();
+    const std::size_t s = stripe_of(of_owner);
     Stripe& stripe = stripes_[s];
     const std::size_t picks = std::min(slate.picks.size(), most_picks());
     const std::size_t size = slate_size(picks, !slate.query.empty());
     std::uint64_t number = 0;
     {
-      const std::lock_guard lock{stripe.mutex};
+      const detail::lock_guard lock{stripe.mutex};
       const std::uint64_t sequence = stripe.next++;
       number = sequence * stripes_.size() + s;
       if (ring_size_ - stripe.head % ring_size_ < size)
         stripe.head += ring_size_ - stripe.head % ring_size_;
-      Slot& slot = stripe.slots[sequence % stripe.slots.size()];
+      Slot& slot = stripe.slots[static_cast<std::size_t>(sequence % stripe.slots.size())];
       slot = {number,
-              order_.fetch_add(1, std::memory_order_relaxed),
+              order_.fetch_add(1, detail::memory_order_relaxed),
               of_owner,
               slate.timestamp,
               now,
@@ -8109,8 +8465,8 @@ class SlateLog {
     if (!number) return SlateStatus::unknown;
     // Memory first, without the lock.
     reserve(slate);
-    Stripe& stripe = stripes_[*number % stripes_.size()];
-    const std::lock_guard lock{stripe.mutex};
+    Stripe& stripe = stripes_[stripe_of(*number)];
+    const detail::lock_guard lock{stripe.mutex};
     Slot* slot = find(stripe, *number);
     if (!slot) return SlateStatus::expired;
     if (detail::elapsed(slot->timestamp, timestamp) > expiry_ ||
@@ -8129,8 +8485,8 @@ class SlateLog {
   void mark(std::string_view id, std::string_view owner, Change change) noexcept {
     const auto number = number_of(id, owner);
     if (!number) return;
-    Stripe& stripe = stripes_[*number % stripes_.size()];
-    const std::lock_guard lock{stripe.mutex};
+    Stripe& stripe = stripes_[stripe_of(*number)];
+    const detail::lock_guard lock{stripe.mutex};
     Slot* slot = find(stripe, *number);
     if (!slot) return;
     slot->reported = true;
@@ -8150,7 +8506,7 @@ class SlateLog {
     std::vector<std::pair<std::uint64_t, std::uint64_t>> newest;  // order and number
     for (const Stripe& stripe : stripes_) {
       newest.reserve(newest.size() + stripe.slots.size());
-      const std::lock_guard lock{stripe.mutex};
+      const detail::lock_guard lock{stripe.mutex};
       for (const Slot& slot : stripe.slots)
         if (slot.reported && find(stripe, slot.number)) newest.push_back({slot.order, slot.number});
     }
@@ -8160,9 +8516,9 @@ class SlateLog {
     LoggedSlate slate;
     reserve(slate);
     for (std::size_t i = 0; i < count; ++i) {
-      const Stripe& stripe = stripes_[newest[i].second % stripes_.size()];
+      const Stripe& stripe = stripes_[stripe_of(newest[i].second)];
       {
-        const std::lock_guard lock{stripe.mutex};
+        const detail::lock_guard lock{stripe.mutex};
         const Slot* slot = find(stripe, newest[i].second);
         if (!slot) continue;
         copy(stripe, *slot, slate);
@@ -8174,8 +8530,8 @@ class SlateLog {
   // Gives up all slates of an owner.
   void forget(std::string_view owner) noexcept {
     const std::uint64_t of_owner = owner_hash(owner);
-    Stripe& stripe = stripes_[of_owner % stripes_.size()];
-    const std::lock_guard lock{stripe.mutex};
+    Stripe& stripe = stripes_[stripe_of(of_owner)];
+    const detail::lock_guard lock{stripe.mutex};
     for (Slot& slot : stripe.slots)
       if (slot.owner == of_owner) {
         if (find(stripe, slot.number))
@@ -8220,9 +8576,15 @@ class SlateLog {
     return picks * pick_size() + (query ? dimension_ * sizeof(float) : 0);
   }
 
+  // Of an owner's hash, or of a slate's number.
+  std::size_t stripe_of(std::uint64_t number) const noexcept {
+    return static_cast<std::size_t>(number % stripes_.size());
+  }
+
   // Not displaced: its slot is still its own, and so are its bytes.
   const Slot* find(const Stripe& stripe, std::uint64_t number) const noexcept {
-    const Slot& slot = stripe.slots[number / stripes_.size() % stripe.slots.size()];
+    const Slot& slot =
+        stripe.slots[static_cast<std::size_t>(number / stripes_.size() % stripe.slots.size())];
     return number != 0 && slot.number == number && slot.begin + ring_size_ >= stripe.head ? &slot
                                                                                           : nullptr;
   }
@@ -8261,7 +8623,7 @@ class SlateLog {
   }
 
   std::uint64_t owner_hash(std::string_view owner) const noexcept {
-    return detail::siphash(key_, std::as_bytes(std::span(owner)));
+    return detail::siphash(key_, detail::text_bytes(owner));
   }
   std::uint64_t tag(std::uint64_t number, std::uint64_t of_owner) const noexcept {
     const std::array<std::uint64_t, 2> both{number, of_owner};
@@ -8293,7 +8655,7 @@ class SlateLog {
   std::size_t dimension_;
   bool with_choices_;
   std::size_t ring_size_ = 0;
-  std::atomic<std::uint64_t> order_{1};
+  detail::atomic<std::uint64_t> order_{1};
   std::vector<Stripe> stripes_;
 };
 
@@ -8328,6 +8690,26 @@ inline void append_csv_field(std::string_view field, std::string& line) {
   line += '"';
 }
 
+// The fewest digits that read back as the value, in every locale.
+template <class Number>
+void append_number(Number value, std::string& line) {
+  std::array<char, 32> text{};
+  char* end = text.data();
+#if defined(_LIBCPP_VERSION) && _LIBCPP_VERSION < 14000  // has std::to_chars of integers only
+  if constexpr (std::is_floating_point_v<Number>) {
+    using Limits = std::numeric_limits<Number>;
+    for (int digits = Limits::digits10; digits <= Limits::max_digits10; ++digits) {
+      end = text.data() +
+            std::snprintf(text.data(), text.size(), "%.*g", digits, static_cast<double>(value));
+      if (static_cast<Number>(std::strtod(text.data(), nullptr)) == value) break;
+    }
+    std::replace(text.begin(), text.end(), ',', '.');
+  } else
+#endif
+    end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
+  line.append(text.data(), end);
+}
+
 }  // namespace detail
 
 // The entry as a line of CSV under log_csv_header, the same in every locale. Appends to `line`.
@@ -8336,10 +8718,8 @@ inline void append_csv(const LogEntry& entry, std::string& line) {
     detail::append_csv_field(text, line);
     line += ',';
   };
-  std::array<char, 32> digits;
-  const auto number = [&](auto value, char behind) {
-    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
-    line.append(digits.data(), end);
+  const auto number = [&line](auto value, char behind) {
+    detail::append_number(value, line);
     line += behind;
   };
   number(entry.timestamp, ',');
@@ -8474,8 +8854,8 @@ class VectorCorrection {
       trace_ += values_[e];
     }
     // As Kernels::matrix_vector wants them: [blocks][inputs][lanes].
-    to_basis_.resize(padded_ * dimension);
-    from_basis_.resize(padded_ * dimension);
+    to_basis_.resize(detail::elements(padded_, dimension));
+    from_basis_.resize(detail::elements(padded_, dimension));
     for (std::size_t e = 0; e < dimension; ++e)
       for (std::size_t c = 0; c < dimension; ++c) {
         const auto v = static_cast<float>(vectors[e * dimension + c]);
@@ -9170,7 +9550,8 @@ class CatalogueBuilder {
     // Items that were added are not the old scorer's.
     const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_);
     next.scorer = std::make_shared<const Scorer>(next.scorer->changed(
-        next.vectors, next.biases, std::span(changed_.begin(), added), &pace_));
+        next.vectors, next.biases,
+        std::span(changed_.data(), static_cast<std::size_t>(added - changed_.begin())), &pace_));
     adjust_popular();
     if (next.pool.size() == Catalogue::max_pool)  // items may wait that were not among the newest
       choose_pool(now, latest);
@@ -9634,7 +10015,7 @@ class Lanes {
  public:
   std::shared_ptr<const Catalogue> current() const {
     Lane& lane = of_thread();
-    const std::lock_guard lock{lane.mutex};
+    const lock_guard lock{lane.mutex};
     return lane.catalogue;
   }
   // Each lane gets a pointer with a count of its own. Where memory runs out, none does.
@@ -9645,14 +10026,14 @@ class Lanes {
       copy = std::shared_ptr<const Catalogue>(std::move(owner), next.get());
     }
     for (std::size_t l = 0; l < lane_count; ++l) {
-      const std::lock_guard lock{lanes_[l].mutex};
+      const lock_guard lock{lanes_[l].mutex};
       lanes_[l].catalogue.swap(copies[l]);
     }
   }
   // Whether a request is under way.
   bool busy() const noexcept {
     return std::any_of(lanes_.begin(), lanes_.end(), [](const Lane& lane) {
-      const std::lock_guard lock{lane.mutex};
+      const lock_guard lock{lane.mutex};
       return lane.scratches > lane.idle.size();
     });
   }
@@ -9660,7 +10041,7 @@ class Lanes {
   std::size_t idle_bytes() const {
     std::size_t sum = 0;
     for (const Lane& lane : lanes_) {
-      const std::lock_guard lock{lane.mutex};
+      const lock_guard lock{lane.mutex};
       for (const auto& scratch : lane.idle) sum += scratch->bytes();
     }
     return sum;
@@ -9676,9 +10057,7 @@ class Lanes {
   };
   static constexpr std::size_t lane_count = 16;
 
-  Lane& of_thread() const noexcept {
-    return lanes_[std::hash<std::thread::id>{}(std::this_thread::get_id()) % lane_count];
-  }
+  Lane& of_thread() const noexcept { return lanes_[thread_number() % lane_count]; }
   mutable std::array<Lane, lane_count> lanes_;
 };
 
@@ -9699,7 +10078,7 @@ class ScratchLease {
     scratch_->interacted.clear();
     scratch_->ignored.clear();
     scratch_->ignored_filter = {};
-    const std::lock_guard lock{lane_.mutex};
+    const lock_guard lock{lane_.mutex};
     lane_.idle.push_back(std::move(scratch_));
   }
   Scratch& operator*() const noexcept { return *scratch_; }
@@ -9716,7 +10095,7 @@ class ScratchLease {
  private:
   // The public one delegates to it, so that what it throws is no reason to lose the memory.
   explicit ScratchLease(Lanes::Lane& lane) : lane_(lane) {
-    const std::lock_guard lock{lane.mutex};
+    const lock_guard lock{lane.mutex};
     catalogue_ = lane.catalogue;
     if (lane.idle.empty()) return;
     scratch_ = std::move(lane.idle.back());
@@ -9743,7 +10122,7 @@ class ScratchLease {
       std::vector<std::unique_ptr<Scratch>> room;
       std::size_t wanted = 0;
       {
-        const std::lock_guard lock{lane_.mutex};
+        const lock_guard lock{lane_.mutex};
         if (lane_.idle.capacity() > lane_.scratches) {
           ++lane_.scratches;
           scratch_ = std::move(made);
@@ -9752,7 +10131,7 @@ class ScratchLease {
         wanted = 2 * lane_.scratches + 2;
       }
       room.reserve(wanted);
-      const std::lock_guard lock{lane_.mutex};
+      const lock_guard lock{lane_.mutex};
       if (lane_.idle.capacity() >= wanted) continue;
       for (auto& scratch : lane_.idle) room.push_back(std::move(scratch));
       room.swap(lane_.idle);
@@ -9808,7 +10187,7 @@ class UserKey {
 //   history      events, oldest first, each as varints: item, event type + 1, and the seconds since
 //                the event before, with the sign in the lowest bit
 // Not thread-safe: Users holds a lock.
-class alignas(16) User {
+class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
  public:
   struct Free {
     void operator()(User* user) const noexcept {
@@ -10059,7 +10438,7 @@ class alignas(16) User {
   std::uint8_t impressions_ = 0;
   static_assert(RecentImpressions::capacity < 256);
 };
-static_assert(sizeof(User) % 16 == 0 && std::is_trivially_copyable_v<RecentImpressions::Entry>);
+static_assert(std::is_trivially_copyable_v<RecentImpressions::Entry>);
 
 // Any number of threads may call. Users are spread over 64 locks by a keyed hash. A user's memory
 // is taken and given back outside of them; what is done under one is a look-up and what apply()
@@ -10080,7 +10459,7 @@ class Users {
   template <class Apply>
   auto with(const UserKey& key, Apply apply, bool use = true) {
     Shard& shard = shard_of(key);
-    const std::lock_guard lock{shard.mutex};
+    const lock_guard lock{shard.mutex};
     User* const user = find(shard, key, use);
     return apply(user);
   }
@@ -10096,7 +10475,7 @@ class Users {
     for (;;) {
       std::size_t tail = 0;
       {
-        const std::lock_guard lock{shard.mutex};
+        const lock_guard lock{shard.mutex};
         if (User* const user = find(shard, key, true)) {
           tail = user->tail_for(events, impressions, dimension);
           if (tail == 0) return apply(*user);
@@ -10117,7 +10496,7 @@ class Users {
     for (bool more = true; more;) {
       std::size_t count = 0;
       {
-        const std::lock_guard lock{shard.mutex};
+        const lock_guard lock{shard.mutex};
         if (const auto number = number_of(shard, key); number && shard.users[*number]->is_blank())
           gone[count++] = remove(shard, *number);
         while (count < gone.size() && over_budget(shard))
@@ -10131,7 +10510,7 @@ class Users {
   // The user, who is forgotten; null where there is none.
   User::Owner take(const UserKey& key) noexcept {
     Shard& shard = shard_of(key);
-    const std::lock_guard lock{shard.mutex};
+    const lock_guard lock{shard.mutex};
     const auto number = number_of(shard, key);
     return number ? remove(shard, *number) : nullptr;
   }
@@ -10139,7 +10518,7 @@ class Users {
   std::size_t count() const {
     std::size_t sum = 0;
     for (const Shard& shard : shards_) {
-      const std::lock_guard lock{shard.mutex};
+      const lock_guard lock{shard.mutex};
       sum += shard.index.size();
     }
     return sum;
@@ -10147,7 +10526,7 @@ class Users {
   std::size_t bytes() const {
     std::size_t sum = 0;
     for (const Shard& shard : shards_) {
-      const std::lock_guard lock{shard.mutex};
+      const lock_guard lock{shard.mutex};
       sum += bytes_of(shard);
     }
     return sum;
@@ -10195,7 +10574,7 @@ class Users {
     for (;;) {
       std::size_t room = 0;
       {
-        const std::lock_guard lock{shard.mutex};
+        const lock_guard lock{shard.mutex};
         if (number_of(shard, key)) return;
         if (!shard.index.full() && (!shard.free.empty() || has_room(shard))) {
           return insert(shard, std::move(user));
@@ -10216,14 +10595,14 @@ class Users {
     std::vector<std::uint32_t> free;
     std::size_t size = 0;
     {
-      const std::lock_guard lock{shard.mutex};
+      const lock_guard lock{shard.mutex};
       size = shard.users.size();
     }
     if (full_at != 0 || size == 0) larger = HashIndex::of_capacity(2 * full_at);
     const std::size_t room = std::max<std::size_t>(size + size / 4 + 4, 4);
     users.reserve(room);
     free.reserve(room);
-    const std::lock_guard lock{shard.mutex};
+    const lock_guard lock{shard.mutex};
     if (shard.index.full() && larger.capacity() > shard.index.capacity()) {
       larger.take(shard.index);
       std::swap(larger, shard.index);
@@ -10266,7 +10645,7 @@ class Users {
     };
     void* memory = ::operator new(capacity);
     std::unique_ptr<void, Delete> owner(memory);
-    const std::lock_guard lock{shard.mutex};
+    const lock_guard lock{shard.mutex};
     User* const user = find(shard, key, false);
     if (!user || user->tail_for(events, impressions, dimension) != capacity) return;
     shard.bytes -= user->bytes();
@@ -10294,8 +10673,7 @@ class EventIds {
    public:
     Claim(EventIds& ids, std::string_view id, const UserKey& user, const HashKey& key) {
       if (id.empty()) return;
-      const std::array<std::uint64_t, 2> both{siphash(key, std::as_bytes(std::span(id))),
-                                              user.hash()};
+      const std::array<std::uint64_t, 2> both{siphash(key, text_bytes(id)), user.hash()};
       hash_ = siphash(key, std::as_bytes(std::span(both)));
       known_ = !ids.claim(hash_);
       if (!known_) ids_ = &ids;
@@ -10319,7 +10697,7 @@ class EventIds {
   std::size_t bytes() const {
     std::size_t sum = 0;
     for (const Stripe& stripe : stripes_) {
-      const std::lock_guard lock{stripe.mutex};
+      const lock_guard lock{stripe.mutex};
       sum += stripe.index.bytes() + allocated(stripe.ring) + allocated(stripe.claimed);
     }
     return sum;
@@ -10341,7 +10719,7 @@ class EventIds {
     for (;;) {
       std::size_t ring = 0, claimed = 0;
       {
-        const std::lock_guard lock{stripe.mutex};
+        const lock_guard lock{stripe.mutex};
         if (stripe.index.find(hash, [&](std::uint32_t p) { return stripe.ring[p] == hash; }) ||
             std::find(stripe.claimed.begin(), stripe.claimed.end(), hash) != stripe.claimed.end())
           return false;
@@ -10361,7 +10739,7 @@ class EventIds {
     std::vector<std::uint64_t> ring, claims;
     ring.reserve(room);
     claims.reserve(claimed);
-    const std::lock_guard lock{stripe.mutex};
+    const lock_guard lock{stripe.mutex};
     if (stripe.claimed.capacity() < claims.capacity()) {
       claims.assign(stripe.claimed.begin(), stripe.claimed.end());
       claims.swap(stripe.claimed);
@@ -10375,7 +10753,7 @@ class EventIds {
 
   void end(std::uint64_t hash, bool keep) noexcept {
     Stripe& stripe = stripes_[hash % stripe_count];
-    const std::lock_guard lock{stripe.mutex};
+    const lock_guard lock{stripe.mutex};
     std::erase(stripe.claimed, hash);
     if (!keep) return;
     const auto place = static_cast<std::uint32_t>(stripe.next);
@@ -10435,7 +10813,7 @@ class TimeGate {
   }
 
   // The time of the latest interaction.
-  std::int64_t latest() const noexcept { return latest_.load(std::memory_order_relaxed); }
+  std::int64_t latest() const noexcept { return latest_.load(memory_order_relaxed); }
   bool young(std::int64_t created) const noexcept {
     return Catalogue::young(created, latest(), options_.exploration_item_age_cut_off);
   }
@@ -10450,18 +10828,18 @@ class TimeGate {
   // before it.
   std::int64_t shared(const Time& time) const noexcept {
     const std::int64_t t = std::min(time.timestamp, time.now);
-    const std::int64_t last = latest_event_.load(std::memory_order_relaxed);
+    const std::int64_t last = latest_event_.load(memory_order_relaxed);
     if (last == no_timestamp || elapsed(t, time.now) <= options_.clock_skew.count()) return t;
     return elapsed(last, t) > largest_step ? last + largest_step : t;
   }
   // By an event of a user (a hash), who alone moves it by no more than a week in a replay.
   void advance(const Time& time, std::uint64_t user) noexcept {
     std::int64_t to = shared(time);
-    const std::int64_t last = latest_event_.load(std::memory_order_relaxed);
+    const std::int64_t last = latest_event_.load(memory_order_relaxed);
     if (to <= last) return;
-    if (latest_user_.exchange(user, std::memory_order_relaxed) != user)
-      latest_before_.store(last, std::memory_order_relaxed);
-    const std::int64_t before = latest_before_.load(std::memory_order_relaxed);
+    if (latest_user_.exchange(user, memory_order_relaxed) != user)
+      latest_before_.store(last, memory_order_relaxed);
+    const std::int64_t before = latest_before_.load(memory_order_relaxed);
     if (before != no_timestamp && elapsed(before, to) > largest_step &&
         elapsed(to, time.now) > options_.clock_skew.count())
       to = before + largest_step;
@@ -10470,20 +10848,20 @@ class TimeGate {
   }
 
  private:
-  static void raise(std::atomic<std::int64_t>& highest, std::int64_t to) noexcept {
-    std::int64_t old = highest.load(std::memory_order_relaxed);
-    while (old < to && !highest.compare_exchange_weak(old, to, std::memory_order_relaxed)) {
+  static void raise(atomic<std::int64_t>& highest, std::int64_t to) noexcept {
+    std::int64_t old = highest.load(memory_order_relaxed);
+    while (old < to && !highest.compare_exchange_weak(old, to, memory_order_relaxed)) {
     }
   }
 
   static constexpr std::int64_t largest_step = 7 * 86'400;  // of latest_event_, see shared()
 
   const RecommenderOptions& options_;
-  std::atomic<std::int64_t> latest_;                      // of all interactions
-  std::atomic<std::int64_t> latest_event_{no_timestamp};  // of those that were recorded here
+  atomic<std::int64_t> latest_;                      // of all interactions
+  atomic<std::int64_t> latest_event_{no_timestamp};  // of those that were recorded here
   // Who moved that last, and where it was before.
-  std::atomic<std::uint64_t> latest_user_{0};
-  std::atomic<std::int64_t> latest_before_{no_timestamp};
+  atomic<std::uint64_t> latest_user_{0};
+  atomic<std::int64_t> latest_before_{no_timestamp};
 };
 
 }  // namespace detail
@@ -10548,7 +10926,7 @@ struct State {
     using is_transparent = void;
     HashKey key;
     std::size_t operator()(std::string_view id) const noexcept {
-      return static_cast<std::size_t>(siphash(key, std::as_bytes(std::span(id))));
+      return static_cast<std::size_t>(siphash(key, text_bytes(id)));
     }
   };
 
@@ -10561,12 +10939,13 @@ struct State {
         table(kernel_table),
         times(options, latest_of(*model)),
         encoder_state(Encoder(*model, table).state_size()),
-        users(options.user_bytes, options.max_users, encoder_state, model->dimension()),
+        users(to_memory(options.user_bytes), to_memory(options.max_users), encoder_state,
+              model->dimension()),
         event_ids(options.remembered_event_ids),
-        contexts(model->dimension(), options.context_bytes),
+        contexts(model->dimension(), to_memory(options.context_bytes)),
         slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(), key,
-               options.feedback ? options.slate_log_bytes : 0, model->dimension(),
-               static_cast<bool>(options.log)),
+               options.feedback ? static_cast<std::size_t>(options.slate_log_bytes) : 0,
+               model->dimension(), static_cast<bool>(options.log)),
         forgotten((model->parts().user_ids.size() + 63) / 64),
         put_items(0, PutHash{key}) {}
 
@@ -10575,7 +10954,7 @@ struct State {
   ~State() {
     if (!updater.joinable()) return;
     {
-      const std::lock_guard lock{wake_mutex};
+      const lock_guard lock{wake_mutex};
       stopping = true;
     }
     wake.notify_all();
@@ -10596,7 +10975,7 @@ struct State {
   std::optional<std::uint32_t> stored_user(const Model& model,
                                            std::string_view user) const noexcept {
     const auto row = user.empty() ? std::nullopt : model.parts().user_ids.find(user);
-    if (!row || (forgotten[*row / 64].load(std::memory_order_relaxed) >> *row % 64 & 1) != 0)
+    if (!row || (forgotten[*row / 64].load(memory_order_relaxed) >> *row % 64 & 1) != 0)
       return std::nullopt;
     return row;
   }
@@ -10618,13 +10997,13 @@ struct State {
    public:
     explicit Hurry(State& state) : state_(state) {
       {
-        const std::lock_guard lock{state_.wake_mutex};
+        const lock_guard lock{state_.wake_mutex};
         ++state_.in_a_hurry;
       }
       state_.wake.notify_all();
     }
     ~Hurry() {
-      const std::lock_guard lock{state_.wake_mutex};
+      const lock_guard lock{state_.wake_mutex};
       --state_.in_a_hurry;
     }
     Hurry(const Hurry&) = delete;
@@ -10653,18 +11032,18 @@ struct State {
   ContextSums contexts;
   SlateLog slates;
   Decay decay{Catalogue::half_life};
-  std::vector<std::atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
+  std::vector<atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
   Lanes lanes;
 
-  std::atomic<bool> changed{false};  // events or impressions since the last learning
-  std::atomic<std::int64_t> next_update{no_timestamp};  // by the clock
-  std::atomic<std::uint64_t> restarted{0};
+  atomic<bool> changed{false};                     // events or impressions since the last learning
+  atomic<std::int64_t> next_update{no_timestamp};  // by the clock
+  atomic<std::uint64_t> restarted{0};
 
   mutable Mutex pending_mutex;
   std::unordered_map<std::string, PutItem, PutHash, std::equal_to<>> put_items;
   std::size_t pending_bytes = 0, kept_bytes = 0;  // waiting; of what is in
   std::uint64_t put_version = 0;                  // of the last change
-  std::atomic<bool> has_pending{false};
+  atomic<bool> has_pending{false};
 
   RankedMutex<0> update_mutex;                            // one update at a time
   std::shared_ptr<const Catalogue> catalogue;             // under update_mutex
@@ -10675,12 +11054,12 @@ struct State {
   std::int64_t learnt_at = no_timestamp;  // these under update_mutex
   std::size_t learnt_items = 0;
 
-  std::mutex wake_mutex;  // of the update thread alone, and of who wakes it
-  std::condition_variable wake, taken_in;
+  mutex wake_mutex;  // of the update thread alone, and of who wakes it
+  condition_variable wake, taken_in;
   bool stopping = false, woken = false;
   int in_a_hurry = 0;               // how many Hurry there are
   std::uint64_t taken_version = 0;  // put_version that updates have taken in
-  std::thread updater;
+  thread updater;
 
  private:
   static std::int64_t latest_of(const Model& model) noexcept {
@@ -10780,7 +11159,7 @@ inline void State::step(User& user, const RememberedEvent& event, Scratch& scrat
   if (!of.encoder->step({event.item, event.event_type, gap, input}, user.state(),
                         scratch.encoding)) {
     std::fill(user.state().begin(), user.state().end(), 0.0f);
-    restarted.fetch_add(1, std::memory_order_relaxed);
+    restarted.fetch_add(1, memory_order_relaxed);
   }
   user.fade_offset(1.0f - offset_forgotten);
   user.remember(event, options.history_length);
@@ -10802,7 +11181,7 @@ inline void State::apply_event(const UserKey& key_of, std::string_view user,
   times.advance(time, key_of.hash());
   if (!shared) return;
   of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(times.shared(time)));
-  changed.store(true, std::memory_order_relaxed);
+  changed.store(true, memory_order_relaxed);
 }
 
 // The visitor's events are replayed with a catalogue of after they were made: its items are in it.
@@ -10872,7 +11251,7 @@ inline Result<void> State::check_fields(const NewItem& item) const {
 // changed.
 inline Result<void> State::put(const NewItem& item, const Time& time) {
   std::vector<float> vector(base_model->dimension());
-  const std::lock_guard lock{pending_mutex};
+  const lock_guard lock{pending_mutex};
   const auto found = put_items.find(item.item);
   const bool there = found != put_items.end(), waits = there && found->second.waiting;
   PutItem next;
@@ -10914,13 +11293,13 @@ inline Result<void> State::put(const NewItem& item, const Time& time) {
   pending_bytes += now - before;
   kept_bytes -= kept;
   ++put_version;
-  has_pending.store(true, std::memory_order_relaxed);
+  has_pending.store(true, memory_order_relaxed);
   return {};
 }
 
 inline bool State::remove(std::string_view id) {
   const bool there = lanes.current()->find(id).has_value();
-  const std::lock_guard lock{pending_mutex};
+  const lock_guard lock{pending_mutex};
   auto found = put_items.find(id);
   const bool waits = found != put_items.end() && found->second.waiting && !found->second.remove;
   if (!there && !waits) return false;
@@ -10936,13 +11315,13 @@ inline bool State::remove(std::string_view id) {
   }
   item.waiting = item.remove = true;
   item.version = ++put_version;
-  has_pending.store(true, std::memory_order_relaxed);
+  has_pending.store(true, memory_order_relaxed);
   return true;
 }
 
 // Keeps an event on an item that waits for an update; false where none waits, or there is no room.
 inline bool State::remember_pending(std::string_view item, PendingEvent event) {
-  const std::lock_guard lock{pending_mutex};
+  const lock_guard lock{pending_mutex};
   const auto found = put_items.find(item);
   if (found == put_items.end() || !found->second.waiting || found->second.remove) return false;
   auto& events = found->second.events;
@@ -10963,7 +11342,7 @@ inline std::vector<std::pair<std::string, State::PutItem>> State::waiting_items(
     std::uint64_t& version) const {
   std::vector<std::pair<std::string, PutItem>> items;
   {
-    const std::lock_guard lock{pending_mutex};
+    const lock_guard lock{pending_mutex};
     version = put_version;
     for (const auto& [id, item] : put_items) {
       if (!item.waiting) continue;
@@ -11001,7 +11380,7 @@ inline void State::take_in(const std::vector<std::pair<std::string, PutItem>>& i
 
 // What was taken in waits no more, unless it was put again meanwhile; its events move to `items`.
 inline void State::settle_pending(std::vector<std::pair<std::string, PutItem>>& items) noexcept {
-  const std::lock_guard lock{pending_mutex};
+  const lock_guard lock{pending_mutex};
   for (auto& [id, taken] : items) {
     const auto found = put_items.find(id);
     if (found == put_items.end()) continue;
@@ -11020,7 +11399,7 @@ inline void State::settle_pending(std::vector<std::pair<std::string, PutItem>>& 
   }
   has_pending.store(std::any_of(put_items.begin(), put_items.end(),
                                 [](const auto& one) { return one.second.waiting; }),
-                    std::memory_order_relaxed);
+                    memory_order_relaxed);
 }
 
 // Events on items that have come in. One for which there is no memory is lost, and counted.
@@ -11048,14 +11427,14 @@ inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& it
 
 inline bool State::due() const {
   return options.update_interval.count() > 0 && times.now() >= next_update.load() &&
-         (changed.load(std::memory_order_relaxed) || has_pending.load(std::memory_order_relaxed));
+         (changed.load(memory_order_relaxed) || has_pending.load(memory_order_relaxed));
 }
 
 // Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
 // again.
 inline Result<void> State::update_if_due() {
   if (options.updates != Updates::in_requests || !due()) return {};
-  const std::unique_lock lock{update_mutex, std::try_to_lock};
+  const unique_lock lock{update_mutex, try_to_lock};
   if (!lock || !due()) return {};
   const std::int64_t now = times.now(), before = next_update.load();
   next_update.store(now + options.update_interval.count());
@@ -11097,7 +11476,7 @@ inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) 
     settle_pending(items);
     replay(items, scratch, result);
     {
-      const std::lock_guard lock{wake_mutex};
+      const lock_guard lock{wake_mutex};
       taken_version = version;
     }
     taken_in.notify_all();
@@ -11110,7 +11489,7 @@ inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) 
   result.duration = std::chrono::duration_cast<std::chrono::microseconds>(
       std::chrono::steady_clock::now() - begun);
   if (published || !made) {
-    const std::lock_guard lock{report_mutex};
+    const lock_guard lock{report_mutex};
     report = std::move(result);
   }
   return made;
@@ -11131,13 +11510,13 @@ inline void State::sweep() noexcept {
 }
 
 inline void State::start_updater() {
-  updater = std::thread([this] { run_updater(); });
+  updater = thread([this] { run_updater(); });
 }
 
 inline void State::wake_updater() {
   if (!updater.joinable()) return;
   {
-    const std::lock_guard lock{wake_mutex};
+    const lock_guard lock{wake_mutex};
     woken = true;
   }
   wake.notify_one();
@@ -11149,10 +11528,10 @@ inline void State::run_updater() {
   const std::chrono::milliseconds usual{options.clock ? 20 : 1000};
   const auto rest = [this](Pace::Clock::duration time) {
     if (!lanes.busy()) return;
-    std::unique_lock lock{wake_mutex};
+    unique_lock lock{wake_mutex};
     wake.wait_for(lock, time, [this] { return stopping || in_a_hurry > 0; });
   };
-  std::unique_lock lock{wake_mutex};
+  unique_lock lock{wake_mutex};
   while (!stopping) {
     wake.wait_for(lock, usual, [this] { return stopping || woken; });
     if (stopping) return;
@@ -11160,7 +11539,7 @@ inline void State::run_updater() {
     lock.unlock();
     bool made = true;
     const bool is_due = due();
-    std::unique_lock update_lock{update_mutex};
+    unique_lock update_lock{update_mutex};
     Pace pace(rest);  // what the lock took was no work
     if (put || is_due) {
       const std::int64_t now = times.now();
@@ -11557,6 +11936,8 @@ inline Result<Recommender> Recommender::create(std::shared_ptr<const Model> mode
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
     if (auto checked = detail::check_options(options); !checked) return checked.error();
     RecommenderOptions chosen = options;
+    if (!detail::has_threads && chosen.updates == Updates::by_thread)
+      chosen.updates = Updates::in_requests;
     if (!chosen.feedback) chosen.exploration_weight = 0;
     if (!chosen.recommendation_key) {
       chosen.recommendation_key = detail::random_key();
@@ -11713,9 +12094,8 @@ inline void Recommender::answer(Prepared& prepared, Slate& slate) const {
   SlotPolicy& policy = scratch.policy;
   policy.configure(state_->options.exploration_weight, exploration_temperature,
                    catalogue.calibration.slope);
-  const CounterRandom random{
-      xxh64(std::as_bytes(std::span(prepared.key.text())), state_->options.seed),
-      scratch.request_number};
+  const CounterRandom random{xxh64(detail::text_bytes(prepared.key.text()), state_->options.seed),
+                             scratch.request_number};
   policy.choose(scratch.top, scratch.pool, scratch.pool_expected, prepared.request.count, random,
                 scratch.taken, scratch.choices);
   LoggedSlate& logged = scratch.logged;
@@ -11862,7 +12242,7 @@ inline Result<Recorded> Recommender::record(const Interaction& event) {
     detail::ScratchLease scratch{state.lanes};
     auto item = scratch.catalogue().find(event.item);
     bool pending = false;
-    if (!item && state.has_pending.load(std::memory_order_relaxed)) {
+    if (!item && state.has_pending.load(detail::memory_order_relaxed)) {
       pending =
           state.remember_pending(event.item, {std::string(event.user), std::string(event.session),
                                               std::string(event.event_type), time->timestamp});
@@ -12098,7 +12478,7 @@ inline void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue
       if (has_query) state.contexts.add_positive(pick.item, query, moment);
     }
   }
-  state.changed.store(true, std::memory_order_relaxed);
+  state.changed.store(true, detail::memory_order_relaxed);
   if (!state.options.log || !owner) return;
   for (const bool positive : {false, true})
     for (const Scratch::Seen& seen : scratch.seen)
@@ -12185,7 +12565,7 @@ inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
   const State::Hurry hurry(*state_);
-  const std::lock_guard lock{state_->update_mutex};
+  const detail::lock_guard lock{state_->update_mutex};
   state_->next_update.store(time->now + state_->options.update_interval.count());
   detail::Pace pace;
   return state_->run_update(time->timestamp, true, pace);
@@ -12194,7 +12574,7 @@ inline Result<void> Recommender::update(std::optional<std::int64_t> now) {
 inline bool Recommender::update_due() const { return state_->due(); }
 
 inline UpdateReport Recommender::update_report() const {
-  const std::lock_guard lock{state_->report_mutex};
+  const detail::lock_guard lock{state_->report_mutex};
   return state_->report;
 }
 
@@ -12217,7 +12597,7 @@ inline MemoryUse Recommender::memory() const {
   use.slates = state.slates.bytes();
   use.contexts = state.contexts.bytes();
   {
-    const std::lock_guard lock{state.pending_mutex};
+    const detail::lock_guard lock{state.pending_mutex};
     use.pending = state.pending_bytes + state.kept_bytes;
   }
   use.catalogue = state.lanes.current()->bytes();
@@ -12231,14 +12611,14 @@ inline std::shared_ptr<const Model> Recommender::model() const {
   if (state.updater.joinable()) {
     std::uint64_t wanted = 0;
     {
-      const std::lock_guard lock{state.pending_mutex};
+      const detail::lock_guard lock{state.pending_mutex};
       wanted = state.put_version;
     }
-    std::unique_lock lock{state.wake_mutex};
+    detail::unique_lock lock{state.wake_mutex};
     state.taken_in.wait_for(lock, std::chrono::seconds{10},
                             [&] { return state.taken_version >= wanted; });
   }
-  const std::lock_guard lock{state.update_mutex};
+  const detail::lock_guard lock{state.update_mutex};
   if (!state.catalogue->changed_base) return state.catalogue->base;
   if (!state.whole_model) {
     auto whole = detail::catching_bad_alloc(
@@ -12252,6 +12632,9 @@ inline std::shared_ptr<const Model> Recommender::model() const {
 }  // namespace v1
 }  // namespace personalize
 
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#pragma GCC pop_options
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif

@@ -23,7 +23,6 @@ echo '#define ZSTD_VERSION_NUMBER 10503' >"$old/zstd.h"
 printf '#define XSIMD_VERSION_M%s\n' 'AJOR 8' 'INOR 0' >"$old/xsimd/xsimd.hpp"
 refused "needs GCC or Clang" -D_MSC_VER=1940 -U__clang__
 refused "needs a little-endian target" -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__
-refused "needs a 64-bit target" -U__SIZEOF_POINTER__ -D__SIZEOF_POINTER__=4
 refused "cannot be built with -ffast-math" -ffast-math
 refused "cannot be built with -ffast-math" -ffinite-math-only
 refused "needs zstd 1.5.4 or newer" -DPERSONALIZE_NO_XSIMD -I "$old"
