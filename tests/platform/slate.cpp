@@ -168,7 +168,11 @@ void check_sizes(const std::shared_ptr<const pz::Model>& model) {
   large.user_bytes = large.context_bytes = large.pending_bytes = std::uint64_t{1} << 50;
   large.max_users = std::uint64_t{1} << 40;
   pz::Recommender recommender = must(pz::Recommender::create(model, large), "budgets of 2^50");
-  must(recommender.record({.user = "u", .item = "i1"}), "an event under budgets of 2^50");
+  for (int u = 0; u < 200; ++u) {
+    const std::string user = "u" + std::to_string(u);
+    must(recommender.record({.user = user, .item = "i1"}), "an event");
+  }
+  must(recommender.user_count() == 200, "budgets of 2^50 have room for 200 users");
   if (!narrow) return;
   large.slate_log_bytes = std::uint64_t{1} << 40;
   const auto refused = pz::Recommender::create(model, large);
