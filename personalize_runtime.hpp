@@ -4208,6 +4208,8 @@ class FileBuilder {
   Codec codec() const noexcept {
 #ifndef PERSONALIZE_NO_ZSTD
     if (zstd_level_ != 0) return Codec::zstd;
+#else
+    (void)zstd_level_;
 #endif
     return Codec::stored;
   }
@@ -4231,7 +4233,7 @@ class FileBuilder {
   }
 
   ByteSink* sink_;
-  [[maybe_unused]] int zstd_level_;  // not used in a build without zstd
+  int zstd_level_;
   std::uint8_t chunk_log2_;
   std::uint64_t size_ = 0;
   std::vector<Section> sections_;
