@@ -92,13 +92,13 @@ struct Panels {
     if constexpr (Bits == 8)
       return v;
     else
-      return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+      return static_cast<std::uint16_t>(personalize::detail::bit_cast<std::uint32_t>(v) >> 16);
   }
   static float wide(Real v) {
     if constexpr (Bits == 8)
       return v;
     else
-      return std::bit_cast<float>(std::uint32_t{v} << 16);
+      return personalize::detail::bit_cast<float>(std::uint32_t{v} << 16);
   }
 
   std::size_t all() const { return count * pz::kernels::panel_rows; }

@@ -246,7 +246,7 @@ void sweep(Form form, Error error) {
   constexpr std::uint32_t infinity = 0x7f800000;
   for (std::uint32_t bits = 0; bits < infinity; bits += 509)
     for (const std::uint32_t sign : {0u, 0x80000000u}) {
-      x.push_back(std::bit_cast<float>(bits | sign));
+      x.push_back(pz::detail::bit_cast<float>(bits | sign));
       if (x.size() == together) run();
     }
   x.push_back(std::numeric_limits<float>::max());
