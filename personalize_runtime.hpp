@@ -3728,9 +3728,10 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
     raw_total += *decoded;
     if (auto checked = check_sizes(section); !checked) return checked.error();
     // What a section becomes is counted in std::size_t from here on.
-    if (raw_total > most_memory ||
-        std::any_of(section.shape.begin(), section.shape.end(),
-                    [](std::uint64_t extent) { return extent > most_memory; }))
+    if (sizeof(std::size_t) < 8 &&
+        (raw_total > most_memory ||
+         std::any_of(section.shape.begin(), section.shape.end(),
+                     [](std::uint64_t extent) { return extent > most_memory; })))
       return section_error(Errc::limit, section, "larger than a 32-bit program can hold");
   }
   if (expected_offset != size)
