@@ -586,7 +586,11 @@ struct UnitAllocator {
   friend bool operator==(const UnitAllocator&, const UnitAllocator&) noexcept { return true; }
 };
 template <class T>
-using Vector = std::vector<T, UnitAllocator<T>>;
+struct Vector : std::vector<T, UnitAllocator<T>> {
+  using std::vector<T, UnitAllocator<T>>::vector;
+  Vector(const std::vector<T>& other) : Vector(other.begin(), other.end()) {}
+  operator std::vector<T>() const { return {this->begin(), this->end()}; }
+};
 
 class ItemMask;
 struct LogEntry;
