@@ -60,8 +60,8 @@ void run(Arguments& arguments) {
   Progress reading("read");
   const Dataset dataset = read_dataset(arguments.data, &reading);
   reading.finish("");
-  report(dataset, "train", /*describe=*/true);
   require_sequences(dataset, arguments.data.interactions);
+  report(dataset, "train", /*describe=*/true);
   arguments.train.interrupted = [] { return noted_signal() != 0; };
   note_signals();
   const TrainSummary summary = train(dataset, options);
