@@ -6835,7 +6835,9 @@ class ItemRows {
     made_.swap(other.made_);
     elsewhere_.swap(other.elsewhere_);
     own_.swap(other.own_);
-    shared_.store(other.shared_.exchange(shared_.load()));
+    const bool shared = shared_.load();
+    shared_.store(other.shared_.load());
+    other.shared_.store(shared);
   }
   // Who copied this object reads the pages that were there.
   void disown_shared() noexcept {
@@ -11369,7 +11371,9 @@ struct State {
   Vector<atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
   Lanes lanes;
 
-  atomic<bool> changed{false};                     // events or impressions since the last learning
+  // Events or impressions since the last learning. No bool: RISC-V exchanges no bytes without
+  // libatomic (GCC 12).
+  atomic<std::uint32_t> changed{0};
   atomic<std::int64_t> next_update{no_timestamp};  // by the clock
   atomic<std::uint64_t> restarted{0};
 
@@ -11515,7 +11519,7 @@ inline void State::apply_event(const UserKey& key_of, std::string_view user,
   times.advance(time, key_of.hash());
   if (!shared) return;
   of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(times.shared(time)));
-  changed.store(true, memory_order_relaxed);
+  changed.store(1, memory_order_relaxed);
 }
 
 // The visitor's events are replayed with a catalogue of after they were made: its items are in it.
@@ -11761,7 +11765,7 @@ inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& it
 
 inline bool State::due() const {
   return options.update_interval.count() > 0 && times.now() >= next_update.load() &&
-         (changed.load(memory_order_relaxed) || has_pending.load(memory_order_relaxed));
+         (changed.load(memory_order_relaxed) != 0 || has_pending.load(memory_order_relaxed));
 }
 
 // Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
@@ -11789,7 +11793,7 @@ inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) 
     sweep();
     std::uint64_t version = 0;
     auto items = waiting_items(version);
-    taught = learn && changed.exchange(false);
+    taught = learn && changed.exchange(0) != 0;
     // Counts fade with time alone.
     const bool faded =
         learn && learnt_items > 0 && elapsed(learnt_at, now) > Catalogue::half_life / 64;
@@ -11817,7 +11821,7 @@ inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) 
     return {};
   });
   if (!made) {
-    if (taught) changed.store(true);
+    if (taught) changed.store(1);
     result.error = made.error();
   }
   result.duration = std::chrono::duration_cast<std::chrono::microseconds>(
@@ -12842,7 +12846,7 @@ PERSONALIZE_API void Recommender::apply_seen(Scratch& scratch, const Catalogue& 
       if (has_query) state.contexts.add_positive(pick.item, query, moment);
     }
   }
-  state.changed.store(true, detail::memory_order_relaxed);
+  state.changed.store(1, detail::memory_order_relaxed);
   if (!state.options.log || !owner) return;
   for (const bool positive : {false, true})
     for (const detail::SeenPick& seen : scratch.seen)
