@@ -27,20 +27,20 @@ static int fail(const std::string& message) {
 static pz::Result<bool> put(pz::Recommender& recommender, std::string_view line,
                             std::unordered_set<std::string>& named) {
   const std::string_view id = line.substr(0, line.find('\t'));
-  std::vector<std::pair<std::string_view, std::string_view>> fields;
+  pz::NewItem item{.item = id};
   for (line.remove_prefix(id.size()); !line.empty();) {
     line.remove_prefix(1);
     const std::string_view field = line.substr(0, line.find('\t'));
     line.remove_prefix(field.size());
     const std::size_t sign = std::min(field.find('='), field.size());
-    fields.emplace_back(field.substr(0, sign), field.substr(std::min(sign + 1, field.size())));
+    item.fields.emplace_back(field.substr(0, sign), field.substr(std::min(sign + 1, field.size())));
   }
   named.emplace(id);
-  auto done = recommender.put_item({.item = id, .fields = fields});
+  auto done = recommender.put_item(item);
   // What waits has filled its budget: an update takes it in.
   if (!done && done.error().code == pz::Errc::limit) {
     if (auto updated = recommender.update(); !updated) return updated.error();
-    done = recommender.put_item({.item = id, .fields = fields});
+    done = recommender.put_item(item);
   }
   if (!done) std::printf("%s: %s\n", std::string(id).c_str(), done.error().message.c_str());
   return bool(done);
