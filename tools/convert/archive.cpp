@@ -21,9 +21,9 @@ struct Outgoing {
 
 class Writer {
  public:
-  template <class T>
+  template <class T, class Allocator>
   void values(std::string name, const char* dtype, std::vector<std::uint64_t> shape,
-              const std::vector<T>& data) {
+              const std::vector<T, Allocator>& data) {
     tensors_.push_back({std::move(name), dtype, std::move(shape), data.size() * sizeof(T),
                         [&data](const auto& sink) { sink(std::as_bytes(std::span(data))); }});
   }
