@@ -82,7 +82,7 @@ TEST_CASE("what PyTorch and NumPy wrote of one model becomes the same model") {
   // The files and the expected state are of torch.nn.Embedding(4, 2) and torch.nn.GRU(2, 2) of
   // PyTorch 1.13, run over items 0, 3, 2.
   constexpr std::array<float, 2> hidden{-0.5528836250305176f, -0.021374069154262543f};
-  std::vector<std::byte> first;
+  pz::Vector<std::byte> first;
   for (const char* name :
        {"model.safetensors", "model.npz", "model.pt", "model_old.pt", "model.onnx"}) {
     CAPTURE(name);
@@ -90,7 +90,7 @@ TEST_CASE("what PyTorch and NumPy wrote of one model becomes the same model") {
     const Mapping mapping = file.graph ? trace_graph(file) : recognise(file);
     pz::ModelParts parts =
         build_model(file, mapping, catalogue_of({"a", "b", "c", "d"}), pz::ElementType::f32).parts;
-    CHECK(parts.biases == std::vector<float>{0.5f, -0.25f, 0, 1});
+    CHECK(parts.biases == pz::Vector<float>{0.5f, -0.25f, 0, 1});
     parts.metadata = "{}";  // names the file
     const auto bytes = pz::write_model(parts, {.element_type = pz::ElementType::f32});
     REQUIRE(bytes);

@@ -28,7 +28,7 @@ namespace pz = personalize;
 
 namespace {
 
-using Bytes = std::vector<std::byte>;
+using Bytes = pz::Vector<std::byte>;
 
 // A section as a forger has it: its chunks as they are stored.
 struct Forged {

@@ -20,7 +20,7 @@ namespace pz = personalize;
 
 namespace {
 
-using Bytes = std::vector<std::byte>;
+using Bytes = pz::Vector<std::byte>;
 
 std::span<const std::byte> bytes_of_text(std::string_view text) {
   return std::as_bytes(std::span(text));

@@ -17,7 +17,7 @@ namespace container {
 
 namespace pz = personalize;
 
-using Bytes = std::vector<std::byte>;
+using Bytes = pz::Vector<std::byte>;
 
 inline std::uint64_t get(std::span<const std::byte> bytes, std::size_t at, std::size_t size) {
   std::uint64_t value = 0;
