@@ -279,8 +279,7 @@ TEST_CASE("a slate is read whole or as expired, however many newer ones fill the
       REQUIRE(read.picks.size() == of.picks);
       REQUIRE(read.choices.size() == of.picks);
       const std::uint32_t number = of.first / 100;
-      REQUIRE(read.query ==
-              pz::Vector<float>(number % 3 == 0 ? 0 : 8, static_cast<float>(number)));
+      REQUIRE(read.query == pz::Vector<float>(number % 3 == 0 ? 0 : 8, static_cast<float>(number)));
       for (std::uint32_t p = 0; p < of.picks; ++p) REQUIRE(read.picks[p].item == of.first + p);
     }
     CHECK(found >= std::min<std::size_t>(added.size(), 16));
