@@ -404,7 +404,7 @@ TEST_CASE("what is taken for UTF-8 is exactly the well-formed sequences of RFC 3
 }
 
 TEST_CASE(
-    "gzip is read: one member, many, and the zeros behind them; a cut or damaged one is not") {
+    "gzip is read: one member, many, and the zeros behind them, a cut or damaged one is not") {
   std::string text = "A,B\n";
   small_model::Random random{7};
   for (int i = 0; i < 20'000; ++i) text += std::to_string(random.bits()) + ",x\n";

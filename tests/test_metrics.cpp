@@ -243,7 +243,7 @@ TEST_CASE("an evaluation that cannot be done says why") {
                        "the protocol leaves no user to evaluate: histories are too short", Failure);
 }
 
-TEST_CASE("what of a file a model knows is counted; a file without any of it is refused") {
+TEST_CASE("what of a file a model knows is counted, a file without any of it is refused") {
   const auto model = small_model::model({.items = 4});  // i0 to i3
   Dataset data;
   data.item_ids = table_of({"i0", "x", "i3", "y", "unused"});

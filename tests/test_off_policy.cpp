@@ -247,7 +247,7 @@ TEST_CASE("an interaction log becomes the decisions of its policy at another wei
   refused("1,u,a,x,1,0,1,1,0,0,-1,0,0\n", "EXPECTED: an expected reward is not negative");
   refused("1,u,a,x,1,0,1,1,0,0,0,nan,0\n", "BEST_EXPECTED: 'nan' is not a number");
   refused("1,u,a,x,1,0,1,1,0,0,0,0,-inf\n", "POOL_EXPECTED: is not finite");
-  refused("1,u,a,x,1,0,1,1,0, 0,0,0,0\n", "POOL_LOGIT: ' 0' is not a number");
+  refused("1,u,a,x,1,0,1,1,0,0 0,0,0,0\n", "POOL_LOGIT: '0 0' is not a number");
   refused("1x,u,a,x,1,0,1,1,0,0,0,0,0\n", "TIMESTAMP: '1x' is not a whole number of Unix seconds");
   refused("1,u,a,x,1,0,1,1,0,zero,0,0,0\n", "POOL_LOGIT: 'zero' is not a number");
 }

@@ -302,7 +302,7 @@ TEST_CASE("the runtime finds good new items and earns more than the model alone"
   CHECK(c.runs[0][0].good_items == 50);
 }
 
-TEST_CASE("a plot's ticks are distinct, exact and where they say; its axes end with the run") {
+TEST_CASE("a plot's ticks are distinct, exact and where they say, its axes end with the run") {
   for (const std::uint32_t days : {1u, 2u, 3u, 4u, 7u, 10u, 13u, 30u, 365u}) {
     CAPTURE(days);
     Comparison c;

@@ -114,10 +114,10 @@ void check_files(const pz::Model& model, const std::string& folder) {
 }
 
 // A model file of one section that claims to hold so much.
-std::vector<std::byte> claiming(pz::ElementType type, std::uint64_t rows, std::uint64_t columns,
-                                std::uint64_t raw_size) {
+pz::Vector<std::byte> claiming(pz::ElementType type, std::uint64_t rows, std::uint64_t columns,
+                               std::uint64_t raw_size) {
   namespace detail = pz::detail;
-  std::vector<std::byte> table, file;
+  pz::Vector<std::byte> table, file;
   for (const char c : std::string_view("IVEC")) table.push_back(static_cast<std::byte>(c));
   detail::append_integer(table, std::uint32_t{0});
   for (const unsigned byte : {1u, static_cast<unsigned>(type), 2u, 24u, 0u, 0u, 0u, 0u})
@@ -147,7 +147,7 @@ void check_sizes(const std::shared_ptr<const pz::Model>& model) {
   generous.limits.expansion = std::numeric_limits<std::uint32_t>::max();
   generous.limits.items = std::numeric_limits<std::uint64_t>::max();
   generous.limits.dimension = std::numeric_limits<std::uint32_t>::max();
-  const auto code = [&](const std::vector<std::byte>& file) {
+  const auto code = [&](const pz::Vector<std::byte>& file) {
     const auto read = pz::read_model(file, generous);
     return read ? pz::Errc::cancelled : read.error().code;
   };
