@@ -45,9 +45,11 @@ struct Safetensors {
     bytes += header;
     bytes.append(reinterpret_cast<const char*>(data.data()), data.size());
   }
-  TensorFile open() const {
+  // It must outlive what is read from it.
+  TensorFile open() const& {
     return open_tensors({"model", std::as_bytes(std::span(bytes.data(), bytes.size()))});
   }
+  TensorFile open() const&& = delete;
 };
 
 // A file of f32 tensors with ascending values, named and shaped as given.
@@ -179,7 +181,8 @@ TEST_CASE("names that stand twice are refused, wherever a format has them") {
                           R"("t":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
                           std::as_bytes(std::span(values)));
   CHECK(refusal([&] { model.open(); }) == "model: its safetensors header has the key \"t\" twice");
-  TensorFile file = model_of({{"t", {1}}}).open();
+  const Safetensors other = model_of({{"t", {1}}});
+  TensorFile file = other.open();
   CHECK(refusal([&] { file.add({.name = "t", .shape = {}, .strides = {}}); }) ==
         "model: tensor 't' stands twice");
 }
@@ -371,9 +374,11 @@ std::string wire_field(int number, const std::string& content) {
          content;
 }
 
+// The bytes must outlive what is read from them.
 TensorFile open_text(const std::string& bytes, const std::string& name = "model") {
   return open_tensors({name, std::as_bytes(std::span(bytes))});
 }
+TensorFile open_text(std::string&& bytes, const std::string& name = "model") = delete;
 
 }  // namespace
 
@@ -394,7 +399,8 @@ TEST_CASE("an ONNX file's numbers read wherever the format lets them lie") {
       tensor("packed", 2, 1, wire_field(4, two)) + tensor("raw", 2, 1, wire_field(9, two)) +
       tensor("separate", 2, 1, one_by_one) +
       tensor("f8", 2, 17, wire_field(5, wire_varint(1) + wire_varint(2)));
-  TensorFile file = open_text(wire_field(1, 8) + wire_field(7, graph));
+  const std::string bytes = wire_field(1, 8) + wire_field(7, graph);
+  TensorFile file = open_text(bytes);
   const auto values = [&](const char* name) { return read_values(file, file.at(name)); };
   CHECK(values("f16") == std::vector<float>{1, -2, 65504});
   CHECK(values("bf16") == std::vector<float>{1, -3});
@@ -433,7 +439,8 @@ TEST_CASE("a tensor may repeat its stored numbers, as torch.expand does, within 
 
 TEST_CASE("a checkpoint is looked through, and what lies beside the model is told") {
   const auto recognised = [](const std::vector<std::pair<std::string, std::vector<int>>>& tensors) {
-    TensorFile file = model_of(tensors).open();
+    const Safetensors written = model_of(tensors);
+    TensorFile file = written.open();
     return recognise(file);
   };
   using Tensors = std::vector<std::pair<std::string, std::vector<int>>>;
@@ -567,9 +574,10 @@ TEST_CASE("an element type that is not read is named with its tensor") {
   const auto array = [](const std::string& descr, std::size_t bytes) {
     const std::string header =
         "{'descr': '" + descr + "', 'fortran_order': False, 'shape': (4,), }";
-    TensorFile file =
-        open_text("\x93NUMPY\x01" + std::string(1, '\0') + static_cast<char>(header.size()) +
-                  std::string(1, '\0') + header + std::string(bytes, '\0'));
+    const std::string text = "\x93NUMPY\x01" + std::string(1, '\0') +
+                             static_cast<char>(header.size()) + std::string(1, '\0') + header +
+                             std::string(bytes, '\0');
+    TensorFile file = open_text(text);
     return refusal([&] { read_values(file, file.tensors[0]); });
   };
   CHECK(contains(array("<f16", 64), "is '<f16' (long double), which is not read"));
@@ -591,20 +599,20 @@ TEST_CASE(
            "\nctorch._utils\n_rebuild_tensor_v2\n(P('storage', <class 'torch.FloatStorage'>, '5', "
            "'cpu', 4, None)\nI0\n(I2\nI2\nt(I2\nI1\ntI00\nccollections\nOrderedDict\n(tRtRs";
   };
-  TensorFile file = open_text(pickled("(d" + tensor("w\\u00e9") + "."));
+  const std::string plain = pickled("(d" + tensor("w\\u00e9") + ".");
+  TensorFile file = open_text(plain);
   REQUIRE(file.tensors.size() == 1);
   CHECK(file.tensors[0].describe() == "w\u00e9 f32 [2, 2]");
   CHECK(read_values(file, file.tensors[0]) == std::vector<float>{1, 2, 3, 4});
-  TensorFile with_options =
-      open_text(pickled("(d" + tensor("w") +
-                        "Vargs\nccopy_reg\n_reconstructor\n(cargparse\nNamespace\nc__builtin__\n"
-                        "object\nNtR(dVlr\nF0.5\nsbs."));
-  CHECK(with_options.tensors.size() == 1);
-  CHECK(contains(refusal([&] { open_text(pickled("(dVargs\ncos\nsystem\n(Vtrue\ntRs.")); }),
-                 "names os.system, which could run code"));
-  CHECK(contains(
-      refusal([&] { open_text(pickled("P('storage', <class 'os.system'>, '5', 'cpu', 4)\n.")); }),
-      "no tensor storage"));
+  const std::string with_options =
+      pickled("(d" + tensor("w") +
+              "Vargs\nccopy_reg\n_reconstructor\n(cargparse\nNamespace\nc__builtin__\n"
+              "object\nNtR(dVlr\nF0.5\nsbs.");
+  CHECK(open_text(with_options).tensors.size() == 1);
+  const std::string calls = pickled("(dVargs\ncos\nsystem\n(Vtrue\ntRs.");
+  CHECK(contains(refusal([&] { open_text(calls); }), "names os.system, which could run code"));
+  const std::string storage = pickled("P('storage', <class 'os.system'>, '5', 'cpu', 4)\n.");
+  CHECK(contains(refusal([&] { open_text(storage); }), "no tensor storage"));
 }
 
 TEST_CASE("a graph that the converted model does not follow is noticed before a file is written") {

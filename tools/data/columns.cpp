@@ -280,7 +280,7 @@ std::string add_column(RawColumn&& raw, const std::optional<ColumnChoices::Choic
   column.name = raw.name;
   column.values.resize(ids.size());
   for (const auto& [item, value] : raw.values)
-    for_each_part(value, [&](std::string_view part) {
+    for_each_part(value, [&, &values = column.values[item]](std::string_view part) {
       if (missing(part) || part.size() > max_id_bytes || !detail::valid_id(part)) return;
       auto number = column.vocabulary.find(part);
       if (!number) {
@@ -288,7 +288,7 @@ std::string add_column(RawColumn&& raw, const std::optional<ColumnChoices::Choic
         if (!added) throw Failure(added.error().message);
         number = *added;
       }
-      column.values[item].push_back(*number);
+      values.push_back(*number);
     });
   std::string said = raw.shown + " (categorical, " + count_of(column.vocabulary.size(), "value");
   if (part_count > 1 && parts.size() == part_count) said += ", each of one item";
