@@ -2663,12 +2663,6 @@ struct Ops<Wasm> {
 #endif  // PERSONALIZE_NO_XSIMD
 
 }  // namespace kernels
-}  // namespace PERSONALIZE_KERNELS_NAMESPACE
-}  // namespace v1
-}  // namespace personalize
-namespace personalize {
-inline namespace v1 {
-inline namespace PERSONALIZE_NAMESPACE {
 
 #endif  // PERSONALIZE_HAS_BODIES
 
@@ -2682,12 +2676,6 @@ inline namespace PERSONALIZE_NAMESPACE {
 
 #if PERSONALIZE_HAS_BODIES
 
-}  // namespace PERSONALIZE_NAMESPACE
-}  // namespace v1
-}  // namespace personalize
-namespace personalize {
-inline namespace v1 {
-inline namespace PERSONALIZE_KERNELS_NAMESPACE {
 namespace kernels {
 
 // Halves [low, high] for Vectors::kth_largest. count_at_least(limit): how many values reach it; k

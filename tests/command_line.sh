@@ -3,23 +3,11 @@
 # usage: tests/command_line.sh PERSONALIZE
 set -euo pipefail
 personalize=$1
+. "$(dirname "$0")/checks.sh"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-# refuses STATUS PATTERN COMMAND...: that exit status, and one line on stderr with the pattern.
-refuses() {
-  local status=0 want=$1 pattern=$2
-  shift 2
-  "$@" >out 2>err || status=$?
-  ((status == want)) || fail "$* ended with $status instead of $want: $(cat err)"
-  (($(wc -l <err) == 1)) || fail "$* wrote $(wc -l <err) lines: $(cat err)"
-  grep -q -- "$pattern" err || fail "$* did not say '$pattern': $(cat err)"
-}
 field() { python3 -c "import json,sys; print(json.load(open('$1'))$2)"; }
 
 "$personalize" --version | grep -q '^personalize [0-9]'

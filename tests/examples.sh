@@ -5,24 +5,13 @@
 set -euo pipefail
 personalize=$(realpath "$1")
 examples=$(realpath "$2")
-readme=$(cd "$(dirname "$0")/.." && pwd)/README.md
+here=$(cd "$(dirname "$0")" && pwd)
+readme=$here/../README.md
+. "$here/checks.sh"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-# refuses STATUS PATTERN COMMAND...: that exit status, and one line on stderr with the pattern.
-refuses() {
-  local status=0 want=$1 pattern=$2
-  shift 2
-  "$@" >out 2>err || status=$?
-  ((status == want)) || fail "$* ended with $status instead of $want: $(cat err)"
-  (($(wc -l <err) == 1)) || fail "$* wrote $(wc -l <err) lines: $(cat err)"
-  grep -q -- "$pattern" err || fail "$* did not say '$pattern': $(cat err)"
-}
 # says PATTERN FILE
 says() { grep -q -- "$1" "$2" || fail "no '$1' in $2: $(cat "$2")"; }
 

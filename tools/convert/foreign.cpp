@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "convert/tensors.hpp"
+#include "data/fields.hpp"
 
 namespace personalize::tools {
 namespace foreign_files {
@@ -82,8 +83,7 @@ std::string describe_text(const std::string& path, std::string_view head) {
   if (head.starts_with("\xef\xbb\xbf")) head.remove_prefix(3);
   while (!head.empty() && std::isspace(static_cast<unsigned char>(head.front())))
     head.remove_prefix(1);
-  std::string lower(head.substr(0, 200));
-  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  const std::string lower = lower_case(head.substr(0, 200));
   if (lower.starts_with("<!doctype html") || lower.starts_with("<html") ||
       lower.starts_with("<head") || lower.starts_with("<!--"))
     return "an HTML page, as a server sends in place of a file; download the model again, with the "

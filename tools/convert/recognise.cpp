@@ -1,12 +1,12 @@
 // Known architectures, told by their parameters' names and shapes.
 #include <algorithm>
-#include <cctype>
 #include <functional>
 #include <map>
 #include <set>
 
 #include "command/command.hpp"
 #include "convert/mapping.hpp"
+#include "data/fields.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -78,12 +78,8 @@ bool is_column(const Tensor& tensor, std::uint64_t size) {
   return tensor.elements() == size && rows(tensor) == size;
 }
 
-std::string lower(std::string text) {
-  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return text;
-}
 bool mentions(const std::string& name, std::initializer_list<const char*> words) {
-  const std::string text = lower(name);
+  const std::string text = lower_case(name);
   return std::any_of(words.begin(), words.end(),
                      [&](const char* word) { return text.find(word) != std::string::npos; });
 }
@@ -434,7 +430,7 @@ bool is_training_state(const std::string& name) {
       "opt",  "lr",   "amp",     "ema",        "step",        "iter",    "epoch",      "args",
       "loss", "rng",  "sampler", "model_ema",  "loops",       "config",  "history",    "hparams",
       "best", "seed", "scaler",  "amp_scaler", "grad_scaler", "metrics", "loss_scaler"};
-  return whole.count(lower(name)) > 0 ||
+  return whole.count(lower_case(name)) > 0 ||
          mentions(name, {"optim", "sched", "rng_state", "random_state", "criterion", "callback",
                          "hyper_param", "state_dict_ema", "ema_state", "loss"});
 }

@@ -12,6 +12,7 @@
 #include "command/command.hpp"
 #include "convert/mapping.hpp"
 #include "convert/run_graph.hpp"
+#include "data/fields.hpp"
 
 namespace personalize::tools {
 namespace {
@@ -722,10 +723,9 @@ class Tracer {
     add_activation(node, value, node.operation);
   }
 
-  void add_activation(const GraphNode& node, const Value& value, std::string function) {
+  void add_activation(const GraphNode& node, const Value& value, const std::string& function) {
     Layer layer{.type = Layer::Type::activation};
-    for (char& c : function) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-    layer.function = function;
+    layer.function = lower_case(function);
     layers_.push_back(layer);
     set(node, sequence(value.last));
   }

@@ -17,10 +17,6 @@ namespace columns {
 
 constexpr std::size_t numeric_buckets = 16;
 
-std::string count_of(std::size_t count, const char* thing) {
-  return std::to_string(count) + " " + thing + (count == 1 ? "" : "s");
-}
-
 std::optional<float> number_in(std::string_view text) {
   const auto value = read_number(text);
   // A NaN fails the comparison.
@@ -43,9 +39,7 @@ std::optional<std::string> decimal_point(std::string_view text) {
 }
 
 bool one_of(std::string_view text, std::initializer_list<std::string_view> words) {
-  std::string lower;
-  for (const char c : text) lower += c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-  return std::find(words.begin(), words.end(), lower) != words.end();
+  return std::find(words.begin(), words.end(), lower_case(text)) != words.end();
 }
 
 // What programs write for a value that is not there. In a column of numbers more words mean it.
@@ -282,13 +276,7 @@ std::string add_column(RawColumn&& raw, const std::optional<ColumnChoices::Choic
   for (const auto& [item, value] : raw.values)
     for_each_part(value, [&, &values = column.values[item]](std::string_view part) {
       if (missing(part) || part.size() > max_id_bytes || !detail::valid_id(part)) return;
-      auto number = column.vocabulary.find(part);
-      if (!number) {
-        const auto added = column.vocabulary.add(part);
-        if (!added) throw Failure(added.error().message);
-        number = *added;
-      }
-      values.push_back(*number);
+      values.push_back(number_of(column.vocabulary, part));
     });
   std::string said = raw.shown + " (categorical, " + count_of(column.vocabulary.size(), "value");
   if (part_count > 1 && parts.size() == part_count) said += ", each of one item";

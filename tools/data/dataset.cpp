@@ -30,19 +30,6 @@ struct Row {
   std::uint64_t digest;  // of the whole row
 };
 
-// The number of a string of 1 to 256 bytes, which joins the table where it is new.
-std::uint32_t number_of(StringTable& table, std::string_view text) {
-  if (const auto found = table.find(text)) return *found;
-  const auto added = table.add(text);
-  if (!added) throw Failure(added.error().message);
-  return *added;
-}
-
-// "480 rows", "1 row".
-std::string count_of(std::uint64_t count, const std::string& thing) {
-  return std::to_string(count) + " " + thing + (count == 1 ? "" : "s");
-}
-
 std::string date_of(std::int64_t timestamp) {
   using namespace std::chrono;
   const year_month_day date{floor<days>(sys_seconds(seconds(timestamp)))};
@@ -350,19 +337,13 @@ std::string without_leading_zeros(std::string_view id) {
   return std::string(id.find_first_not_of("0123456789") == id.npos ? id.substr(first) : id);
 }
 
-std::string in_lower_case(std::string_view id) {
-  std::string lower(id);
-  for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-  return lower;
-}
-
 constexpr Spelling spellings[] = {
     {"where a fraction of zero ('.0') is left out, as pandas adds it to whole numbers: read the "
      "ids as text (dtype=str)",
      &without_zero_fraction},
     {"where leading zeros are left out, as spreadsheets do: keep the ids as text",
      &without_leading_zeros},
-    {"where capitals are small letters: write them alike", &in_lower_case}};
+    {"where capitals are small letters: write them alike", &lower_case}};
 
 // Items [0, interacted) of the table have interactions; `in_file` says which stand in the items
 // file.

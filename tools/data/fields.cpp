@@ -5,8 +5,6 @@
 #include <cmath>
 #include <cstdio>
 
-#include "personalize_runtime.hpp"
-
 namespace personalize::tools {
 namespace fields {
 
@@ -119,6 +117,8 @@ std::int64_t timestamp(const CsvReader& reader, std::size_t column, std::int64_t
   const std::int64_t now = std::chrono::duration_cast<std::chrono::seconds>(
                                std::chrono::system_clock::now().time_since_epoch())
                                .count();
+  if (value && *value >= earliest && *value <= now + clock_skew) return *value;
+
   const std::string quoted = "'" + std::string(text.substr(0, 40)) + "' ";
   const auto looks_like = [&](TimestampFormat other) {
     const std::string like = "; it looks like " + std::string(name(other));
@@ -142,10 +142,8 @@ std::int64_t timestamp(const CsvReader& reader, std::size_t column, std::int64_t
   if (*value < earliest)
     reader.refuse(column, quoted + "lies before the earliest Unix second that is taken, " +
                               std::to_string(earliest) + finer());
-  if (*value > now + clock_skew)
-    reader.refuse(column, quoted + "lies over a day in the future (this machine's clock: " +
-                              std::to_string(now) + ")" + finer());
-  return *value;
+  reader.refuse(column, quoted + "lies over a day in the future (this machine's clock: " +
+                            std::to_string(now) + ")" + finer());
 }
 
 }  // namespace fields
@@ -173,6 +171,23 @@ std::int64_t timestamp_field(const CsvReader& reader, std::size_t column, std::i
 }
 
 std::optional<double> read_number(std::string_view text) { return fields::whole<double>(text); }
+
+std::string count_of(std::uint64_t count, const std::string& thing) {
+  return std::to_string(count) + " " + thing + (count == 1 ? "" : "s");
+}
+
+std::string lower_case(std::string_view text) {
+  std::string lower(text);
+  for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  return lower;
+}
+
+std::uint32_t number_of(StringTable& table, std::string_view text) {
+  if (const auto found = table.find(text)) return *found;
+  const auto added = table.add(text);
+  if (!added) throw Failure(added.error().message);
+  return *added;
+}
 
 double number_field(const CsvReader& reader, std::size_t column) {
   const auto value = read_number(trimmed(reader.field(column)));

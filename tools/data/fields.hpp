@@ -10,6 +10,7 @@
 
 #include "command/command.hpp"
 #include "data/csv.hpp"
+#include "personalize_runtime.hpp"
 
 namespace personalize::tools {
 
@@ -37,6 +38,15 @@ std::int64_t timestamp_field(const CsvReader& reader, std::size_t column, std::i
 
 // All of the text as a number, an infinity or NaN: no blanks, a decimal point in every locale.
 std::optional<double> read_number(std::string_view text);
+
+// "480 rows", "1 row".
+std::string count_of(std::uint64_t count, const std::string& thing);
+
+// Letters of ASCII alone.
+std::string lower_case(std::string_view text);
+
+// The number of a string of 1 to 256 bytes, which joins the table where it is new.
+std::uint32_t number_of(StringTable& table, std::string_view text);
 
 // A number or an infinity. Throws BadRow.
 double number_field(const CsvReader& reader, std::size_t column);
