@@ -166,14 +166,18 @@
 #define PERSONALIZE_API inline
 #endif
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cassert>
 #include <chrono>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -181,27 +185,23 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
-#include <variant>
 #include <vector>
 #if PERSONALIZE_HAS_POSIX
 #include <sys/mman.h>
 #endif
 
 #if PERSONALIZE_HAS_BODIES
-#include <algorithm>
 #include <bitset>
 #include <cerrno>
 #include <charconv>
 #include <cmath>
-#include <concepts>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <system_error>
-#include <type_traits>
 #include <unordered_map>
 
 #if !defined(PERSONALIZE_NO_THREADS)
@@ -521,7 +521,18 @@ constexpr std::string_view name(Errc code) noexcept {
 struct Error {
   Errc code;
   std::string message;
-  std::optional<std::uint64_t> offset = std::nullopt;
+  std::optional<std::uint64_t> offset;
+
+  // Out of line, since a hundred functions return errors and each would compile them.
+  [[gnu::noinline]] Error(Errc which, const char* text) : code(which), message(text) {}
+  [[gnu::noinline]] Error(Errc which, std::string text,
+                          std::optional<std::uint64_t> at = std::nullopt) noexcept
+      : code(which), message(std::move(text)), offset(at) {}
+  [[gnu::noinline]] Error(const Error& other) = default;
+  [[gnu::noinline]] Error(Error&& other) noexcept = default;
+  [[gnu::noinline]] Error& operator=(const Error& other) = default;
+  [[gnu::noinline]] Error& operator=(Error&& other) noexcept = default;
+  [[gnu::noinline]] ~Error() = default;
 };
 
 // A value or an Error. Never throws; reading the wrong side is a programming error (asserted). Of a
@@ -529,32 +540,66 @@ struct Error {
 // something to go over; what -> gives lives no longer than the Result.
 template <class T>
 class [[nodiscard]] Result {
- public:
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}
-  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}
+  static_assert(std::is_nothrow_move_constructible_v<T>);
 
-  explicit operator bool() const noexcept { return state_.index() == 0; }
-  bool has_value() const noexcept { return state_.index() == 0; }
+ public:
+  Result(T value) noexcept : value_(std::move(value)), has_value_(true) {}
+  Result(Error error) noexcept : error_(std::move(error)), has_value_(false) {}
+  Result(const Result& other) requires std::is_copy_constructible_v<T>
+      : has_value_(other.has_value_) {
+    if (has_value_)
+      ::new (static_cast<void*>(&value_)) T(other.value_);
+    else
+      ::new (static_cast<void*>(&error_)) Error(other.error_);
+  }
+  Result(Result&& other) noexcept { take(other); }
+  Result& operator=(Result other) noexcept {
+    destroy();
+    take(other);
+    return *this;
+  }
+  ~Result() { destroy(); }
+
+  explicit operator bool() const noexcept { return has_value_; }
+  bool has_value() const noexcept { return has_value_; }
   T& operator*() & noexcept { return *pointer(); }
   const T& operator*() const& noexcept { return *pointer(); }
   T operator*() && { return std::move(*pointer()); }
   T* operator->() noexcept { return pointer(); }
   const T* operator->() const noexcept { return pointer(); }
   const Error& error() const noexcept {
-    assert(!has_value());
-    return *std::get_if<1>(&state_);
+    assert(!has_value_);
+    return error_;
   }
 
  private:
   T* pointer() noexcept {
-    assert(has_value());
-    return std::get_if<0>(&state_);
+    assert(has_value_);
+    return &value_;
   }
   const T* pointer() const noexcept {
-    assert(has_value());
-    return std::get_if<0>(&state_);
+    assert(has_value_);
+    return &value_;
   }
-  std::variant<T, Error> state_;
+  void take(Result& other) noexcept {
+    has_value_ = other.has_value_;
+    if (has_value_)
+      ::new (static_cast<void*>(&value_)) T(std::move(other.value_));
+    else
+      ::new (static_cast<void*>(&error_)) Error(std::move(other.error_));
+  }
+  void destroy() noexcept {
+    if (has_value_)
+      value_.~T();
+    else
+      error_.~Error();
+  }
+
+  union {
+    T value_;
+    Error error_;
+  };
+  bool has_value_;
 };
 
 template <>
@@ -573,8 +618,234 @@ class [[nodiscard]] Result<void> {
   std::optional<Error> error_;
 };
 
-// A std::vector of which units with other flags share no function: its allocator's name is not
-// theirs. Of types that are not this library's, whose vectors have one name in all units.
+namespace detail {
+
+// Where a PlainVector's elements lie. From a line of the cache on: a load that straddles two lines
+// costs twice as much, and a row that does comes from memory as two. What is large then begins at a
+// huge page and asks Linux for such pages: a row anywhere in 64 MB would wait for its page's
+// address first.
+enum class Layout : std::uint8_t {
+  anywhere,
+  lines,
+  bare,  // lines, of which resize() leaves what it adds as it is: memory that nothing was written
+         // to takes no pages, and costs nothing to take
+};
+
+inline constexpr std::size_t huge_bytes = std::size_t{1} << 22;
+
+inline std::align_val_t alignment_of(std::size_t bytes) noexcept {
+  return std::align_val_t{bytes >= huge_bytes ? std::size_t{1} << 21 : 64};
+}
+
+// The most that one program can hold, of whatever.
+inline constexpr std::size_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
+
+inline void* take_memory(std::size_t bytes, bool lines) {
+#if PERSONALIZE_HAS_EXCEPTIONS
+  if (bytes >= most_memory) throw std::bad_alloc();
+#endif
+  if (!lines) return ::operator new(bytes);
+  void* const memory = ::operator new(bytes, alignment_of(bytes));
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= huge_bytes) (void)::madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+inline void give_memory(void* memory, std::size_t bytes, bool lines) noexcept {
+  if (lines)
+    ::operator delete(memory, alignment_of(bytes));
+  else
+    ::operator delete(memory);
+}
+
+// The sizes of a PlainVector in bytes, and what changes them: one function for all types.
+struct RawVector {
+  void* data = nullptr;
+  std::size_t used = 0, capacity = 0;
+
+  [[gnu::noinline]] void move_to(std::size_t bytes, bool lines) {
+    void* const fresh = take_memory(bytes, lines);
+    if (used > 0) std::memcpy(fresh, data, used);
+    if (data) give_memory(data, capacity, lines);
+    data = fresh;
+    capacity = bytes;
+  }
+  // For so many more, by doubling.
+  [[gnu::noinline]] void grow(std::size_t more, bool lines) {
+    const std::size_t doubled = used > most_memory / 2 ? most_memory : 2 * used;
+    move_to(more > most_memory - used ? most_memory : std::max(doubled, used + more), lines);
+  }
+};
+
+// A std::vector of what memcpy copies. It is ours so that units with other flags share no function,
+// that all types share what little there is to compile, and that memory can be left as it is.
+template <class T, Layout layout>
+class PlainVector {
+ public:
+  using value_type = T;
+  using size_type = std::size_t;
+  using difference_type = std::ptrdiff_t;
+  using reference = T&;
+  using const_reference = const T&;
+  using pointer = T*;
+  using const_pointer = const T*;
+  using iterator = T*;
+  using const_iterator = const T*;
+
+  PlainVector() = default;
+  explicit PlainVector(std::size_t size) { resize(size); }
+  PlainVector(std::size_t size, const T& value) { resize(size, value); }
+  template <std::forward_iterator Iterator>
+  PlainVector(Iterator first, Iterator last) {
+    assign(first, last);
+  }
+  PlainVector(std::initializer_list<T> values) { assign(values.begin(), values.end()); }
+  PlainVector(const std::vector<T>& values) { assign(values.begin(), values.end()); }
+  PlainVector(const PlainVector& other) { assign(other.begin(), other.end()); }
+  PlainVector(PlainVector&& other) noexcept : raw_(std::exchange(other.raw_, {})) {}
+  PlainVector& operator=(const PlainVector& other) {
+    if (this != &other) assign(other.begin(), other.end());
+    return *this;
+  }
+  PlainVector& operator=(PlainVector&& other) noexcept {
+    PlainVector(std::move(other)).swap(*this);
+    return *this;
+  }
+  ~PlainVector() {
+    if (raw_.data) give_memory(raw_.data, raw_.capacity, lines);
+  }
+  operator std::vector<T>() const { return std::vector<T>(begin(), end()); }
+
+  T* data() noexcept { return static_cast<T*>(raw_.data); }
+  const T* data() const noexcept { return static_cast<const T*>(raw_.data); }
+  std::size_t size() const noexcept { return raw_.used / sizeof(T); }
+  std::size_t capacity() const noexcept { return raw_.capacity / sizeof(T); }
+  bool empty() const noexcept { return raw_.used == 0; }
+  T* begin() noexcept { return data(); }
+  const T* begin() const noexcept { return data(); }
+  T* end() noexcept { return data() + size(); }
+  const T* end() const noexcept { return data() + size(); }
+  auto rbegin() noexcept { return std::reverse_iterator(end()); }
+  auto rbegin() const noexcept { return std::reverse_iterator(end()); }
+  auto rend() noexcept { return std::reverse_iterator(begin()); }
+  auto rend() const noexcept { return std::reverse_iterator(begin()); }
+  T& operator[](std::size_t at) noexcept {
+    assert(at < size());
+    return data()[at];
+  }
+  const T& operator[](std::size_t at) const noexcept {
+    assert(at < size());
+    return data()[at];
+  }
+  T& front() noexcept { return (*this)[0]; }
+  const T& front() const noexcept { return (*this)[0]; }
+  T& back() noexcept { return (*this)[size() - 1]; }
+  const T& back() const noexcept { return (*this)[size() - 1]; }
+
+  void swap(PlainVector& other) noexcept { std::swap(raw_, other.raw_); }
+  void clear() noexcept { raw_.used = 0; }
+  void reserve(std::size_t size) {
+    if (size > capacity()) raw_.move_to(bytes_of(size), lines);
+  }
+  void shrink_to_fit() {
+    if (empty())
+      PlainVector().swap(*this);
+    else if (raw_.capacity > raw_.used)
+      raw_.move_to(raw_.used, lines);
+  }
+  void resize(std::size_t size) {
+    T* const old_end = reach(size);
+    if constexpr (layout != Layout::bare)
+      for (T* each = old_end; each < end(); ++each) ::new (static_cast<void*>(each)) T();
+  }
+  void resize(std::size_t size, const T& value) {
+    const T copy = value;  // it may lie in here
+    for (T* each = reach(size); each < end(); ++each) ::new (static_cast<void*>(each)) T(copy);
+  }
+  void push_back(const T& value) {
+    const T copy = value;
+    if (raw_.capacity - raw_.used < sizeof(T)) raw_.grow(sizeof(T), lines);
+    ::new (static_cast<void*>(end())) T(copy);
+    raw_.used += sizeof(T);
+  }
+  template <class... Values>
+  T& emplace_back(Values&&... values) {
+    push_back(T{std::forward<Values>(values)...});
+    return back();
+  }
+  void pop_back() noexcept {
+    assert(!empty());
+    raw_.used -= sizeof(T);
+  }
+  template <std::forward_iterator Iterator>
+  void assign(Iterator first, Iterator last) {
+    clear();
+    insert(end(), first, last);
+  }
+  void assign(std::size_t size, const T& value) {
+    const T copy = value;
+    clear();
+    resize(size, copy);
+  }
+  // No element of this vector is among those that are inserted.
+  template <std::forward_iterator Iterator>
+  T* insert(const T* at, Iterator first, Iterator last) {
+    T* const gap = open(at, static_cast<std::size_t>(std::distance(first, last)));
+    std::uninitialized_copy(first, last, gap);
+    return gap;
+  }
+  T* insert(const T* at, std::size_t count, const T& value) {
+    const T copy = value;
+    T* const gap = open(at, count);
+    std::uninitialized_fill_n(gap, count, copy);
+    return gap;
+  }
+  T* insert(const T* at, const T& value) { return insert(at, 1, value); }
+  T* erase(const T* at) noexcept { return erase(at, at + 1); }
+  T* erase(const T* first, const T* last) noexcept {
+    T* const to = data() + (first - data());
+    const auto after = static_cast<std::size_t>(end() - last) * sizeof(T);
+    if (after > 0 && first != last) std::memmove(static_cast<void*>(to), last, after);
+    raw_.used -= static_cast<std::size_t>(last - first) * sizeof(T);
+    return to;
+  }
+  friend bool operator==(const PlainVector& a, const PlainVector& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end());
+  }
+
+ private:
+  static constexpr bool lines = layout != Layout::anywhere;
+
+  static std::size_t bytes_of(std::size_t size) noexcept {
+    return size > most_memory / sizeof(T) ? most_memory : size * sizeof(T);
+  }
+  // Of another size; where what is new in it begins.
+  T* reach(std::size_t size) {
+    const std::size_t bytes = bytes_of(size), old = std::min(raw_.used, bytes);
+    if (bytes > raw_.capacity) raw_.grow(bytes - raw_.used, lines);
+    raw_.used = bytes;
+    return data() + old / sizeof(T);
+  }
+  T* open(const T* at, std::size_t count) {
+    const std::size_t before = static_cast<std::size_t>(at - data()) * sizeof(T),
+                      bytes = bytes_of(count), after = raw_.used - before;
+    if (bytes > raw_.capacity - raw_.used) raw_.grow(bytes, lines);
+    auto* const gap = static_cast<std::byte*>(raw_.data) + before;
+    if (after > 0) std::memmove(gap + bytes, gap, after);
+    raw_.used += bytes;
+    return static_cast<T*>(static_cast<void*>(gap));
+  }
+
+  RawVector raw_;
+};
+
+template <class T>
+using LineVector = PlainVector<T, Layout::lines>;
+template <class T>
+using BareVector = PlainVector<T, Layout::bare>;
+
+// For what memcpy cannot copy.
 template <class T>
 struct UnitAllocator {
   using value_type = T;
@@ -585,11 +856,21 @@ struct UnitAllocator {
   void deallocate(T* p, std::size_t) noexcept { ::operator delete(p); }
   friend bool operator==(const UnitAllocator&, const UnitAllocator&) noexcept { return true; }
 };
+
+}  // namespace detail
+
+// A std::vector of types that are not this library's, of which units with other flags share no
+// function: std::vector<float> has one name in all of them.
 template <class T>
-struct Vector : std::vector<T, UnitAllocator<T>> {
-  using std::vector<T, UnitAllocator<T>>::vector;
+struct Vector : std::vector<T, detail::UnitAllocator<T>> {
+  using std::vector<T, detail::UnitAllocator<T>>::vector;
   Vector(const std::vector<T>& other) : Vector(other.begin(), other.end()) {}
   operator std::vector<T>() const { return {this->begin(), this->end()}; }
+};
+template <class T>
+requires(std::is_trivially_copyable_v<T>&& std::is_copy_constructible_v<T>) struct Vector<T>
+    : detail::PlainVector<T, detail::Layout::anywhere> {
+  using detail::PlainVector<T, detail::Layout::anywhere>::PlainVector;
 };
 
 class ItemMask;
@@ -834,21 +1115,24 @@ class Piece {
   Piece(std::string_view text) : text_(text) {}
   Piece(const std::string& text) : text_(text) {}
   template <std::integral Number>
-  Piece(Number number) {
-    std::size_t first = digits_.size();
-    auto rest =
-        number < 0 ? 0 - static_cast<std::uint64_t>(number) : static_cast<std::uint64_t>(number);
-    do {
-      digits_[--first] = static_cast<char>('0' + rest % 10);
-    } while ((rest /= 10) != 0);
-    if (number < 0) digits_[--first] = '-';
-    text_ = {digits_.data() + first, digits_.size() - first};
-  }
+  Piece(Number number)
+      : Piece(number < 0 ? 0 - static_cast<std::uint64_t>(number)
+                         : static_cast<std::uint64_t>(number),
+              number < 0) {}
   Piece(const Piece&) = delete;
   Piece& operator=(const Piece&) = delete;
   std::string_view text() const noexcept { return text_; }
 
  private:
+  [[gnu::noinline]] Piece(std::uint64_t magnitude, bool negative) {
+    std::size_t first = digits_.size();
+    do {
+      digits_[--first] = static_cast<char>('0' + magnitude % 10);
+    } while ((magnitude /= 10) != 0);
+    if (negative) digits_[--first] = '-';
+    text_ = {digits_.data() + first, digits_.size() - first};
+  }
+
   std::array<char, 20> digits_;
   std::string_view text_;
 };
@@ -933,65 +1217,6 @@ inline constexpr std::string_view version = PERSONALIZE_DOTTED(
 
 inline constexpr std::size_t max_id_bytes = 256;
 
-namespace detail {
-
-// From a line of the cache on: a load that straddles two lines costs twice as much, and a row that
-// does comes from memory as two. What is large begins at a huge page and asks Linux for such pages:
-// a row anywhere in 64 MB would wait for its page's address first.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::size_t large = std::size_t{1} << 22;  // bytes
-  static constexpr std::align_val_t line{64}, huge_page{std::size_t{1} << 21};
-
-  LineAllocator() = default;
-  template <class Other>
-  LineAllocator(const LineAllocator<Other>&) noexcept {}
-  T* allocate(std::size_t count) {
-    const std::size_t bytes = count * sizeof(T);
-    void* const p = ::operator new(bytes, alignment(bytes));
-#if defined(MADV_HUGEPAGE)
-    if (bytes >= large) (void)::madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, std::size_t count) noexcept {
-    ::operator delete(p, alignment(count * sizeof(T)));
-  }
-  static constexpr std::align_val_t alignment(std::size_t bytes) noexcept {
-    return bytes >= large ? huge_page : line;
-  }
-  friend bool operator==(const LineAllocator&, const LineAllocator&) noexcept { return true; }
-};
-template <class T>
-using LineVector = std::vector<T, LineAllocator<T>>;
-
-// The same, of which resize() leaves what it adds as it is: memory that nothing was written to
-// takes no pages, and costs nothing to take.
-template <class T>
-struct BareAllocator : LineAllocator<T> {
-  BareAllocator() = default;
-  template <class Other>
-  BareAllocator(const BareAllocator<Other>&) noexcept {}
-  template <class U>
-  void construct(U* p) noexcept {
-    static_assert(std::is_trivially_default_constructible_v<U>);
-    ::new (static_cast<void*>(p)) U;
-  }
-  template <class U, class V>
-  void construct(U* p, V&& value) noexcept {
-    ::new (static_cast<void*>(p)) U(std::forward<V>(value));
-  }
-  template <class U>
-  struct rebind {
-    using other = BareAllocator<U>;
-  };
-};
-template <class T>
-using BareVector = std::vector<T, BareAllocator<T>>;
-
-}  // namespace detail
-
 #if PERSONALIZE_HAS_BODIES
 
 // XXH64 (Yann Collet, xxHash specification 0.1.1). A checksum, not a cryptographic hash.
@@ -1064,17 +1289,38 @@ void append_integer(Vector<std::byte>& out, T value) {
   out.insert(out.end(), p, p + sizeof value);
 }
 
+// For algorithms over numbers: with std::less their functions have one name in units of all flags.
+struct Less {
+  template <class Number>
+  bool operator()(Number a, Number b) const noexcept {
+    return a < b;
+  }
+};
+struct Greater {
+  template <class Number>
+  bool operator()(Number a, Number b) const noexcept {
+    return a > b;
+  }
+};
+
+// Sorting such is compiled once, whatever they stand for.
+struct Keyed {
+  std::uint64_t key;
+  std::uint32_t index;
+  friend bool operator<(const Keyed& a, const Keyed& b) noexcept {
+    return a.key != b.key ? a.key < b.key : a.index < b.index;
+  }
+};
+inline void sort_by_key(Vector<Keyed>& values) { std::sort(values.begin(), values.end()); }
+
 inline std::optional<std::uint64_t> checked_product(std::uint64_t a, std::uint64_t b) noexcept {
   if (b != 0 && a > std::numeric_limits<std::uint64_t>::max() / b) return std::nullopt;
   return a * b;
 }
 
-// The most that one program can hold, of whatever.
-inline constexpr std::uint64_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
-
 // Of a budget, what there can be of it.
 inline std::size_t to_memory(std::uint64_t budget) noexcept {
-  return static_cast<std::size_t>(std::min(budget, most_memory));
+  return static_cast<std::size_t>(std::min<std::uint64_t>(budget, most_memory));
 }
 
 // Elements of an array; more than there can be where the product is: so that memory runs out, and
@@ -1649,9 +1895,10 @@ inline std::int64_t elapsed(std::int64_t from, std::int64_t to) noexcept {
 constexpr std::size_t allocated(std::size_t bytes) noexcept {
   return bytes == 0 ? 0 : std::max<std::size_t>((bytes + 8 + 15) / 16 * 16, 32);
 }
-template <class T, class Allocator>
-std::size_t allocated(const std::vector<T, Allocator>& values) noexcept {
-  return allocated(values.capacity() * sizeof(T));
+template <class Values>
+requires requires(const Values& values) { values.capacity(); }
+std::size_t allocated(const Values& values) noexcept {
+  return allocated(values.capacity() * sizeof(typename Values::value_type));
 }
 // Of a string of that capacity, beside the object itself, in which short ones lie.
 inline std::size_t allocated_text(std::size_t capacity) noexcept {
@@ -3661,7 +3908,7 @@ inline constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << most_chunk
 // The most that zstd makes of a byte: a block of 128 KiB out of four.
 inline constexpr std::uint64_t most_zstd_ratio = std::uint64_t{1} << 15;
 
-inline Error section_error(Errc code, const SectionInfo& section, const std::string& what) {
+inline Error section_error(Errc code, const SectionInfo& section, std::string_view what) {
   return {code, joined({"section ", section.label(), ": ", what}), section.offset};
 }
 
@@ -3747,30 +3994,29 @@ inline Result<void> check_sizes(const SectionInfo& section) {
   return {};
 }
 
-// Numbers of the sections in the order of tag and index: find_section() looks them up.
-using SectionOrder = Vector<std::uint32_t>;
-inline std::pair<std::string_view, std::uint32_t> section_key(const SectionInfo& section) noexcept {
-  return {std::string_view(section.tag.data(), section.tag.size()), section.index};
+inline std::uint64_t section_key(std::string_view tag, std::uint32_t index) noexcept {
+  std::uint64_t key = 0;
+  for (const char c : tag) key = key << 8 | static_cast<unsigned char>(c);
+  return key << 32 | index;
 }
 
+// By tag and index: find_section() looks them up.
+using SectionOrder = Vector<Keyed>;
 inline SectionOrder order_of(std::span<const SectionInfo> sections) {
-  SectionOrder order(sections.size());
-  std::iota(order.begin(), order.end(), 0u);
-  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-    return section_key(sections[a]) < section_key(sections[b]);
-  });
+  SectionOrder order;
+  order.reserve(sections.size());
+  for (std::uint32_t s = 0; s < sections.size(); ++s)
+    order.push_back({section_key({sections[s].tag.data(), 4}, sections[s].index), s});
+  sort_by_key(order);
   return order;
 }
 
 inline const SectionInfo* find_section(std::span<const SectionInfo> sections,
                                        const SectionOrder& order, std::string_view tag,
                                        std::uint32_t index) noexcept {
-  const std::pair key{tag, index};
-  const auto found = std::lower_bound(
-      order.begin(), order.end(), key,
-      [&](std::uint32_t s, const auto& wanted) { return section_key(sections[s]) < wanted; });
-  if (found == order.end() || section_key(sections[*found]) != key) return nullptr;
-  return &sections[*found];
+  const std::uint64_t key = section_key(tag, index);
+  const auto found = std::lower_bound(order.begin(), order.end(), Keyed{key, 0});
+  return found == order.end() || found->key != key ? nullptr : &sections[found->index];
 }
 
 // Header and section table of a file, checked: every entry lies inside the file and within
@@ -3822,8 +4068,9 @@ inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const Loa
     return Error{Errc::corrupt, "bytes follow the last section", expected_offset};
   const SectionOrder order = order_of(sections);
   for (std::uint32_t s = 1; s < count; ++s)
-    if (section_key(sections[order[s - 1]]) == section_key(sections[order[s]]))
-      return section_error(Errc::corrupt, sections[order[s]], "stands twice in the section table");
+    if (order[s - 1].key == order[s].key)
+      return section_error(Errc::corrupt, sections[order[s].index],
+                           "stands twice in the section table");
   return sections;
 }
 
@@ -4105,13 +4352,13 @@ class SectionDecoder {
     done_ += chunk.stored.size();
     if (!target.arrived) return {};
     progress.ahead.push_back(chunk.number);
-    std::push_heap(progress.ahead.begin(), progress.ahead.end(), std::greater<>{});
+    std::push_heap(progress.ahead.begin(), progress.ahead.end(), Greater{});
     if (progress.telling) return {};
     progress.telling = true;
     for (;;) {
       const std::uint64_t before = progress.chunks;
       while (!progress.ahead.empty() && progress.ahead.front() == progress.chunks) {
-        std::pop_heap(progress.ahead.begin(), progress.ahead.end(), std::greater<>{});
+        std::pop_heap(progress.ahead.begin(), progress.ahead.end(), Greater{});
         progress.ahead.pop_back();
         ++progress.chunks;
       }
@@ -4222,7 +4469,7 @@ class FileBuilder {
       append_integer(table, static_cast<std::uint8_t>(section.element_type));
       append_integer(table, section.rank);
       append_integer(table, section.chunk_log2);
-      table.insert(table.end(), 4, std::byte{0});
+      table.resize(table.size() + 4);
       for (const std::uint64_t d : section.shape) append_integer(table, d);
       append_integer(table, section.offset);
       append_integer(table, section.stored_size);
@@ -4236,7 +4483,7 @@ class FileBuilder {
     append_integer(head, static_cast<std::uint32_t>(sections_.size()));
     append_integer(head, size_);
     append_integer(head, xxh64(table));
-    head.insert(head.end(), 24, std::byte{0});
+    head.resize(head.size() + 24);
     append_integer(head, xxh64(head));
     head.insert(head.end(), table.begin(), table.end());
     sink_->overwrite(0, head);
@@ -4880,7 +5127,7 @@ inline std::uint32_t time_gap_bucket(std::optional<std::int64_t> previous, std::
 
 namespace detail {
 
-inline Error shape_error(const std::string& what, const Matrix& m, std::size_t rows,
+inline Error shape_error(std::string_view what, const Matrix& m, std::size_t rows,
                          std::size_t columns) {
   return {Errc::corrupt, joined({what, " has shape [", m.rows(), ", ", m.columns(), "], expected [",
                                  rows, ", ", columns, "]"})};
@@ -4983,8 +5230,8 @@ namespace detail {
 
 // An encoder's program with what its operations take, once checked.
 struct Program {
-  std::vector<OpShape> shapes;  // one an operation
-  std::size_t state = 0;        // values of all hidden states
+  Vector<OpShape> shapes;  // one an operation
+  std::size_t state = 0;   // values of all hidden states
 };
 
 // Walks the program: dimensions must follow from one another, beginning with e (`inputs`) and
@@ -5000,7 +5247,7 @@ inline Result<Program> check_program(std::span<const EncoderOp> operations,
   std::array<std::size_t, encoder_slots> slots{};
   for (std::size_t o = 0; o < operations.size(); ++o) {
     const EncoderOp& op = operations[o];
-    const auto fail = [&](Errc code, const std::string& what) {
+    const auto fail = [&](Errc code, std::string_view what) {
       return Error{code, joined({"encoder: operation ", o, ": ", what})};
     };
     const std::string label{name(op.kind)};
@@ -5046,7 +5293,7 @@ inline Result<Program> check_program(std::span<const EncoderOp> operations,
 }
 
 inline Result<Program> check_program(const ModelParts& parts, const LoadLimits& limits) {
-  std::vector<OpShape::Weight> weights;
+  Vector<OpShape::Weight> weights;
   for (const Matrix& weight : parts.weights) weights.push_back({weight.rows(), weight.columns()});
   return check_program(parts.operations, weights, parts.inputs().columns(),
                        parts.item_vectors.columns(), limits);
@@ -5134,7 +5381,7 @@ inline Result<void> check_shapes(const ModelParts& parts, const Program& program
   return {};
 }
 
-inline Result<void> check_finite(float magnitude, const std::string& what) {
+inline Result<void> check_finite(float magnitude, std::string_view what) {
   if (!(magnitude < std::numeric_limits<float>::infinity()))
     return Error{Errc::corrupt, joined({what, ": holds a value that is not finite"})};
   return {};
@@ -5485,19 +5732,13 @@ class SectionPlan {
   void values(Container& container, std::string_view tag, std::uint32_t index, ElementType type,
               std::initializer_list<std::uint64_t> shape,
               std::function<Result<void>()> check = {}) {
-    SectionTarget* target = target_of(tag, index, {type}, shape);
-    if (!target) return;
     static_assert(std::is_trivially_copyable_v<typename Container::value_type>);
-    target->take = [&container,
-                    size = static_cast<std::size_t>(*shape.begin())]() -> SectionTarget::Areas {
-      container.resize(size);
-      return {std::as_writable_bytes(std::span(container))};
+    const auto resize = [](void* any, std::size_t size) {
+      auto& values = *static_cast<Container*>(any);
+      values.resize(size);
+      return std::as_writable_bytes(std::span(values.data(), size));
     };
-    if (!check) return;
-    target->arrived = [check = std::move(check),
-                       all = find(tag, index)->raw_size](std::uint64_t bytes) -> Result<void> {
-      return bytes == all ? check() : Result<void>{};
-    };
+    values_of(&container, resize, tag, index, type, shape, std::move(check));
   }
 
   void fail(Error error) {
@@ -5507,6 +5748,21 @@ class SectionPlan {
   std::span<const SectionTarget> targets() const noexcept { return targets_; }
 
  private:
+  void values_of(void* container, std::span<std::byte> (*resize)(void*, std::size_t),
+                 std::string_view tag, std::uint32_t index, ElementType type,
+                 std::initializer_list<std::uint64_t> shape, std::function<Result<void>()> check) {
+    SectionTarget* target = target_of(tag, index, {type}, shape);
+    if (!target) return;
+    target->take = [container, resize,
+                    size = static_cast<std::size_t>(*shape.begin())]() -> SectionTarget::Areas {
+      return {resize(container, size)};
+    };
+    if (!check) return;
+    target->arrived = [check = std::move(check),
+                       all = find(tag, index)->raw_size](std::uint64_t bytes) -> Result<void> {
+      return bytes == all ? check() : Result<void>{};
+    };
+  }
   SectionTarget* target_of(std::string_view tag, std::uint32_t index,
                            std::initializer_list<ElementType> types,
                            std::initializer_list<std::uint64_t> shape) {
@@ -5588,8 +5844,8 @@ class SectionPlan {
   std::optional<Error> error_;
 };
 
-template <class T, class Allocator>
-std::span<const std::byte> bytes_of(const std::vector<T, Allocator>& values) noexcept {
+template <class Values>
+std::span<const std::byte> bytes_of(const Values& values) noexcept {
   return std::as_bytes(std::span(values));
 }
 
@@ -5698,7 +5954,7 @@ struct FileParts {
   ModelParts model;
   StringTable field_names;
   Vector<std::uint8_t> field_kinds;
-  std::vector<OpShape::Weight> weight_shapes;
+  Vector<OpShape::Weight> weight_shapes;
 };
 
 // Items, event types and time gaps.
@@ -6574,7 +6830,7 @@ class PagedArray {
     size_ = base.size();
     pages_.reserve(page_count(size_));
     for (std::size_t begin = 0; begin < size_; begin += page_size)
-      pages_.push_back(std::shared_ptr<const T[]>(owner, base.data() + begin));
+      pages_.push_back(std::shared_ptr<const void>(owner, base.data() + begin));
     owned_.resize(pages_.size());
   }
   PagedArray(const PagedArray& other)
@@ -6592,10 +6848,12 @@ class PagedArray {
 
   std::size_t size() const noexcept { return size_; }
   bool empty() const noexcept { return size_ == 0; }
-  const T& operator[](std::size_t i) const noexcept { return pages_[i / page_size][i % page_size]; }
+  const T& operator[](std::size_t i) const noexcept {
+    return page_at(i / page_size)[i % page_size];
+  }
   // The elements of page p that there are.
   std::span<const T> page(std::size_t p) const noexcept {
-    return {pages_[p].get(), std::min(page_size, size_ - p * page_size)};
+    return {page_at(p), std::min(page_size, size_ - p * page_size)};
   }
   std::size_t pages() const noexcept { return pages_.size(); }
 
@@ -6619,7 +6877,7 @@ class PagedArray {
     constexpr std::size_t counts = 24;  // of a pointer that is shared
     std::size_t made = 0;
     for (std::size_t p = 0; p < pages_.size(); ++p)
-      made += p * page_size >= base_.size() || pages_[p].get() != base_.data() + p * page_size;
+      made += p * page_size >= base_.size() || page_at(p) != base_.data() + p * page_size;
     return detail::allocated(pages_) +
            made * (detail::allocated(page_size * sizeof(T)) + detail::allocated(counts));
   }
@@ -6628,27 +6886,28 @@ class PagedArray {
   struct Delete {
     void operator()(const T* page) const noexcept { delete[] page; }
   };
-  static std::unique_ptr<T[], Delete> make_page() {
+  static std::shared_ptr<const void> make_page() {
     return std::unique_ptr<T[], Delete>(new T[page_size]());
   }
+  const T* page_at(std::size_t p) const noexcept { return static_cast<const T*>(pages_[p].get()); }
   static std::size_t page_count(std::size_t size) noexcept {
     return (size + page_size - 1) / page_size;
   }
   T* own(std::size_t p) {
     assert(!owned_[p] || pages_[p].use_count() == 1);
     if (!owned_[p]) {
-      auto copy = make_page();
+      std::shared_ptr<const void> copy = make_page();
       const auto from = page(p);
-      std::copy(from.begin(), from.end(), copy.get());
-      pages_[p] = std::move(copy);
+      std::copy(from.begin(), from.end(), const_cast<T*>(static_cast<const T*>(copy.get())));
+      pages_[p].swap(copy);
       owned_[p] = true;
     }
-    return const_cast<T*>(pages_[p].get());  // made by this array, and not const
+    return const_cast<T*>(page_at(p));  // made by this array, and not const
   }
 
   std::size_t size_ = 0;
   std::span<const T> base_;
-  Vector<std::shared_ptr<const T[]>> pages_;
+  Vector<std::shared_ptr<const void>> pages_;
   Vector<std::uint8_t> owned_;  // pages that no other array has seen
 };
 
@@ -6675,7 +6934,8 @@ struct Eligibility {
   std::uint64_t word(std::size_t w) const noexcept {
     std::uint64_t bits =
         (eligible ? eligible->word(w) : ~std::uint64_t{0}) & ~(excluded ? excluded->word(w) : 0);
-    auto item = std::lower_bound(excluded_items.begin(), excluded_items.end(), w * 64);
+    auto item = std::lower_bound(excluded_items.begin(), excluded_items.end(),
+                                 static_cast<std::uint32_t>(w * 64), detail::Less{});
     for (; item != excluded_items.end() && *item / 64 == w; ++item)
       bits &= ~(std::uint64_t{1} << (*item % 64));
     return bits;
@@ -6683,7 +6943,8 @@ struct Eligibility {
   bool test(std::uint32_t item) const noexcept {
     return !(eligible && !eligible->test(item)) && !(excluded && excluded->test(item)) &&
            (excluded_items.empty() ||
-            !std::binary_search(excluded_items.begin(), excluded_items.end(), item));
+            !std::binary_search(excluded_items.begin(), excluded_items.end(), item,
+                                detail::Less{}));
   }
   bool all() const noexcept { return !eligible && !excluded && excluded_items.empty(); }
   // How many are excluded at most.
@@ -7059,7 +7320,7 @@ struct Panels {
   // Of 4 bits. Biases are raised by usual_length |r|: what a query of the usual length needs for a
   // margin, each row its own.
   LineVector<std::uint16_t> short_scales, raised_biases;
-  std::vector<RowBounds> chunks, from;  // of each chunk of chunk_rows positions; and all later ones
+  Vector<RowBounds> chunks, from;  // of each chunk of chunk_rows positions; and all later ones
   float largest_bias = 0;
 
  private:
@@ -7271,7 +7532,7 @@ class Scorer {
   struct Workspace {
     Vector<double> query;
     std::vector<Search> searches;
-    std::vector<Search*> active;
+    Vector<Search*> active;
     std::size_t bytes() const noexcept;
   };
 
@@ -7332,7 +7593,7 @@ class Scorer {
       next.start_afresh(known, pace);
       return next;
     }
-    std::vector<Source> fresh;
+    Vector<Source> fresh;
     fresh.reserve(changed.size() + added);
     for (const std::uint32_t item : changed) {
       assert(item < rows_.rows());
@@ -7515,7 +7776,7 @@ class Scorer {
     std::size_t found = 0, settled = 0;
     Vector<float> lower, upper;
     Vector<std::uint32_t> positions;
-    std::vector<Place> places;
+    Vector<Place> places;
     Eligibility eligibility;
     Vector<double> query;  // [padded(d)]
     Vector<std::int8_t> quantised;
@@ -7525,7 +7786,7 @@ class Scorer {
     std::size_t waiting = 0, ready = 0;
     Vector<std::uint32_t> waiting_positions;
     Vector<float> waiting_margins;
-    std::vector<Place> waiting_places;
+    Vector<Place> waiting_places;
 
     // Whether candidates go through the filter before their bounds are counted.
     bool filtered() const noexcept { return needed == k && !eligibility.all(); }
@@ -7590,7 +7851,7 @@ class Scorer {
   void start_afresh(std::span<const std::uint16_t> known, detail::Pace& pace) {
     parts_.clear();
     unbounded_.clear();
-    std::vector<Source> fresh;
+    Vector<Source> fresh;
     fresh.reserve(rows_.rows());
     for (std::size_t item = 0; item < rows_.rows(); ++item) {
       pace.step(item);
@@ -7601,14 +7862,15 @@ class Scorer {
   }
 
   // Adds the item to `fresh`, if it may rank.
-  void take_in(std::uint32_t item, std::uint16_t short_scale, std::vector<Source>& fresh) {
+  void take_in(std::uint32_t item, std::uint16_t short_scale, Vector<Source>& fresh) {
     const Place place = place_of(item);
     const double norm = norm_of(place);
     if (!std::isfinite(place.bias) || !std::isfinite(norm)) return;
     if (norm < static_cast<double>(std::numeric_limits<float>::max()))
       fresh.push_back({place, static_cast<float>(norm), short_scale});
     else
-      unbounded_.insert(std::lower_bound(unbounded_.begin(), unbounded_.end(), item), item);
+      unbounded_.insert(
+          std::lower_bound(unbounded_.begin(), unbounded_.end(), item, detail::Less{}), item);
   }
 
   double norm_of(const Place& place) const noexcept {
@@ -7625,14 +7887,14 @@ class Scorer {
       part->drop(position);
       return bits_ == 4 ? part->panels->short_scales[position] : std::uint16_t{0};
     }
-    const auto found = std::lower_bound(unbounded_.begin(), unbounded_.end(), item);
+    const auto found = std::lower_bound(unbounded_.begin(), unbounded_.end(), item, detail::Less{});
     if (found != unbounded_.end() && *found == item) unbounded_.erase(found);
     return 0;
   }
 
   // Makes a part of `fresh`, ascending, and of the newest parts that became small against it or
   // lost much.
-  void add(std::vector<Source> fresh, detail::Pace& pace) {
+  void add(Vector<Source> fresh, detail::Pace& pace) {
     const int bits = rows_.rows() * rows_.columns() <= largest_8bit_ ? 8 : 4;
     std::size_t kept = parts_.size();
     std::size_t newer = fresh.size();
@@ -7657,7 +7919,7 @@ class Scorer {
   }
 
   // Merges what a part holds into `fresh`.
-  void take_over(const Part& part, int bits, std::vector<Source>& fresh) const {
+  void take_over(const Part& part, int bits, Vector<Source>& fresh) const {
     const Panels& panels = *part.panels;
     const auto middle = static_cast<std::ptrdiff_t>(fresh.size());
     fresh.reserve(fresh.size() + part.live);
@@ -7929,7 +8191,7 @@ class Scorer {
   // Every so many chunks one of the sample, 0: none. Where the best rows stand in front, the scan
   // finds a threshold there and ends soon.
   std::size_t sample_stride(std::size_t k) const noexcept {
-    const std::vector<Bounds>& from = parts_.front().panels->from;
+    const Vector<Bounds>& from = parts_.front().panels->from;
     const std::size_t chunks = from.size();
     const auto reach = [&](std::size_t chunk) {
       return length_ * from[chunk].norm + from[chunk].bias;
@@ -8125,7 +8387,7 @@ class Scorer {
     constexpr int most_bits = 10;
     best.resize(keys.size());
     if (keys.empty()) return;
-    const auto [least, most] = std::minmax_element(keys.begin(), keys.end());
+    const auto [least, most] = std::minmax_element(keys.begin(), keys.end(), detail::Less{});
     const std::uint64_t greatest = *most;
     const int bits = std::min(static_cast<int>(std::bit_width(keys.size())), most_bits);
     const int shift = std::max(static_cast<int>(std::bit_width(greatest - *least)) - bits, 0);
@@ -8139,7 +8401,7 @@ class Scorer {
     const std::size_t count = std::min(k, keys.size());
     const auto at = [&](std::size_t i) { return best.begin() + static_cast<std::ptrdiff_t>(i); };
     for (std::size_t b = 0, begin = 0; begin < count; begin = ends[b++])
-      std::sort(at(begin), at(ends[b]), std::greater<>{});
+      std::sort(at(begin), at(ends[b]), detail::Greater{});
     best.resize(count);
   }
 
@@ -8446,7 +8708,7 @@ class ContextSums {
   // no lock is held meanwhile.
   template <class Visit>
   void for_each(const DecayMoment& moment, Visit visit) const {
-    std::vector<Row> rows;
+    Vector<Row> rows;
     Vector<float> sums;
     for (const Stripe& stripe : stripes_) {
       for (std::size_t count = 0;;) {  // memory is taken without the lock
@@ -8504,7 +8766,7 @@ class ContextSums {
   struct Stripe {
     mutable detail::RankedMutex<1> mutex;
     detail::HashIndex index;
-    std::vector<Row> rows;
+    Vector<Row> rows;
     Vector<std::unique_ptr<float[]>> blocks;  // of block_rows rows: positive, then expected
     RecencyList order;
     std::uint32_t free = RecencyList::none;  // a row without an item, its links.older the next
@@ -8528,7 +8790,7 @@ class ContextSums {
   // Memory is taken without the lock.
   void grow(Stripe& stripe, std::size_t index_slots, bool rows, std::size_t count) const {
     detail::HashIndex larger;
-    std::vector<Row> more_rows;
+    Vector<Row> more_rows;
     Vector<std::unique_ptr<float[]>> blocks;
     std::unique_ptr<float[]> block;
     if (index_slots != 0) larger = detail::HashIndex::of_capacity(index_slots);
@@ -8684,7 +8946,7 @@ class RecentImpressions {
     return static_cast<std::uint32_t>(
         std::clamp<std::int64_t>(timestamp, 0, std::numeric_limits<std::uint32_t>::max()));
   }
-  std::vector<Entry> entries_;
+  Vector<Entry> entries_;
 };
 
 // One pick of a remembered slate; its place is its index. "Log clicks": the natural logarithm of an
@@ -8833,7 +9095,10 @@ class SlateLog {
   // lock is held meanwhile. Cost: O(capacity) beside the visits.
   template <class Visit>
   void for_each_reported(std::size_t limit, Visit visit) const {
-    Vector<std::pair<std::uint64_t, std::uint64_t>> newest;  // order and number
+    struct Reported {
+      std::uint64_t order, number;
+    };
+    Vector<Reported> newest;
     for (const Stripe& stripe : stripes_) {
       newest.reserve(newest.size() + stripe.slots.size());
       const detail::lock_guard lock{stripe.mutex};
@@ -8842,14 +9107,15 @@ class SlateLog {
     }
     const std::size_t count = std::min(limit, newest.size());
     std::partial_sort(newest.begin(), newest.begin() + static_cast<std::ptrdiff_t>(count),
-                      newest.end(), std::greater<>{});
+                      newest.end(),
+                      [](const Reported& a, const Reported& b) { return a.order > b.order; });
     LoggedSlate slate;
     reserve(slate);
     for (std::size_t i = 0; i < count; ++i) {
-      const Stripe& stripe = stripes_[stripe_of(newest[i].second)];
+      const Stripe& stripe = stripes_[stripe_of(newest[i].number)];
       {
         const detail::lock_guard lock{stripe.mutex};
-        const Slot* slot = find(stripe, newest[i].second);
+        const Slot* slot = find(stripe, newest[i].number);
         if (!slot) continue;
         copy(stripe, *slot, slate);
       }
@@ -8888,7 +9154,7 @@ class SlateLog {
   };
   struct Stripe {
     mutable detail::RankedMutex<1> mutex;
-    std::vector<Slot> slots;
+    Vector<Slot> slots;
     std::unique_ptr<std::byte[]> ring;  // slates, each in one piece: query, picks, choices
     std::uint64_t head = 0;             // bytes written in all
     std::uint64_t next = 1;
@@ -8937,12 +9203,12 @@ class SlateLog {
     if (count > 0) std::memcpy(at, values, count * sizeof(T));
     return at + count * sizeof(T);
   }
-  template <class T, class Allocator>
-  static const std::byte* take(const std::byte* at, std::vector<T, Allocator>& values,
-                               std::size_t count) noexcept {
+  template <class Values>
+  static const std::byte* take(const std::byte* at, Values& values, std::size_t count) noexcept {
     values.resize(count);  // reserved
-    if (count > 0) std::memcpy(values.data(), at, count * sizeof(T));
-    return at + count * sizeof(T);
+    const std::size_t bytes = count * sizeof(typename Values::value_type);
+    if (count > 0) std::memcpy(values.data(), at, bytes);
+    return at + bytes;
   }
   void copy(const Stripe& stripe, const Slot& slot, LoggedSlate& slate) const noexcept {
     slate.timestamp = slot.timestamp;
@@ -9005,10 +9271,12 @@ inline void append_csv_field(std::string_view field, std::string& line) {
 // The fewest digits that read back as the value, in every locale.
 template <class Number>
 void append_number(Number value, std::string& line) {
-  std::array<char, 32> text{};
-  char* end = text.data();
+  if constexpr (std::is_integral_v<Number>) {
+    line.append(Piece(value).text());
+  } else {
+    std::array<char, 32> text{};
+    char* end = text.data();
 #if defined(_LIBCPP_VERSION) && _LIBCPP_VERSION < 14000  // has std::to_chars of integers only
-  if constexpr (std::is_floating_point_v<Number>) {
     using Limits = std::numeric_limits<Number>;
     for (int digits = Limits::digits10; digits <= Limits::max_digits10; ++digits) {
       end = text.data() +
@@ -9016,10 +9284,11 @@ void append_number(Number value, std::string& line) {
       if (static_cast<Number>(std::strtod(text.data(), nullptr)) == value) break;
     }
     std::replace(text.begin(), text.end(), ',', '.');
-  } else
-#endif
+#else
     end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
-  line.append(text.data(), end);
+#endif
+    line.append(text.data(), static_cast<std::size_t>(end - text.data()));
+  }
 }
 
 }  // namespace detail
@@ -9516,7 +9785,7 @@ struct Scratch {
   LoggedSlate logged;  // of a slate that is made, or that an event answers
   // Of an event: the items listed, with their places; the picks seen, by place.
   std::vector<ScoredItem> listed;  // score: the place
-  std::vector<SeenPick> seen;
+  Vector<SeenPick> seen;
 
   std::size_t bytes() const noexcept {
     return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
@@ -9588,7 +9857,7 @@ struct Catalogue {
   std::shared_ptr<const Vector<std::uint32_t>> popular;  // by popularity and quality, best first
   Vector<std::uint32_t> popular_later;  // put or changed since that was sorted, best first
   Vector<std::uint32_t> later_items;    // the same, ascending
-  std::vector<PoolItem> pool;           // ascending by item
+  Vector<PoolItem> pool;                // ascending by item
   Vector<float> pool_vectors, pool_biases;
   Calibration calibration;
   GammaPrior well_known_prior{10, 1}, cold_prior{2, 1};
@@ -9694,7 +9963,7 @@ struct Catalogue {
     };
     const auto show = [&](std::uint32_t item) { return !available(item) || visit(item); };
     for (const std::uint32_t item : *popular) {
-      if (std::binary_search(later_items.begin(), later_items.end(), item)) continue;
+      if (std::binary_search(later_items.begin(), later_items.end(), item, Less{})) continue;
       for (; later < popular_later.size() && before(popular_later[later], item); ++later)
         if (!show(popular_later[later])) return;
       if (!show(item)) return;
@@ -9861,10 +10130,11 @@ class CatalogueBuilder {
     describe();
     if (next.counters->size() < next.size())
       next.counters = std::make_shared<ItemCounters>(next.counters->grown(next.size()));
-    std::sort(changed_.begin(), changed_.end());
-    changed_.erase(std::unique(changed_.begin(), changed_.end()), changed_.end());
+    std::sort(changed_.begin(), changed_.end(), Less{});
+    const auto same = [](std::uint32_t a, std::uint32_t b) { return a == b; };
+    changed_.erase(std::unique(changed_.begin(), changed_.end(), same), changed_.end());
     // Items that were added are not the old scorer's.
-    const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_);
+    const auto added = std::lower_bound(changed_.begin(), changed_.end(), first_added_, Less{});
     next.scorer = std::make_shared<const Scorer>(next.scorer->changed(
         next.vectors, next.biases,
         std::span(changed_.data(), static_cast<std::size_t>(added - changed_.begin())), &pace_));
@@ -9904,7 +10174,7 @@ class CatalogueBuilder {
       if (parts.statistics[i].interactions > 0) biases.push_back(parts.biases[i]);
     if (biases.empty()) biases = parts.biases;
     const auto at = biases.begin() + static_cast<std::ptrdiff_t>(biases.size() / 10);
-    std::nth_element(biases.begin(), at, biases.end());
+    std::nth_element(biases.begin(), at, biases.end(), Less{});
     return *at;
   }
 
@@ -9943,7 +10213,7 @@ class CatalogueBuilder {
   void describe() {
     Catalogue& next = *next_;
     const std::size_t d = next.dimension();
-    std::vector<Described> known;
+    Vector<Described> known;
     Vector<float> own;  // [known, d]
     Vector<float> vector(d);
     for (const Described& one : described_) {
@@ -10055,12 +10325,14 @@ class CatalogueBuilder {
     next.popularity_scale = static_cast<float>(-std::log(std::max(next.interactions, 1.0)));
     Vector<std::uint32_t> later;
     std::set_union(next.later_items.begin(), next.later_items.end(), changed_.begin(),
-                   changed_.end(), std::back_inserter(later));
+                   changed_.end(), std::back_inserter(later), Less{});
     if (later.size() > std::max<std::size_t>(256, next.size() / 16)) return sort_popular();
+    Vector<Keyed> order;
+    order.reserve(later.size());
+    for (const std::uint32_t i : later) order.push_back({~ordered_bits(next.popular_score(i)), i});
+    sort_by_key(order);
     next.later_items = later;
-    std::sort(later.begin(), later.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return ranks_before({a, next.popular_score(a)}, {b, next.popular_score(b)});
-    });
+    for (std::size_t j = 0; j < later.size(); ++j) later[j] = order[j].index;
     next.popular_later = std::move(later);
   }
 
@@ -10097,7 +10369,7 @@ class CatalogueBuilder {
     Vector<std::uint32_t> items, all;
     for (const PoolItem& candidate : next_->pool) items.push_back(candidate.item);
     std::set_union(items.begin(), items.end(), changed_.begin(), changed_.end(),
-                   std::back_inserter(all));
+                   std::back_inserter(all), Less{});
     next_->pool.clear();
     for (const std::uint32_t item : all)
       if (const auto candidate = pool_item(item, moment, latest)) next_->pool.push_back(*candidate);
@@ -10109,14 +10381,17 @@ class CatalogueBuilder {
     Catalogue& next = *next_;
     auto& pool = next.pool;
     if (pool.size() > Catalogue::max_pool) {
-      std::nth_element(pool.begin(), pool.begin() + Catalogue::max_pool, pool.end(),
-                       [](const PoolItem& a, const PoolItem& b) {
-                         return a.created > b.created ||
-                                (a.created == b.created && a.item < b.item);
-                       });
+      Vector<Keyed> newest;
+      newest.reserve(pool.size());
+      for (std::uint32_t j = 0; j < pool.size(); ++j)
+        newest.push_back(
+            {~(static_cast<std::uint64_t>(pool[j].created) ^ std::uint64_t{1} << 63), j});
+      std::nth_element(newest.begin(), newest.begin() + Catalogue::max_pool, newest.end());
+      newest.resize(Catalogue::max_pool);
+      for (Keyed& each : newest) each.key = each.index;
+      sort_by_key(newest);
+      for (std::size_t j = 0; j < newest.size(); ++j) pool[j] = pool[newest[j].index];
       pool.resize(Catalogue::max_pool);
-      std::sort(pool.begin(), pool.end(),
-                [](const PoolItem& a, const PoolItem& b) { return a.item < b.item; });
     }
     const std::size_t d = next.dimension();
     next.pool_vectors.assign(pool.size() * d + kernels::lanes, 0.0f);
@@ -10133,7 +10408,7 @@ class CatalogueBuilder {
   std::shared_ptr<Catalogue> next_;
   std::uint32_t first_added_;
   std::shared_ptr<ItemIds> ids_;  // where items are added
-  std::vector<Described> described_;
+  Vector<Described> described_;
   Vector<std::uint32_t> changed_;  // another row, bias, popularity or creation
   Vector<std::uint32_t> touched_;  // with counts since the generation before
   std::size_t values_unknown_ = 0;
@@ -10151,7 +10426,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   }
   calibrate(slates);
 
-  std::vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
+  Vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
   Vector<std::uint8_t> well_known(active.size());
   for (std::size_t a = 0; a < active.size(); ++a) {
     pace_.step(a);
@@ -10196,7 +10471,7 @@ inline Vector<std::uint32_t> CatalogueBuilder::find_active() {
   Vector<std::uint32_t> active;
   next_->counters->take_touched(touched_);
   std::set_union(next_->active->begin(), next_->active->end(), touched_.begin(), touched_.end(),
-                 std::back_inserter(active));
+                 std::back_inserter(active), Less{});
   return active;
 }
 
@@ -10222,7 +10497,7 @@ void CatalogueBuilder::settle_unseen(float quality, std::span<const std::uint32_
 inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
   Catalogue& next = *next_;
   const std::size_t d = next.dimension();
-  std::vector<CalibrationSample> samples;
+  Vector<CalibrationSample> samples;
   Vector<double> second_moment(d <= largest_correction ? d * d : 0);
   double queries = 0;
   slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
@@ -11074,7 +11349,9 @@ class EventIds {
   void end(std::uint64_t hash, bool keep) noexcept {
     Stripe& stripe = stripes_[hash % stripe_count];
     const lock_guard lock{stripe.mutex};
-    std::erase(stripe.claimed, hash);
+    auto& claimed = stripe.claimed;
+    const auto is_it = [hash](std::uint64_t one) { return one == hash; };
+    claimed.erase(std::remove_if(claimed.begin(), claimed.end(), is_it), claimed.end());
     if (!keep) return;
     const auto place = static_cast<std::uint32_t>(stripe.next);
     stripe.next = (stripe.next + 1) % capacity_;
@@ -11523,7 +11800,7 @@ inline bool State::merge(std::string_view session, std::string_view user) {
   if (!before) return false;
   ScratchLease scratch{lanes};
   Settle settle{users, user_key, scratch->grown};
-  std::vector<RememberedEvent> events;
+  Vector<RememberedEvent> events;
   events.reserve(options.history_length);
   const auto change = [&](std::size_t more_events, std::size_t more_impressions, auto apply) {
     users.change(
@@ -11666,12 +11943,14 @@ inline bool State::remember_pending(std::string_view item, PendingEvent event) {
 // Copies of what waits, in the order in which it was put.
 inline std::vector<std::pair<std::string, State::PutItem>> State::waiting_items(
     std::uint64_t& version) const {
-  std::vector<std::pair<std::string, PutItem>> items;
+  std::vector<std::pair<std::string, PutItem>> items, ordered;
+  Vector<Keyed> order;
   {
     const lock_guard lock{pending_mutex};
     version = put_version;
     for (const auto& [id, item] : put_items) {
       if (!item.waiting) continue;
+      order.push_back({item.version, static_cast<std::uint32_t>(items.size())});
       auto& copy = items.emplace_back(id, PutItem{}).second;
       copy.fields = item.fields;
       copy.created = item.created;
@@ -11680,9 +11959,10 @@ inline std::vector<std::pair<std::string, State::PutItem>> State::waiting_items(
       copy.version = item.version;
     }
   }
-  std::sort(items.begin(), items.end(),
-            [](const auto& a, const auto& b) { return a.second.version < b.second.version; });
-  return items;
+  sort_by_key(order);
+  ordered.reserve(items.size());
+  for (const Keyed& each : order) ordered.push_back(std::move(items[each.index]));
+  return ordered;
 }
 
 inline void State::take_in(const std::vector<std::pair<std::string, PutItem>>& items,
@@ -12020,8 +12300,9 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
   };
   known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
           (!request.session.empty() && read({}, session_key, scratch.drawn_session));
-  std::sort(scratch.ignored.begin(), scratch.ignored.end(),
-            [](const ScoredItem& a, const ScoredItem& b) { return a.item < b.item; });
+  bool (*const by_item)(const ScoredItem&, const ScoredItem&) noexcept =
+      [](const ScoredItem& a, const ScoredItem& b) noexcept { return a.item < b.item; };
+  std::sort(scratch.ignored.begin(), scratch.ignored.end(), by_item);
   for (const ScoredItem& one : scratch.ignored)
     scratch.ignored_filter[one.item % 1024 / 64] |= std::uint64_t{1} << (one.item % 64);
   if (known)

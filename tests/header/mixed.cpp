@@ -5,11 +5,19 @@
 
 namespace pz = personalize;
 
-// Its own in each unit, as a user's code would be.
+// Its own in each unit, as a user's code would be. std::to_string would be one for both.
 namespace {
 
+std::string named(char kind, int number) {
+  std::string name(1, kind);
+  for (int digit = 1000; digit > 0; digit /= 10)
+    name.push_back(static_cast<char>('0' + number / digit % 10));
+  return name;
+}
+
 pz::ModelParts parts() {
-  constexpr std::size_t items = 400, d = 32;
+  constexpr int items = 400;
+  constexpr std::size_t d = 32;
   pz::ModelParts p;
   const auto matrix = [](std::size_t rows, std::size_t columns) {
     pz::Matrix m = pz::Matrix::zeros(rows, columns);
@@ -17,9 +25,10 @@ pz::ModelParts parts() {
       m.f32()[i] = static_cast<float>(i * 7 % 31) / 31.0f - 0.5f;
     return m;
   };
-  for (std::size_t i = 0; i < items; ++i) {
-    if (!p.item_ids.add("i" + std::to_string(i))) return p;
-    p.statistics.push_back({items - i, 1'600'000'000, 1'600'001'000, 1'600'000'000});
+  for (int i = 0; i < items; ++i) {
+    if (!p.item_ids.add(named('i', i))) return p;
+    p.statistics.push_back(
+        {static_cast<std::uint64_t>(items - i), 1'600'000'000, 1'600'001'000, 1'600'000'000});
     p.biases.push_back(0);
   }
   p.item_vectors = matrix(items, d).quantised();
@@ -39,8 +48,8 @@ bool serve() {
   if (!recommender || !recommender->put_item({.item = "new"})) return false;
   std::string session;
   for (int i = 0; i < 50; ++i) {
-    session = "s" + std::to_string(i % 7);
-    const std::string item = "i" + std::to_string(i * 3);
+    session = named('s', i % 7);
+    const std::string item = named('i', i * 3);
     if (!recommender->record({.session = session, .item = item})) return false;
     const auto slate = recommender->recommend({.session = session, .count = 50});
     if (!slate ||

@@ -13,7 +13,8 @@ build() {  # build COMPILER PROGRAM FLAG...
 }
 build "$1" wide &
 build "$2" narrow -static &
-wait -n && wait -n
+wait -n
+wait -n
 cd "$out"
 ./wide write model.pzm
 ./wide run model.pzm . >wide.txt

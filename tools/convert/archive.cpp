@@ -21,10 +21,10 @@ struct Outgoing {
 
 class Writer {
  public:
-  template <class T, class Allocator>
+  template <class Values>
   void values(std::string name, const char* dtype, std::vector<std::uint64_t> shape,
-              const std::vector<T, Allocator>& data) {
-    tensors_.push_back({std::move(name), dtype, std::move(shape), data.size() * sizeof(T),
+              const Values& data) {
+    tensors_.push_back({std::move(name), dtype, std::move(shape), std::span(data).size_bytes(),
                         [&data](const auto& sink) { sink(std::as_bytes(std::span(data))); }});
   }
   void matrix(std::string name, const Matrix& m) {

@@ -102,7 +102,7 @@ if(PERSONALIZE_WITH_ZSTD AND NOT TARGET personalize::zstd)
   elseif(DEFINED BUILD_SHARED_LIBS)
     list(REVERSE personalize_installed)
   endif()
-  set(personalize_names libzstd ${personalize_own} zstd::libzstd ${personalize_installed} zstd::zstd
+  set(personalize_names libzstd ${personalize_own} ${personalize_installed} zstd::libzstd zstd::zstd
       ZSTD::ZSTD zstd)
   personalize_library(personalize_found ${personalize_names})
   if(NOT personalize_found AND NOT PERSONALIZE_ZSTD_LIBRARY)
