@@ -4977,7 +4977,7 @@ PERSONALIZE_API Result<void> StringTable::make_slots(std::size_t numbered, std::
   if (wanted * 4 <= slots_.size() * 3) return {};
   std::size_t most = 16;
   while (size() * 4 > most * 3) most *= 2;
-  return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 8 * slots_.size())));
+  return rehash(numbered, std::min(most, std::max<std::size_t>(1 << 14, 16 * slots_.size())));
 }
 
 PERSONALIZE_API std::uint64_t StringTable::hash_of(std::string_view text) noexcept {
@@ -7921,18 +7921,19 @@ class Scorer {
   // Merges what a part holds into `fresh`.
   void take_over(const Part& part, int bits, Vector<Source>& fresh) const {
     const Panels& panels = *part.panels;
-    const auto middle = static_cast<std::ptrdiff_t>(fresh.size());
-    fresh.reserve(fresh.size() + part.live);
+    Vector<Source> held;
+    held.reserve(part.live);
     for (const std::uint32_t position : panels.by_item) {
       if (!part.holds(position)) continue;
       const Place& place = panels.order[position];
-      fresh.push_back(
+      held.push_back(
           {place, static_cast<float>(norm_of(place)),
            bits == 4 && panels.bits == 4 ? panels.short_scales[position] : std::uint16_t{0}});
     }
-    std::inplace_merge(
-        fresh.begin(), fresh.begin() + middle, fresh.end(),
-        [](const Source& a, const Source& b) { return a.place.item < b.place.item; });
+    Vector<Source> merged(fresh.size() + held.size());
+    std::merge(fresh.begin(), fresh.end(), held.begin(), held.end(), merged.begin(),
+               [](const Source& a, const Source& b) { return a.place.item < b.place.item; });
+    fresh.swap(merged);
   }
 
   const Place& place_at(std::uint32_t position) const noexcept {
@@ -9270,7 +9271,7 @@ inline void append_csv_field(std::string_view field, std::string& line) {
 
 // The fewest digits that read back as the value, in every locale.
 template <class Number>
-void append_number(Number value, std::string& line) {
+[[gnu::noinline]] void append_number(Number value, std::string& line) {
   if constexpr (std::is_integral_v<Number>) {
     line.append(Piece(value).text());
   } else {
