@@ -682,6 +682,8 @@ struct RawVector {
 // that all types share what little there is to compile, and that memory can be left as it is.
 template <class T, Layout layout>
 class PlainVector {
+  static_assert(alignof(T) <= __STDCPP_DEFAULT_NEW_ALIGNMENT__);
+
  public:
   using value_type = T;
   using size_type = std::size_t;

@@ -33,6 +33,32 @@ TEST_CASE("a result moves values that cannot be copied") {
   CHECK(*taken == 3);
 }
 
+TEST_CASE("a result is copied and assigned, whatever it held") {
+  using Text = pz::Result<std::string>;
+  const std::string long_text(100, 'x');
+  const Text value{long_text}, error{pz::Error{pz::Errc::io, long_text + "!", 7}};
+  for (const Text& from : {value, error})
+    for (const Text& to : {value, error}) {
+      const auto same = [&](const Text& one) {
+        REQUIRE(one.has_value() == from.has_value());
+        if (one)
+          CHECK(*one == *from);
+        else
+          CHECK(one.error().message == from.error().message);
+      };
+      Text copy = to;
+      copy = from;
+      same(copy);
+      const Text& self = copy;
+      copy = self;
+      same(copy);
+      Text moved = to;
+      moved = std::move(copy);
+      same(moved);
+      same(Text(std::move(moved)));
+    }
+}
+
 TEST_CASE("a result without a value says only whether it worked") {
   const pz::Result<void> fine;
   CHECK(fine);
