@@ -6889,7 +6889,8 @@ class PagedArray {
     void operator()(const T* page) const noexcept { delete[] page; }
   };
   static std::shared_ptr<const void> make_page() {
-    return std::unique_ptr<T[], Delete>(new T[page_size]());
+    std::unique_ptr<T[], Delete> page(new T[page_size]());
+    return std::shared_ptr<const void>(std::move(page));
   }
   const T* page_at(std::size_t p) const noexcept { return static_cast<const T*>(pages_[p].get()); }
   static std::size_t page_count(std::size_t size) noexcept {
@@ -6897,14 +6898,14 @@ class PagedArray {
   }
   T* own(std::size_t p) {
     assert(!owned_[p] || pages_[p].use_count() == 1);
-    if (!owned_[p]) {
-      std::shared_ptr<const void> copy = make_page();
-      const auto from = page(p);
-      std::copy(from.begin(), from.end(), const_cast<T*>(static_cast<const T*>(copy.get())));
-      pages_[p].swap(copy);
-      owned_[p] = true;
-    }
-    return const_cast<T*>(page_at(p));  // made by this array, and not const
+    if (owned_[p]) return const_cast<T*>(page_at(p));  // made by this array, and not const
+    std::shared_ptr<const void> copy = make_page();
+    T* const made = const_cast<T*>(static_cast<const T*>(copy.get()));
+    const auto from = page(p);
+    std::copy(from.begin(), from.end(), made);
+    pages_[p] = std::move(copy);
+    owned_[p] = true;
+    return made;
   }
 
   std::size_t size_ = 0;

@@ -10,8 +10,8 @@ cd "$work"
 
 field() { python3 -c "import json,sys; print(json.load(open('$1'))$2)"; }
 
-"$personalize" --version | grep -q '^personalize [0-9]'
-"$personalize" train --help | grep -q -- --hidden-dimension
+[[ $("$personalize" --version) == "personalize "[0-9]* ]]
+[[ $("$personalize" train --help) == *--hidden-dimension* ]]
 "$personalize" simulate --write-dataset data --users 300 --items 120
 "$personalize" simulate --write-dataset again --users 300 --items 120
 cmp data/interactions.csv again/interactions.csv
@@ -91,7 +91,7 @@ refuses 1 'has neither RECOMMENDATION_ID' "$personalize" evaluate --protocol off
 python3 -c "import xml.dom.minidom; xml.dom.minidom.parse('plot.svg')" || fail "plot.svg is not XML"
 "$personalize" simulate --scenario no-fatigue --users 50 --items 200 --days 2 --slates 100 --write-dataset world
 "$personalize" simulate --users 50 --items 200 --days 1 --slates 100 --write-log world.csv
-"$personalize" evaluate --protocol off-policy --log world.csv | grep -q 'doubly robust'
+[[ $("$personalize" evaluate --protocol off-policy --log world.csv) == *"doubly robust"* ]]
 refuses 2 'excludes' "$personalize" simulate --write-log x --policy greedy
 refuses 2 'excludes' "$personalize" simulate --write-dataset x --json
 refuses 2 'no meaning' "$personalize" simulate --write-dataset x --slates 5
@@ -189,7 +189,7 @@ status=0
 ((status == 2)) && grep -q '^  recommend ' err || fail "without arguments: $status, $(cat err)"
 "$personalize" help | cmp - err
 "$personalize" help recommend | cmp - <("$personalize" recommend --help)
-"$personalize" help train | grep -q -- --hidden-dimension
+[[ $("$personalize" help train) == *--hidden-dimension* ]]
 refuses 2 "^personalize: no subcommand 'traim'; did you mean 'train'? (see personalize --help)" "$personalize" traim
 refuses 2 "no subcommand 'eval'; did you mean 'evaluate'" "$personalize" eval x
 refuses 2 "no subcommand 'xyzzy'; there are train, evaluate, recommend" "$personalize" xyzzy

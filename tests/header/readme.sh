@@ -46,7 +46,7 @@ for page in README.md bench/README.md; do
     [[ -n $file ]] || target=$root/$page
     [[ -e $target ]] || fail "$page links to $link, which is not there"
     [[ $link == *#* ]] || continue
-    sed -n 's/^##* //p' "$target" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9_\n-' | grep -qx -- "${link#*#}" ||
+    grep -qx -- "${link#*#}" < <(sed -n 's/^##* //p' "$target" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9_\n-') ||
       fail "$page links to $link; there is no such heading"
   done <"$out/links"
 done
