@@ -682,6 +682,8 @@ struct RawVector {
 // that all types share what little there is to compile, and that memory can be left as it is.
 template <class T, Layout layout>
 class PlainVector {
+  static_assert(std::is_trivially_copyable_v<T>);
+  static_assert(layout != Layout::bare || std::is_trivially_default_constructible_v<T>);
   static_assert(alignof(T) <= __STDCPP_DEFAULT_NEW_ALIGNMENT__);
 
  public:
@@ -862,7 +864,8 @@ struct UnitAllocator {
 }  // namespace detail
 
 // A std::vector of types that are not this library's, of which units with other flags share no
-// function: std::vector<float> has one name in all of them.
+// function: std::vector<float> has one name in all of them. What is plain compiles faster in it,
+// and lies in it within the library; in the interface types of ours lie in a std::vector.
 template <class T>
 struct Vector : std::vector<T, detail::UnitAllocator<T>> {
   using std::vector<T, detail::UnitAllocator<T>>::vector;
@@ -1897,10 +1900,13 @@ inline std::int64_t elapsed(std::int64_t from, std::int64_t to) noexcept {
 constexpr std::size_t allocated(std::size_t bytes) noexcept {
   return bytes == 0 ? 0 : std::max<std::size_t>((bytes + 8 + 15) / 16 * 16, 32);
 }
-template <class Values>
-requires requires(const Values& values) { values.capacity(); }
-std::size_t allocated(const Values& values) noexcept {
-  return allocated(values.capacity() * sizeof(typename Values::value_type));
+template <class T, class Allocator>
+std::size_t allocated(const std::vector<T, Allocator>& values) noexcept {
+  return allocated(values.capacity() * sizeof(T));
+}
+template <class T, Layout layout>
+std::size_t allocated(const PlainVector<T, layout>& values) noexcept {
+  return allocated(values.capacity() * sizeof(T));
 }
 // Of a string of that capacity, beside the object itself, in which short ones lie.
 inline std::size_t allocated_text(std::size_t capacity) noexcept {
@@ -5765,6 +5771,7 @@ class SectionPlan {
       return bytes == all ? check() : Result<void>{};
     };
   }
+
   SectionTarget* target_of(std::string_view tag, std::uint32_t index,
                            std::initializer_list<ElementType> types,
                            std::initializer_list<std::uint64_t> shape) {
@@ -10385,14 +10392,14 @@ class CatalogueBuilder {
     Catalogue& next = *next_;
     auto& pool = next.pool;
     if (pool.size() > Catalogue::max_pool) {
-      Vector<Keyed> newest;
+      Vector<Keyed> newest;  // descending by time; the pool ascends by item
       newest.reserve(pool.size());
       for (std::uint32_t j = 0; j < pool.size(); ++j)
         newest.push_back(
             {~(static_cast<std::uint64_t>(pool[j].created) ^ std::uint64_t{1} << 63), j});
       std::nth_element(newest.begin(), newest.begin() + Catalogue::max_pool, newest.end());
       newest.resize(Catalogue::max_pool);
-      for (Keyed& each : newest) each.key = each.index;
+      for (Keyed& each : newest) each.key = each.index;  // as they lay
       sort_by_key(newest);
       for (std::size_t j = 0; j < newest.size(); ++j) pool[j] = pool[newest[j].index];
       pool.resize(Catalogue::max_pool);
@@ -12304,6 +12311,7 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
   };
   known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
           (!request.session.empty() && read({}, session_key, scratch.drawn_session));
+  // Of the type of ranks_before, whose sort it shares.
   bool (*const by_item)(const ScoredItem&, const ScoredItem&) noexcept =
       [](const ScoredItem& a, const ScoredItem& b) noexcept { return a.item < b.item; };
   std::sort(scratch.ignored.begin(), scratch.ignored.end(), by_item);

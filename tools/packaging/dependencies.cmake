@@ -102,6 +102,7 @@ if(PERSONALIZE_WITH_ZSTD AND NOT TARGET personalize::zstd)
   elseif(DEFINED BUILD_SHARED_LIBS)
     list(REVERSE personalize_installed)
   endif()
+  # zstd::libzstd, which newer ones have beside both, may mean either.
   set(personalize_names libzstd ${personalize_own} ${personalize_installed} zstd::libzstd zstd::zstd
       ZSTD::ZSTD zstd)
   personalize_library(personalize_found ${personalize_names})
