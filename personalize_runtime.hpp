@@ -4740,6 +4740,10 @@ class Matrix {
   // Rows that are added are zero.
   void resize_rows(std::size_t rows);
 
+  // Row i is this matrix's row rows[i], bit for bit; zeros where that is no_row.
+  static constexpr std::uint32_t no_row = std::numeric_limits<std::uint32_t>::max();
+  Matrix select(std::span<const std::uint32_t> rows) const;
+
   // For a reader of files, who writes every value and then calls end_rows(): memory that takes
   // pages only as it is written.
   static Matrix unwritten(std::size_t rows, std::size_t columns, ElementType type);
@@ -5109,6 +5113,27 @@ PERSONALIZE_API void Matrix::end_rows() noexcept {
   if (!i8_.empty()) std::fill_n(i8_.end() - kernels::lanes, kernels::lanes, std::int8_t{0});
 }
 
+PERSONALIZE_API Matrix Matrix::select(std::span<const std::uint32_t> rows) const {
+  Matrix m = unwritten(rows.size(), columns_, type_);
+  const auto copy = [&](const auto& from, auto& to, std::size_t width) {
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      const auto out = to.begin() + static_cast<std::ptrdiff_t>(r * width);
+      if (rows[r] == no_row)
+        std::fill_n(out, width, typename std::remove_cvref_t<decltype(to)>::value_type{});
+      else
+        std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(rows[r] * width), width, out);
+    }
+  };
+  if (type_ == ElementType::f32) {
+    copy(f32_, m.f32_, columns_);
+  } else {
+    copy(scales_, m.scales_, 1);
+    copy(i8_, m.i8_, columns_);
+  }
+  m.end_rows();
+  return m;
+}
+
 PERSONALIZE_API Matrix Matrix::quantised() const {
   if (type_ == ElementType::i8) return *this;
   Matrix m = zeros(rows_, columns_, ElementType::i8);
@@ -5446,8 +5471,8 @@ inline Result<void> check_parts(const ModelParts& parts, const LoadLimits& limit
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 7: model file. Owns how a model is read and written, and Model, which serves from memory.
-// Uses rooms 1, 2, 5 and 6.
+// Room 7: model file. Owns how a model is read and written, Model, which serves from memory, and
+// how it takes on the order of other ids. Uses rooms 1, 2, 5 and 6.
 // ============================================================================================
 
 struct WriteOptions {
@@ -6183,6 +6208,106 @@ PERSONALIZE_API std::size_t Model::metadata_vector(
   }
   return known;
 }
+
+namespace detail {
+
+// The names of a table behind those of a list, each once.
+struct NamesInOrder {
+  StringTable names;
+  Vector<std::uint32_t> rows;     // their numbers in the table; Matrix::no_row where it lacks one
+  Vector<std::uint32_t> lacking;  // numbers of those that it lacks, ascending
+};
+
+inline bool begins_with(const StringTable& table, std::span<const std::string_view> names) {
+  if (names.size() > table.size()) return false;
+  for (std::size_t i = 0; i < names.size(); ++i)
+    if (table[i] != names[i]) return false;
+  return true;
+}
+
+// Errors: over 2^31 names (limit); a name that stands twice or that no table takes.
+inline Result<NamesInOrder> order_names(const StringTable& table,
+                                        std::span<const std::string_view> first) {
+  constexpr std::uint64_t most = std::uint64_t{1} << 31;
+  const Error too_many{Errc::limit, "a model in another order has over 2^31 names"};
+  if (first.size() > most) return too_many;
+  NamesInOrder order;
+  order.rows.reserve(std::max(first.size(), table.size()));
+  Vector<std::uint8_t> listed(table.size());
+  const auto add = [&](std::string_view name, std::uint32_t row) -> Result<void> {
+    const auto added = order.names.add(name);
+    if (!added) return added.error();
+    order.rows.push_back(row);
+    return {};
+  };
+  for (std::uint32_t i = 0; i < first.size(); ++i) {
+    const std::optional<std::uint32_t> found = table.find(first[i]);
+    if (auto added = add(first[i], found.value_or(Matrix::no_row)); !added) return added.error();
+    if (found)
+      listed[*found] = 1;
+    else
+      order.lacking.push_back(i);
+  }
+  if (table.size() + order.lacking.size() > most) return too_many;
+  for (std::uint32_t row = 0; row < table.size(); ++row)
+    if (listed[row] == 0)
+      if (auto added = add(table[row], row); !added) return added.error();
+  return order;
+}
+
+struct ModelInOrder {
+  std::shared_ptr<const Model> model;
+  Vector<std::uint32_t> lacking;  // numbers of the items that it did not have, ascending
+};
+
+// The model with its items and event types in the order of these, those that are not among them
+// behind, in its own order. What it lacks gets rows of zeros, a bias of 0 and no statistics; all
+// else is the model's, rows bit for bit. The same model where that is its order already. O(N d);
+// takes memory for one more copy. Errors: over 2^31 names (limit); one that stands twice (corrupt)
+// or is no id (invalid_argument); out of memory.
+inline Result<ModelInOrder> in_order(const std::shared_ptr<const Model>& model,
+                                     std::span<const std::string_view> items,
+                                     std::span<const std::string_view> event_types) {
+  const ModelParts& from = model->parts();
+  if (begins_with(from.item_ids, items) && begins_with(from.event_types, event_types))
+    return ModelInOrder{model, {}};
+  return catching_bad_alloc([&]() -> Result<ModelInOrder> {
+    auto of_items = order_names(from.item_ids, items);
+    if (!of_items) return of_items.error();
+    auto of_types = order_names(from.event_types, event_types);
+    if (!of_types) return of_types.error();
+    const Vector<std::uint32_t>& rows = of_items->rows;
+    const bool inputs = !from.input_vectors.empty(), types = !from.event_types.empty();
+    ModelParts parts{.metadata = from.metadata,
+                     .item_ids = std::move(of_items->names),
+                     .item_vectors = from.item_vectors.select(rows),
+                     .input_vectors = inputs ? from.input_vectors.select(rows) : Matrix{},
+                     .biases = {},
+                     .statistics = {},
+                     .event_types = std::move(of_types->names),
+                     .event_type_embedding =
+                         types ? from.event_type_embedding.select(of_types->rows)
+                               : Matrix::zeros(of_types->rows.size(), from.inputs().columns()),
+                     .time_gap_embedding = from.time_gap_embedding,
+                     .fields = from.fields,
+                     .operations = from.operations,
+                     .weights = from.weights,
+                     .user_ids = from.user_ids,
+                     .user_states = from.user_states};
+    for (const std::uint32_t row : rows) {
+      const bool lacks = row == Matrix::no_row;
+      parts.biases.push_back(lacks ? 0.0f : from.biases[row]);
+      parts.statistics.push_back(lacks ? ItemStatistics{} : from.statistics[row]);
+    }
+    constexpr LoadLimits whatever{.items = std::numeric_limits<std::uint32_t>::max(),
+                                  .dimension = std::numeric_limits<std::uint32_t>::max()};
+    auto ordered = Model::from_parts(std::move(parts), whatever);
+    if (!ordered) return ordered.error();
+    return ModelInOrder{std::move(*ordered), std::move(of_items->lacking)};
+  });
+}
+
+}  // namespace detail
 
 #endif  // PERSONALIZE_HAS_BODIES
 
