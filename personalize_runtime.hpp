@@ -3734,7 +3734,7 @@ inline namespace PERSONALIZE_NAMESPACE {
 //        0    8 magic           89 50 5A 4D 0D 0A 1A 0A  ("\x89PZM\r\n\x1a\n": shows a text-mode
 //                               copy)
 //        8    2 major version   2; a reader refuses a greater one
-//       10    2 minor version   0; a greater one adds sections that older readers skip
+//       10    2 minor version   1; a greater one adds sections that older readers skip
 //       12    4 section count
 //       16    8 total size      bytes of the whole file
 //       24    8 table checksum  XXH64 of the section table
@@ -3909,7 +3909,7 @@ namespace detail {
 
 inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P',  'Z',  'M',
                                                           '\r', '\n', 0x1a, '\n'};
-inline constexpr std::uint16_t format_major = 2, format_minor = 0;
+inline constexpr std::uint16_t format_major = 2, format_minor = 1;
 inline constexpr std::size_t header_size = 64, entry_size = 72, directory_entry_size = 12;
 inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 24;
 inline constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << most_chunk_log2;
@@ -4592,6 +4592,7 @@ class FileBuilder {
 //   tag  index element  shape    content
 //   META 0     u8       [bytes]  JSON: recipe, parameters, metrics, provenance, time range; at most
 //                                16 MiB, nested at most 64 deep
+//   FGPR 0     i64      [2]      Fingerprints: encoder, items; from version 2.1 on (optional)
 //   IIDS 0     string   [N]      item ids; the order is the item index. All strings: distinct, 1 to
 //                                256 bytes of UTF-8 without control characters
 //   IVEC 0     matrix   [N, d]   item vectors, their metadata embeddings summed in
@@ -4872,6 +4873,14 @@ struct ItemStatistics {
   std::int64_t creation_timestamp = no_timestamp;
 };
 
+// Which of what was learnt with one model is good for another: it is where these agree. XXH64 of
+// what it depends on, as it lies in memory.
+struct Fingerprints {
+  std::uint64_t encoder = 0;  // users' states: operations, weights, event types, time gaps, inputs
+  std::uint64_t items = 0;    // sums of queries, users' offsets: item ids, vectors and biases
+  friend bool operator==(const Fingerprints&, const Fingerprints&) = default;
+};
+
 // Everything that a model file holds. N items, vectors of d floats.
 struct ModelParts {
   std::string metadata;  // JSON
@@ -4888,12 +4897,18 @@ struct ModelParts {
   std::vector<Matrix> weights;
   StringTable user_ids;  // users who come with a state
   Matrix user_states;    // [U, s]: hidden states, then the query; BasicEncoder::load lays them out
+  // Absent: follow from the content. A file keeps those of the parts it was written from, whatever
+  // they were rounded to; who changes numbers of parts that were read resets them.
+  std::optional<Fingerprints> fingerprints;
 
   // What embed_sum looks items up in.
   const Matrix& inputs() const noexcept {
     return input_vectors.empty() ? item_vectors : input_vectors;
   }
 };
+
+// Those that the parts bear or, where they bear none, those of their content. Some 0.15 ns a byte.
+Fingerprints fingerprints_of(const ModelParts& parts) noexcept;
 
 #if PERSONALIZE_HAS_BODIES
 
@@ -5144,6 +5159,51 @@ PERSONALIZE_API Matrix Matrix::quantised() const {
 PERSONALIZE_API float Matrix::magnitude() const noexcept {
   return detail::largest(f32_.empty() ? std::span<const float>(scales_) : f32()) *
          (f32_.empty() ? 127.0f : 1.0f);
+}
+
+namespace detail {
+
+// XXH64 of pieces, each of which takes in its length and the hash of those before it.
+struct ContentHash {
+  std::uint64_t value = 0;
+
+  void add(std::span<const std::byte> piece) noexcept { value = xxh64(piece, value); }
+  void add(std::uint64_t number) noexcept { add(std::as_bytes(std::span(&number, 1))); }
+  void add(const StringTable& table) noexcept {
+    for (std::size_t i = 0; i < table.size(); ++i) add(text_bytes(table[i]));
+    add(table.size());
+  }
+  void add(const Matrix& matrix) noexcept {
+    for (const std::uint64_t number :
+         {static_cast<std::uint64_t>(matrix.type()), std::uint64_t{matrix.rows()},
+          std::uint64_t{matrix.columns()}})
+      add(number);
+    matrix.write([this](std::span<const std::byte> piece) { add(piece); });
+  }
+};
+
+}  // namespace detail
+
+PERSONALIZE_API Fingerprints fingerprints_of(const ModelParts& parts) noexcept {
+  if (parts.fingerprints) return *parts.fingerprints;
+  detail::ContentHash inputs, vectors, encoder, items;
+  inputs.add(parts.inputs());
+  vectors = inputs;
+  if (!parts.input_vectors.empty()) {
+    vectors = {};
+    vectors.add(parts.item_vectors);
+  }
+  encoder.add(std::as_bytes(std::span(parts.operations)));
+  for (const Matrix& weight : parts.weights) encoder.add(weight);
+  encoder.add(parts.event_types);
+  encoder.add(parts.event_type_embedding);
+  encoder.add(parts.time_gap_embedding);
+  encoder.add(inputs.value);
+  encoder.add(parts.item_vectors.columns());
+  items.add(parts.item_ids);
+  items.add(vectors.value);
+  items.add(std::as_bytes(std::span<const float>(parts.biases)));
+  return {encoder.value, items.value};
 }
 
 // 0: no previous event; else 1 + min(floor(log2(max(gap, 0) + 1)), buckets - 2), gap in seconds.
@@ -5521,6 +5581,7 @@ class Model {
     return parts_.item_ids.find(id);
   }
   const ModelParts& parts() const noexcept { return parts_; }
+  const Fingerprints& fingerprints() const noexcept { return *parts_.fingerprints; }
 
   // The vector of an item that has only metadata: the sum of its values' embeddings, to out[0, d).
   // fields: name and value, categories separated by '|', numbers with a point whatever the locale.
@@ -5533,7 +5594,7 @@ class Model {
 
   static Result<std::shared_ptr<const Model>> of(Result<ModelParts> parts);
 
-  ModelParts parts_;
+  ModelParts parts_;  // with fingerprints
 };
 
 #if PERSONALIZE_HAS_BODIES
@@ -5940,7 +6001,10 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
              [&table](const FileBuilder::Append& append) { write_strings(table, append); });
   };
   const ElementType type = options.element_type;
+  const Fingerprints fingerprints = fingerprints_of(parts);
+  const std::array<std::uint64_t, 2> values{fingerprints.encoder, fingerprints.items};
   file.add("META", 0, ElementType::u8, {parts.metadata.size()}, text_bytes(parts.metadata));
+  file.add("FGPR", 0, ElementType::i64, {values.size()}, bytes_of(values));
   add_strings("IIDS", 0, parts.item_ids);
   add_matrix("IVEC", 0, parts.item_vectors, type);
   if (!parts.input_vectors.empty()) add_matrix("IINP", 0, parts.input_vectors, type);
@@ -5989,6 +6053,7 @@ struct FileParts {
   StringTable field_names;
   Vector<std::uint8_t> field_kinds;
   Vector<OpShape::Weight> weight_shapes;
+  Vector<std::uint64_t> fingerprints;
 };
 
 // Items, event types and time gaps.
@@ -6089,6 +6154,7 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
   if (plan.extent("META", 0) > max_metadata_bytes)
     plan.fail({Errc::limit, "section META: is over 16 MiB"});
   plan.values(parts.model.metadata, "META", 0, ElementType::u8, {plan.extent("META", 0)});
+  if (plan.find("FGPR")) plan.values(parts.fingerprints, "FGPR", 0, ElementType::i64, {2});
   plan_vectors(plan, parts.model, limits);
   plan_fields(plan, parts);
   plan_encoder(plan, parts, limits);
@@ -6107,6 +6173,8 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
       return Error{Errc::corrupt, "section FLDK: a kind does not fit what its field has"};
     model.fields[f].name = parts.field_names[f];
   }
+  if (!parts.fingerprints.empty())
+    model.fingerprints = Fingerprints{parts.fingerprints[0], parts.fingerprints[1]};
   if (auto checked = check_parts(model, limits); !checked) return checked.error();
   return std::move(model);
 }
@@ -6174,6 +6242,7 @@ PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::from_parts(ModelPart
 
 PERSONALIZE_API Result<std::shared_ptr<const Model>> Model::of(Result<ModelParts> parts) {
   if (!parts) return parts.error();
+  parts->fingerprints = fingerprints_of(*parts);
   return detail::catching_bad_alloc([&]() -> Result<std::shared_ptr<const Model>> {
     return std::shared_ptr<const Model>(new Model(std::move(*parts)));
   });
@@ -6293,7 +6362,8 @@ inline Result<ModelInOrder> in_order(const std::shared_ptr<const Model>& model,
                      .operations = from.operations,
                      .weights = from.weights,
                      .user_ids = from.user_ids,
-                     .user_states = from.user_states};
+                     .user_states = from.user_states,
+                     .fingerprints = from.fingerprints};
     for (const std::uint32_t row : rows) {
       const bool lacks = row == Matrix::no_row;
       parts.biases.push_back(lacks ? 0.0f : from.biases[row]);
@@ -10110,7 +10180,7 @@ struct Catalogue {
 
   // The model with the items of this generation, without those removed. O(items x d).
   Result<std::shared_ptr<const Model>> whole_model() const {
-    ModelParts parts = base->parts();
+    ModelParts parts = base->parts();  // with its fingerprints: what was learnt stays good
     parts.item_ids = {};
     parts.biases.clear();
     parts.statistics.clear();

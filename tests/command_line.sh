@@ -81,6 +81,9 @@ gzip -c one.csv >one.csv.gz
 grep -q 'one.csv.gz (gzip): 2 interactions' err || fail "recommend does not say that it read gzip: $(cat err)"
 "$personalize" inspect model.pzm --json >inspect.json
 (($(field inspect.json "['items']") == 120)) || fail "inspect counts the items wrong"
+encoder=$(field inspect.json "['fingerprints']['encoder']")
+[[ $encoder =~ ^[0-9a-f]{16}$ ]] || fail "inspect shows the fingerprint '$encoder'"
+"$personalize" inspect model.pzm | grep -q "^fingerprints: encoder $encoder, items " || fail "inspect shows other fingerprints as text"
 
 head -n 1 data/interactions.csv | grep -qx 'USER_ID,ITEM_ID,TIMESTAMP,EVENT_TYPE,IMPRESSION'
 refuses 2 'needs --log' "$personalize" evaluate --protocol off-policy

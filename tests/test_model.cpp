@@ -293,6 +293,90 @@ TEST_CASE("rows of any size are written right in 4 bits, denormal ones included"
   }
 }
 
+TEST_CASE("fingerprints differ where one value differs that they stand for, and only there") {
+  const auto plain = [] { return small_model::parts({.items = 6, .dimension = 5, .hidden = 3}); };
+  const auto rounded = [&] { return small_model::quantised(plain()); };
+  const auto with_inputs = [&] {
+    pz::ModelParts parts = plain();
+    small_model::Random random{2};
+    parts.input_vectors = small_model::random_matrix(random, 6, 5, 1);
+    return parts;
+  };
+  const auto changes = [](const auto& make, auto change, bool encoder, bool items) {
+    pz::ModelParts parts = make();
+    change(parts);
+    const pz::Fingerprints before = pz::fingerprints_of(make()), now = pz::fingerprints_of(parts);
+    CHECK((before.encoder != now.encoder) == encoder);
+    CHECK((before.items != now.items) == items);
+  };
+  using Parts = pz::ModelParts;
+  changes(
+      plain, [](Parts&) {}, false, false);
+  for (std::size_t w = 0; w < plain().weights.size(); ++w)
+    changes(
+        plain, [&](Parts& p) { p.weights[w].f32().back() += 1; }, true, false);
+  changes(
+      plain, [](Parts& p) { p.operations[3].argument = 4; }, true, false);
+  changes(
+      plain, [](Parts& p) { p.time_gap_embedding.f32()[1] += 1; }, true, false);
+  changes(
+      plain, [](Parts& p) { p.event_type_embedding.f32()[1] += 1; }, true, false);
+  changes(
+      plain, [](Parts& p) { REQUIRE(p.event_types.add("buy")); }, true, false);
+  changes(
+      plain, [](Parts& p) { p.biases.back() += 1; }, false, true);
+  changes(
+      plain, [](Parts& p) { REQUIRE(p.item_ids.add("i6")); }, false, true);
+  // An item's vector is also what the encoder takes in, where it has no other.
+  changes(
+      plain, [](Parts& p) { p.item_vectors.f32().back() += 1; }, true, true);
+  changes(
+      with_inputs, [](Parts& p) { p.item_vectors.f32().back() += 1; }, false, true);
+  changes(
+      with_inputs, [](Parts& p) { p.input_vectors.f32().back() += 1; }, true, false);
+  changes(
+      rounded, [](Parts& p) { p.item_vectors.scales().back() *= 2; }, true, true);
+  changes(
+      rounded, [](Parts& p) { p.item_vectors.i8().back() ^= 1; }, true, true);
+  // What neither states nor sums depend on.
+  changes(
+      plain, [](Parts& p) { p.metadata = "{}"; }, false, false);
+  changes(
+      plain, [](Parts& p) { p.statistics[0].interactions += 1; }, false, false);
+  changes(
+      plain, [](Parts& p) { p.fields.clear(); }, false, false);
+  // The same values in another shape, or letters on the other side of a boundary.
+  const auto of_ids = [&](std::string_view a, std::string_view b) {
+    pz::ModelParts parts = plain();
+    parts.item_ids = {};
+    REQUIRE(parts.item_ids.add(a));
+    REQUIRE(parts.item_ids.add(b));
+    return pz::fingerprints_of(parts).items;
+  };
+  CHECK(of_ids("ab", "c") != of_ids("a", "bc"));
+  const auto of_shape = [&](std::size_t rows, std::size_t columns) {
+    pz::ModelParts parts = plain();
+    parts.time_gap_embedding = pz::Matrix::zeros(rows, columns);
+    return pz::fingerprints_of(parts).encoder;
+  };
+  CHECK(of_shape(4, 6) != of_shape(6, 4));
+}
+
+TEST_CASE(
+    "a model bears the fingerprints of its parts, and one with items that came in keeps them") {
+  const pz::ModelParts parts = small_model::parts();
+  const auto model = small_model::model();
+  CHECK(model->fingerprints() == pz::fingerprints_of(parts));
+  CHECK(model->parts().fingerprints == model->fingerprints());
+  auto shop = pz::Recommender::create(model);
+  REQUIRE(shop);
+  REQUIRE(shop->put_item({.item = "new", .fields = {{"GENRE", "bow"}}}));
+  REQUIRE(shop->update());
+  const auto whole = shop->model();
+  REQUIRE(whole->find_item("new"));
+  CHECK(whole->fingerprints() == model->fingerprints());
+}
+
 TEST_CASE("time gaps fall into log2 buckets, hostile timestamps included") {
   CHECK(pz::time_gap_bucket(std::nullopt, 5, 12) == 0);
   CHECK(pz::time_gap_bucket(100, 100, 12) == 1);

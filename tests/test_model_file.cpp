@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <span>
@@ -328,6 +329,57 @@ TEST_CASE("values that are not finite, duplicate ids and odd encoders are refuse
   CHECK(ids.add(std::string(256, 'x')));
 }
 
+TEST_CASE(
+    "a file keeps the fingerprints of what it was written from, whatever that is rounded to") {
+  const pz::ModelParts parts = small_model::parts();
+  const pz::Fingerprints original = pz::fingerprints_of(parts);
+  for (const auto type : {pz::ElementType::f32, pz::ElementType::i8, pz::ElementType::i4}) {
+    CAPTURE(pz::name(type));
+    const auto file = pz::write_model(parts, {.element_type = type, .zstd_level = 0});
+    REQUIRE(file);
+    auto read = pz::read_model(*file);
+    REQUIRE(read);
+    REQUIRE(read->fingerprints);
+    CHECK(*read->fingerprints == original);
+    const auto model = pz::Model::from_bytes(*file);
+    REQUIRE(model);
+    CHECK((*model)->fingerprints() == original);
+    // Written again, in another type, and read again.
+    const auto again = pz::Model::from_bytes(*pz::write_model((*model)->parts()));
+    REQUIRE(again);
+    CHECK((*again)->fingerprints() == original);
+    // Those of the rounded numbers are others.
+    read->fingerprints.reset();
+    CHECK((pz::fingerprints_of(*read) == original) == (type == pz::ElementType::f32));
+  }
+}
+
+TEST_CASE("a file without fingerprints gets those of its content, one with odd ones is refused") {
+  Bytes file = small_file({.zstd_level = 0});
+  const std::size_t entry = entry_of(file, "FGPR");
+  Bytes without = file;
+  std::memcpy(without.data() + entry, "NONE", 4);
+  reseal(without);
+  auto read = pz::read_model(without);
+  REQUIRE(read);
+  CHECK_FALSE(read->fingerprints);
+  const auto model = pz::Model::from_bytes(without);
+  REQUIRE(model);
+  CHECK((*model)->fingerprints() == pz::fingerprints_of(*read));
+  // One number instead of two, and numbers of another kind.
+  Bytes short_one = file;
+  poke(short_one, entry + 16, std::uint64_t{1});
+  Bytes floats = file;
+  poke(floats, entry + 9, static_cast<std::uint8_t>(pz::ElementType::f32));
+  for (Bytes& forged : {std::ref(short_one), std::ref(floats)}) {
+    reseal(forged);
+    const auto refused = pz::read_model(forged);
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code == pz::Errc::corrupt);
+    CHECK(refused.error().message.find("section FGPR: ") == 0);
+  }
+}
+
 TEST_CASE("a newer major version is refused, unknown sections are skipped") {
   Bytes newer = small_file();
   poke(newer, 8, std::uint16_t{3});
@@ -453,10 +505,32 @@ TEST_CASE("progress rises to the size of the file, and can cancel at any time") 
 }
 
 #ifndef PERSONALIZE_NO_ZSTD
+TEST_CASE("the golden file of format version 2.1 reads as it always did") {
+  // Written with element_type i4, chunk_bytes 256.
+  const auto golden = pz::read_model("golden/model_v2_1.pzm");
+  REQUIRE(golden);
+  const pz::ModelParts original = small_model::parts({.items = 9, .dimension = 21, .hidden = 4});
+  // What fingerprints_of() made of those parts when the file was written: states and models that
+  // were saved with them are to fit for ever.
+  constexpr pz::Fingerprints written{0x562279f5a5af1978, 0x3257b49e651f80c8};
+  REQUIRE(golden->fingerprints);
+  CHECK(*golden->fingerprints == written);
+  CHECK(pz::fingerprints_of(original) == written);
+  CHECK(golden->biases == original.biases);
+  const pz::WriteOptions stored{.element_type = pz::ElementType::i4, .zstd_level = 0};
+  const auto again = pz::write_model(*golden, stored);
+  const auto today = pz::write_model(original, stored);
+  REQUIRE(again);
+  REQUIRE(today);
+  CHECK(*again == *today);
+}
+
 TEST_CASE("the golden file of format version 2 reads as it always did") {
   // Written with element_type i4, chunk_bytes 256.
-  const auto golden = pz::read_model("golden/model_v2.pzm");
+  auto golden = pz::read_model("golden/model_v2.pzm");
   REQUIRE(golden);
+  // It has none.
+  CHECK_FALSE(golden->fingerprints);
   const pz::ModelParts original = small_model::parts({.items = 9, .dimension = 21, .hidden = 4});
   // Rows of 4 columns are too narrow for 4 bits; those of one row stay f32.
   CHECK(golden->weights[3] == original.weights[3].quantised());
@@ -464,6 +538,7 @@ TEST_CASE("the golden file of format version 2 reads as it always did") {
   CHECK(golden->biases == original.biases);
   CHECK(golden->statistics[1].creation_timestamp == 1'599'999'991);
   CHECK(golden->item_ids.find("i8") == 8);
+  golden->fingerprints = pz::fingerprints_of(original);
   const pz::WriteOptions stored{.element_type = pz::ElementType::i4, .zstd_level = 0};
   const auto again = pz::write_model(*golden, stored);
   const auto today = pz::write_model(original, stored);
@@ -477,6 +552,7 @@ TEST_CASE("the golden file of format version 1 reads as it always did") {
   REQUIRE(bytes);
   const auto golden = pz::read_model(*bytes);
   REQUIRE(golden);
+  CHECK_FALSE(golden->fingerprints);
   const pz::ModelParts expected =
       small_model::quantised(small_model::parts({.items = 9, .dimension = 5, .hidden = 4}));
   CHECK(golden->item_ids.size() == 9);

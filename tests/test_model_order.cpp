@@ -117,6 +117,7 @@ TEST_CASE("a model in another order has the rows of its ids, and zeros for ids t
     check_same_row(to.event_type_embedding, 1, from.event_type_embedding, 1);
     check_same_row(to.event_type_embedding, 2, from.event_type_embedding, 0);
     // All else is the model's.
+    CHECK(made->model->fingerprints() == model->fingerprints());
     CHECK(to.metadata == from.metadata);
     CHECK(to.time_gap_embedding == from.time_gap_embedding);
     CHECK(to.weights == from.weights);

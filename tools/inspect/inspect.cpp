@@ -1,6 +1,7 @@
 #include "inspect/inspect.hpp"
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -26,6 +27,13 @@ nlohmann::ordered_json metadata_of(const ModelParts& parts) {
   } catch (const Failure& failure) {
     return failure.what();
   }
+}
+
+// A number of 64 bits, which as a number not every reader of JSON would keep.
+std::string hexadecimal(std::uint64_t value) {
+  char digits[17];
+  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(value));
+  return digits;
 }
 
 std::vector<SectionInfo> sections_of(const std::string& path, std::size_t& file_bytes) {
@@ -66,6 +74,9 @@ nlohmann::ordered_json describe(const std::string& path) {
   std::size_t parameters = 0;
   for (const Matrix& weight : parts->weights) parameters += weight.rows() * weight.columns();
   out["encoder_parameters"] = parameters;
+  const Fingerprints fingerprints = fingerprints_of(*parts);
+  out["fingerprints"] = {{"encoder", hexadecimal(fingerprints.encoder)},
+                         {"items", hexadecimal(fingerprints.items)}};
   std::uint64_t raw = 0;
   out["sections"] = nlohmann::ordered_json::array();
   for (const SectionInfo& s : sections) {
@@ -105,6 +116,9 @@ void print_text(const nlohmann::ordered_json& d) {
   std::printf("\ntime-gap buckets: %llu\nevent types: %s\nusers with a state: %llu\n",
               count(d["time_gap_buckets"]), d["event_types"].dump().c_str(),
               count(d["users_with_state"]));
+  std::printf("fingerprints: encoder %s, items %s\n",
+              d["fingerprints"]["encoder"].get<std::string>().c_str(),
+              d["fingerprints"]["items"].get<std::string>().c_str());
   std::printf("metadata fields: %s\nmetadata:\n", d["metadata_fields"].dump().c_str());
   print_json(d["metadata"]);
 }
