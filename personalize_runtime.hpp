@@ -3725,16 +3725,17 @@ inline namespace PERSONALIZE_NAMESPACE {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 5: container. Owns the file format's outside: header, section table, checksums, compression,
+// Room 5: container. Owns the file formats' outside: header, section table, checksums, compression,
 // limits. Uses rooms 1 and 2.
 //
 // All integers little-endian. Header, 64 bytes:
 //
 //   offset size field
 //        0    8 magic           89 50 5A 4D 0D 0A 1A 0A  ("\x89PZM\r\n\x1a\n": shows a text-mode
-//                               copy)
-//        8    2 major version   2; a reader refuses a greater one
-//       10    2 minor version   1; a greater one adds sections that older readers skip
+//                               copy); of state files 89 50 5A 53 0D 0A 1A 0A
+//        8    2 major version   2, of state files 1; a reader refuses a greater one
+//       10    2 minor version   1, of state files 0; a greater one adds sections that older readers
+//                               skip
 //       12    4 section count
 //       16    8 total size      bytes of the whole file
 //       24    8 table checksum  XXH64 of the section table
@@ -3767,11 +3768,11 @@ inline namespace PERSONALIZE_NAMESPACE {
 // codec 0; else it is one zstd frame that declares its content size and is smaller, but no smaller
 // than zstd can make it: by 2^15 (a block of 128 KiB in four bytes).
 //
-// Major version 1 had no chunks: the byte at 11 was zero, a section was its stored bytes, one zstd
-// frame with codec 1, and the checksum was theirs. It is still read.
+// Major version 1 of model files had no chunks: the byte at 11 was zero, a section was its stored
+// bytes, one zstd frame with codec 1, and the checksum was theirs. It is still read.
 //
 // Every byte of a file is covered by a checksum or must be zero, so a flipped bit anywhere is seen.
-// A file is read once, from front to back. What the sections hold stands in room 6.
+// A file is read once, from front to back. What a model's sections hold stands in room 6.
 // ============================================================================================
 
 enum class ElementType : std::uint8_t {
@@ -3907,9 +3908,17 @@ PERSONALIZE_API std::string SectionInfo::label() const {
 
 namespace detail {
 
-inline constexpr std::array<unsigned char, 8> model_magic{0x89, 'P',  'Z',  'M',
-                                                          '\r', '\n', 0x1a, '\n'};
-inline constexpr std::uint16_t format_major = 2, format_minor = 1;
+struct FileKind {
+  std::array<unsigned char, 8> magic;
+  std::string_view holds, suffix;
+  std::uint16_t major, minor;   // that are written; the greatest major that is read
+  std::uint16_t chunked_major;  // the first with chunks
+};
+inline constexpr FileKind model_file{
+    {0x89, 'P', 'Z', 'M', '\r', '\n', 0x1a, '\n'}, "model", ".pzm", 2, 1, 2};
+inline constexpr FileKind state_file{
+    {0x89, 'P', 'Z', 'S', '\r', '\n', 0x1a, '\n'}, "state", ".pzs", 1, 0, 1};
+
 inline constexpr std::size_t header_size = 64, entry_size = 72, directory_entry_size = 12;
 inline constexpr unsigned least_chunk_log2 = 6, most_chunk_log2 = 24;
 inline constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << most_chunk_log2;
@@ -3920,22 +3929,26 @@ inline Error section_error(Errc code, const SectionInfo& section, std::string_vi
   return {code, joined({"section ", section.label(), ": ", what}), section.offset};
 }
 
-// Errors: the header is not that of a file of `size` bytes that this reader knows and allows.
+// Errors: the header is not that of a file of that kind and `size` bytes that this reader knows and
+// allows.
 inline Result<void> check_header(std::span<const std::byte> header, std::uint64_t size,
-                                 const LoadLimits& limits) {
-  if (header.size() < model_magic.size() ||
-      std::memcmp(header.data(), model_magic.data(), model_magic.size()) != 0)
-    return Error{Errc::format, "not a model file: the first 8 bytes are not a .pzm header's", 0};
+                                 const FileKind& kind, const LoadLimits& limits) {
+  if (header.size() < kind.magic.size() ||
+      std::memcmp(header.data(), kind.magic.data(), kind.magic.size()) != 0)
+    return Error{Errc::format,
+                 joined({"not a ", kind.holds, " file: the first 8 bytes are not a ", kind.suffix,
+                         " header's"}),
+                 0};
   if (header.size() < header_size)
     return Error{Errc::truncated, "the file ends inside its 64-byte header", size};
   const std::byte* head = header.data();
   if (xxh64(header.first(56)) != load_integer<std::uint64_t>(head + 56))
     return Error{Errc::checksum, "header: checksum mismatch; the file is damaged", 0};
   const auto major = load_integer<std::uint16_t>(head + 8);
-  if (major == 0 || major > format_major)
+  if (major == 0 || major > kind.major)
     return Error{Errc::version,
-                 joined({"header: format version ", major, ", this reader knows up to ",
-                         format_major, "; use a newer personalize_runtime.hpp"}),
+                 joined({"header: format version ", major, ", this reader knows up to ", kind.major,
+                         "; use a newer personalize_runtime.hpp"}),
                  8};
   const auto count = load_integer<std::uint32_t>(head + 12);
   if (count > limits.sections)
@@ -3949,7 +3962,8 @@ inline Result<void> check_header(std::span<const std::byte> header, std::uint64_
   if (size < total)
     return Error{Errc::truncated,
                  joined({"the file has ", size, " of its ", total, " bytes; copy it again"}), size};
-  if (size > total) return Error{Errc::corrupt, "bytes follow the end of the model", total};
+  if (size > total)
+    return Error{Errc::corrupt, joined({"bytes follow the end of the ", kind.holds}), total};
   if (total > most_memory)
     return Error{Errc::limit, "header: the file is larger than a 32-bit program can hold", 16};
   if (std::uint64_t{count} * entry_size > total - header_size)
@@ -4029,15 +4043,16 @@ inline const SectionInfo* find_section(std::span<const SectionInfo> sections,
 
 // Header and section table of a file, checked: every entry lies inside the file and within
 // `limits`. Leaves the source at the first section.
-inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const LoadLimits& limits) {
+inline Result<std::vector<SectionInfo>> read_table(ByteSource& source, const FileKind& kind,
+                                                   const LoadLimits& limits) {
   BareVector<std::byte> head_buffer, table_buffer;
   const std::uint64_t size = source.size(), raw_limit = limits.raw_bytes_of(size);
   const auto header =
       source.take(static_cast<std::size_t>(std::min<std::uint64_t>(size, header_size)), head_buffer,
                   header_size);
   if (!header) return header.error();
-  if (auto checked = check_header(*header, size, limits); !checked) return checked.error();
-  const bool chunked = load_integer<std::uint16_t>(header->data() + 8) > 1;
+  if (auto checked = check_header(*header, size, kind, limits); !checked) return checked.error();
+  const bool chunked = load_integer<std::uint16_t>(header->data() + 8) >= kind.chunked_major;
   const auto count = load_integer<std::uint32_t>(header->data() + 12);
   const std::size_t table_size = std::size_t{count} * entry_size;
   const auto table = source.take(table_size, table_buffer, table_size);
@@ -4093,7 +4108,8 @@ struct SectionTarget {
   // Takes a chunk's raw bytes and its number, on any thread.
   std::function<void(std::uint64_t, std::span<const std::byte>)> expand = {};
   // Called on any thread, one call at a time, when the section's first `bytes` bytes have come:
-  // more each time, at the end all.
+  // more each time, at the end all. Not called for a section in chunks that has none. An error
+  // (corrupt) without an offset gets the section's.
   std::function<Result<void>(std::uint64_t bytes)> arrived = {};
 };
 
@@ -4375,7 +4391,7 @@ class SectionDecoder {
           std::min(section.raw_size, progress.chunks * section.chunk_raw_size());
       lock.unlock();
       auto told = target.arrived(bytes);
-      if (!told && told.error().code == Errc::corrupt)
+      if (!told && told.error().code == Errc::corrupt && !told.error().offset)
         return section_error(Errc::corrupt, section, told.error().message);
       if (!told) return told;
       lock.lock();
@@ -4414,7 +4430,7 @@ PERSONALIZE_API Result<std::vector<SectionInfo>> list_sections(std::span<const s
                                                                const LoadLimits& limits) {
   return detail::catching_bad_alloc([&]() -> Result<std::vector<SectionInfo>> {
     detail::ByteSource source{file};
-    auto sections = detail::read_table(source, limits);
+    auto sections = detail::read_table(source, detail::model_file, limits);
     if (!sections) return sections;
     const std::vector<detail::SectionTarget> ignored(sections->size());
     const LoadOptions options{.limits = limits};
@@ -4426,6 +4442,54 @@ PERSONALIZE_API Result<std::vector<SectionInfo>> list_sections(std::span<const s
 
 namespace detail {
 
+// Reads a file section by section, in its order, and shows each to `visit` when all of it has
+// proved sound, with one in memory at a time. Uses one thread, whatever the options say. An error
+// of visit ends it, and gets the section's name and offset where it has none.
+inline Result<void> read_each_section(
+    ByteSource& source, const FileKind& kind, const LoadOptions& options,
+    const std::function<Result<void>(const SectionInfo&, std::span<const std::byte>)>& visit) {
+  return catching_bad_alloc([&]() -> Result<void> {
+    const auto sections = read_table(source, kind, options.limits);
+    if (!sections) return sections.error();
+    BareVector<std::byte> raw;
+    std::size_t next = 0;  // to be visited
+    const auto visit_next = [&](std::span<const std::byte> bytes) -> Result<void> {
+      const SectionInfo& section = (*sections)[next++];
+      auto visited = visit(section, bytes);
+      if (visited || visited.error().offset || visited.error().code == Errc::out_of_memory)
+        return visited;
+      return section_error(visited.error().code, section, visited.error().message);
+    };
+    // Those without a chunk, of which the decoder tells nothing.
+    const auto visit_empty = [&](std::size_t end) -> Result<void> {
+      while (next < end)
+        if (auto visited = visit_next({}); !visited) return visited;
+      return {};
+    };
+    std::vector<SectionTarget> targets(sections->size());
+    for (std::size_t s = 0; s < targets.size(); ++s) {
+      const SectionInfo& section = (*sections)[s];
+      if (section.codec != Codec::stored && section.codec != Codec::zstd)
+        return section_error(Errc::unsupported, section, "unknown codec");
+      if (section.chunk_count() == 0) continue;
+      targets[s].wanted = true;
+      targets[s].take = [&raw, size = static_cast<std::size_t>(section.raw_size)] {
+        if (raw.capacity() < size) raw = {};
+        raw.resize(size);
+        return SectionTarget::Areas{std::span(raw)};
+      };
+      targets[s].arrived = [&, s, size = section.raw_size](std::uint64_t bytes) -> Result<void> {
+        if (bytes < size) return {};
+        if (auto visited = visit_empty(s); !visited) return visited;
+        return visit_next(raw);
+      };
+    }
+    const LoadOptions alone{options.limits, 1, options.progress};
+    if (auto read = SectionDecoder{source, *sections, targets, alone}.run(); !read) return read;
+    return visit_empty(sections->size());
+  });
+}
+
 #ifndef PERSONALIZE_NO_ZSTD
 struct FreeZstdCompression {
   void operator()(ZSTD_CCtx* context) const noexcept { ZSTD_freeCCtx(context); }
@@ -4435,8 +4499,11 @@ struct FreeZstdCompression {
 // Lays sections out as a file, a chunk at a time.
 class FileBuilder {
  public:
-  FileBuilder(ByteSink& sink, int zstd_level, unsigned chunk_log2) noexcept
-      : sink_(&sink), zstd_level_(zstd_level), chunk_log2_(static_cast<std::uint8_t>(chunk_log2)) {}
+  FileBuilder(ByteSink& sink, const FileKind& kind, int zstd_level, unsigned chunk_log2) noexcept
+      : sink_(&sink),
+        kind_(&kind),
+        zstd_level_(zstd_level),
+        chunk_log2_(static_cast<std::uint8_t>(chunk_log2)) {}
 
   // A section's raw bytes go, in their order and pieces of any size, to the function it is given.
   using Append = std::function<void(std::span<const std::byte>)>;
@@ -4448,13 +4515,13 @@ class FileBuilder {
     SectionInfo section;
     std::copy_n(tag.begin(), 4, section.tag.begin());
     section.index = index;
-    section.codec = codec();
+    section.codec = available(Codec::zstd);
     section.element_type = type;
     section.rank = static_cast<std::uint8_t>(shape.size());
     std::copy(shape.begin(), shape.end(), section.shape.begin());
     section.raw_size = raw_size;
     section.chunk_log2 = chunk_log2_;
-    sections_.push_back({section, std::move(write)});
+    sections_.push_back({section, std::move(write), {}});
   }
 
   // The same of bytes that outlive finish().
@@ -4463,11 +4530,27 @@ class FileBuilder {
     add(tag, index, type, shape, raw.size(), [raw](const Append& append) { append(raw); });
   }
 
-  // Errors: zstd could not compress (out of memory).
+  // A section of bytes (u8) that are made when it is written: memory for the largest of such is
+  // taken, and no more. make: called by finish(), once, with an empty vector. codec: stored also
+  // where the others are compressed, for what zstd does not make smaller.
+  void add_made(std::string_view tag, std::uint32_t index,
+                std::function<Result<void>(Vector<std::byte>&)> make, Codec codec = Codec::zstd) {
+    add(tag, index, ElementType::u8, {0}, 0, {});
+    sections_.back().info.codec = available(codec);
+    sections_.back().make = std::move(make);
+  }
+
+  // Errors: zstd could not compress (out of memory); those of make. What was written is then no
+  // file.
   Result<void> finish() {
     put(Vector<std::byte>(header_size + sections_.size() * entry_size));
     Vector<std::byte> table;
     for (Section& planned : sections_) {
+      if (planned.make) {
+        made_.clear();
+        if (auto made = planned.make(made_); !made) return made;
+        planned.info.shape[0] = planned.info.raw_size = made_.size();
+      }
       write(planned);
       if (error_) return std::move(*error_);
       const SectionInfo& section = planned.info;
@@ -4485,9 +4568,9 @@ class FileBuilder {
       append_integer(table, section.checksum);
     }
     Vector<std::byte> head;
-    for (const unsigned char c : model_magic) head.push_back(static_cast<std::byte>(c));
-    append_integer(head, format_major);
-    append_integer(head, format_minor);
+    for (const unsigned char c : kind_->magic) head.push_back(static_cast<std::byte>(c));
+    append_integer(head, kind_->major);
+    append_integer(head, kind_->minor);
     append_integer(head, static_cast<std::uint32_t>(sections_.size()));
     append_integer(head, size_);
     append_integer(head, xxh64(table));
@@ -4502,6 +4585,7 @@ class FileBuilder {
   struct Section {
     SectionInfo info;
     std::function<void(const Append&)> write;
+    std::function<Result<void>(Vector<std::byte>&)> make;  // to made_, instead of write
   };
 
   void put(std::span<const std::byte> bytes) {
@@ -4517,12 +4601,12 @@ class FileBuilder {
     const auto chunk_size =
         static_cast<std::size_t>(std::min(info.chunk_raw_size(), info.raw_size));
     const auto store = [&](std::span<const std::byte> raw) {
-      const auto stored = packed(raw);
+      const auto stored = packed(raw, info.codec);
       append_integer(directory, static_cast<std::uint32_t>(stored.size()));
       append_integer(directory, xxh64(stored));
       put(stored);
     };
-    section.write([&](std::span<const std::byte> raw) {
+    const auto append = [&](std::span<const std::byte> raw) {
       while (!raw.empty()) {
         const auto part = raw.first(std::min(raw.size(), chunk_size - gathered.size()));
         raw = raw.subspan(part.size());
@@ -4535,16 +4619,18 @@ class FileBuilder {
         store(gathered);
         gathered.clear();
       }
-    });
+    };
+    section.make ? append(made_) : section.write(append);
     if (!gathered.empty()) store(gathered);
     sink_->overwrite(info.offset, directory);
     info.stored_size = size_ - info.offset;
     info.checksum = xxh64(directory);
   }
 
-  Codec codec() const noexcept {
+  // What there is of it.
+  Codec available([[maybe_unused]] Codec wanted) const noexcept {
 #ifndef PERSONALIZE_NO_ZSTD
-    if (zstd_level_ != 0) return Codec::zstd;
+    if (zstd_level_ != 0) return wanted;
 #else
     (void)zstd_level_;
 #endif
@@ -4552,9 +4638,9 @@ class FileBuilder {
   }
 
   // The chunk as it is stored; valid until the next call.
-  std::span<const std::byte> packed(std::span<const std::byte> raw) {
+  std::span<const std::byte> packed(std::span<const std::byte> raw, [[maybe_unused]] Codec codec) {
 #ifndef PERSONALIZE_NO_ZSTD
-    if (zstd_level_ != 0) {
+    if (codec == Codec::zstd) {
       if (!zstd_) zstd_.reset(ZSTD_createCCtx());
       packed_.resize(ZSTD_compressBound(raw.size()));
       // It has room enough for any outcome: what is left to go wrong is its own memory.
@@ -4570,10 +4656,12 @@ class FileBuilder {
   }
 
   ByteSink* sink_;
+  const FileKind* kind_;
   int zstd_level_;
   std::uint8_t chunk_log2_;
   std::uint64_t size_ = 0;
   std::vector<Section> sections_;
+  Vector<std::byte> made_;
   BareVector<std::byte> packed_;
   std::optional<Error> error_;
 #ifndef PERSONALIZE_NO_ZSTD
@@ -5966,7 +6054,7 @@ inline Result<void> write_parts(const ModelParts& parts, const WriteOptions& opt
   if (auto checked = check_options(options); !checked) return checked;
   if (auto checked = check_parts(parts, limits, false); !checked) return checked;
   const auto chunk_log2 = static_cast<unsigned>(std::bit_width(options.chunk_bytes)) - 1;
-  FileBuilder file{sink, options.zstd_level, chunk_log2};
+  FileBuilder file{sink, model_file, options.zstd_level, chunk_log2};
   const auto add_matrix = [&](std::string_view tag, std::uint32_t index, const Matrix& matrix,
                               ElementType type) {
     if (type == ElementType::i4 && matrix.columns() < FourBitRows::least_columns)
@@ -6145,7 +6233,7 @@ inline Result<ModelParts> read_parts(ByteSource& source, const LoadOptions& opti
   if (options.threads < 1 || options.threads > 64)
     return Error{Errc::invalid_argument, "LoadOptions::threads is outside [1, 64]"};
   const LoadLimits& limits = options.limits;
-  const auto sections = read_table(source, limits);
+  const auto sections = read_table(source, model_file, limits);
   if (!sections) return sections.error();
   // Statistics and operations are read into place.
   static_assert(sizeof(ItemStatistics) == 4 * 8 && sizeof(EncoderOp) == 2 * 4);

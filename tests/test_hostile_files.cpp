@@ -101,7 +101,8 @@ class Forgery {
       body.insert(body.end(), stored.begin(), stored.end());
     }
     Bytes file;
-    for (const unsigned char c : pz::detail::model_magic) file.push_back(static_cast<std::byte>(c));
+    for (const unsigned char c : pz::detail::model_file.magic)
+      file.push_back(static_cast<std::byte>(c));
     append_integer(file, version);
     append_integer(file, std::uint16_t{0});
     append_integer(file, static_cast<std::uint32_t>(sections.size()));

@@ -126,7 +126,7 @@ pz::Vector<std::byte> claiming(pz::ElementType type, std::uint64_t rows, std::ui
   for (const std::uint64_t word : {rows, columns, std::uint64_t{1}, std::uint64_t{64 + 72}, stored,
                                    raw_size, std::uint64_t{0}})
     detail::append_integer(table, word);
-  for (const unsigned char c : detail::model_magic) file.push_back(static_cast<std::byte>(c));
+  for (const unsigned char c : detail::model_file.magic) file.push_back(static_cast<std::byte>(c));
   detail::append_integer(file, std::uint16_t{2});
   detail::append_integer(file, std::uint16_t{0});
   detail::append_integer(file, std::uint32_t{1});

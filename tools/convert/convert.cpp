@@ -43,10 +43,10 @@ struct Source {
 
 bool is_model_file(const std::string& path) {
   const auto source = Input{path}.open();
-  std::array<std::byte, detail::model_magic.size()> head{};
+  std::array<std::byte, detail::model_file.magic.size()> head{};
   if (source->size() < head.size()) return false;
   source->read(0, head);
-  return std::memcmp(head.data(), detail::model_magic.data(), head.size()) == 0;
+  return std::memcmp(head.data(), detail::model_file.magic.data(), head.size()) == 0;
 }
 
 Source open_source(const Options& options) {
