@@ -417,6 +417,83 @@ TEST_CASE("loading survives the failure of any allocation") {
                               [&] { REQUIRE(allocations.bytes == before); }) > 50);
 }
 
+TEST_CASE("a state file takes memory for its largest section and two chunks, whatever its size") {
+  constexpr std::size_t largest = 1 << 20, chunk = 1 << 14;
+  const TemporaryFolder folder;
+  const std::string path = folder.file("s.pzs");
+  const auto size_of = [](std::uint32_t index) { return index % 2 == 0 ? largest : largest / 3; };
+  const auto write = [&] {
+    return pz::detail::catching_bad_alloc([&]() -> pz::Result<void> {
+      pz::detail::FileSink sink{path};
+      pz::detail::FileBuilder file{sink, pz::detail::state_file, 1, 14};
+      for (std::uint32_t index = 0; index < 8; ++index)
+        file.add_made(
+            "PART", index,
+            [&, index](pz::Vector<std::byte>& out) -> pz::Result<void> {
+              out.resize(size_of(index), static_cast<std::byte>(index));
+              return {};
+            },
+            index % 3 == 0 ? pz::Codec::stored : pz::Codec::zstd);
+      if (auto finished = file.finish(); !finished) return finished;
+      return sink.commit();
+    });
+  };
+  const auto read = [&]() -> pz::Result<void> {
+    auto source = pz::detail::ByteSource::open(path);
+    if (!source) return source.error();
+    std::uint32_t seen = 0;
+    auto done = pz::detail::read_each_section(
+        *source, pz::detail::state_file, {},
+        [&](const pz::SectionInfo& section, std::span<const std::byte> raw) -> pz::Result<void> {
+          REQUIRE(section.index == seen);
+          REQUIRE(raw.size() == size_of(seen));
+          REQUIRE(raw.back() == static_cast<std::byte>(seen++));
+          return {};
+        });
+    if (done) REQUIRE(seen == 8);
+    return done;
+  };
+  const std::int64_t before = allocations.bytes;
+  for (const bool writes : {true, false}) {
+    allocations.reset_peak();
+    REQUIRE((writes ? write() : read()));
+    // Also the directories of two sections, the table and what the standard library takes.
+    CHECK(allocations.peak - before < static_cast<std::int64_t>(largest + 2 * chunk + chunk / 64 +
+                                                                2 * 12 * largest / chunk + 24'576));
+    REQUIRE(allocations.bytes == before);
+  }
+  const auto unchanged = [&] { REQUIRE(allocations.bytes == before); };
+  const auto open = [&] {
+    return pz::detail::catching_bad_alloc([&]() -> pz::Result<void> { return read(); });
+  };
+  CHECK(fail_every_allocation(open, unchanged) > 10);
+  CHECK(fail_every_allocation(write, unchanged) > 10);
+}
+
+TEST_CASE("a model in another order takes memory for one copy, and survives that there is none") {
+  constexpr std::size_t items = 20'000, d = 64;
+  const auto model = small_model::model({.items = items, .dimension = d, .hidden = 4}, true);
+  std::vector<std::string> ids{"new"};
+  for (std::size_t i = items; i-- > 0;) ids.push_back("i" + std::to_string(i));
+  const std::vector<std::string_view> order(ids.begin(), ids.end());
+  const std::int64_t before = allocations.bytes;
+  allocations.reset_peak();
+  {
+    const auto made = pz::detail::in_order(model, order, {});
+    REQUIRE(made);
+    const std::int64_t held = allocations.bytes - before;
+    CHECK(held > static_cast<std::int64_t>(items * (d + 4 + 4 + 32)));
+    CHECK(held < static_cast<std::int64_t>(items * (d + 4 + 4 + 32) * 2));
+    // Beside it less than a second copy of the vectors.
+    CHECK(allocations.peak - before - held < static_cast<std::int64_t>(items * (d + 4)));
+  }
+  const auto small = small_model::model({.items = 40});
+  const std::vector<std::string_view> reversed{"i39", "i38", "new", "i7"}, types{"buy", "click"};
+  const std::int64_t then = allocations.bytes;
+  CHECK(fail_every_allocation([&] { return pz::detail::in_order(small, reversed, types); },
+                              [&] { REQUIRE(allocations.bytes == then); }) > 20);
+}
+
 TEST_CASE("writing survives the failure of any allocation, and leaves nothing behind") {
   const TemporaryFolder folder;
   const std::string path = folder.file("w.pzm");

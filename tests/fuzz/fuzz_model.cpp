@@ -89,6 +89,7 @@ void check_rewriting(const pz::Model& model, const pz::LoadOptions& options) {
     const auto again = pz::Model::from_bytes(*bytes, options);
     require(again.has_value(), "a model that was written can be read again");
     require((*again)->item_count() == model.item_count(), "no item is lost");
+    require((*again)->fingerprints() == model.fingerprints(), "the fingerprints stay");
   }
 }
 
