@@ -11703,10 +11703,11 @@ class Folder {
         if (auto removed = remove(name); !removed) return removed;
     return {};
   }
-  // Files that were made, renamed and removed in it. NTFS keeps a record of such by itself.
+  // Files that were made, renamed and removed in it. NTFS keeps a record of such by itself; file
+  // systems that sync no folder say EINVAL.
   Result<void> sync() const {
 #if PERSONALIZE_HAS_POSIX
-    if (::fsync(*folder_) != 0) return io_error(path_, "cannot sync the folder");
+    if (::fsync(*folder_) != 0 && errno != EINVAL) return io_error(path_, "cannot sync the folder");
 #endif
     return {};
   }
