@@ -91,8 +91,10 @@
 //  12 exploration       calibration, posterior, vector correction, slots with propensities; scratch
 //  13 catalogue         the items as feedback has shaped them; how generations are built and read
 //  14 users             users and sessions within a budget in bytes; event ids; the gate of time
-//  15 state             what waits for an update, who runs updates; how items rank for a user
-//  16 recommender       Recommender: record, recommend, rank, put_item, update
+//  15 folder            a folder that one process holds; files that grow at their end
+//  16 journal           records that survive a crash: their format, reading, writing in groups
+//  17 state             what waits for an update, who runs updates; how items rank for a user
+//  18 recommender       Recommender: record, recommend, rank, put_item, update
 // clang-format on
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
@@ -221,20 +223,26 @@
 #endif
 
 #if PERSONALIZE_HAS_POSIX
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #else
 #include <random>
 #if defined(_WIN32)
+#include <direct.h>
 #include <fcntl.h>
 #include <io.h>
+#include <share.h>
 #include <sys/stat.h>
 extern "C" {
 __declspec(dllimport) int __stdcall MoveFileExW(const wchar_t*, const wchar_t*, unsigned long);
 __declspec(dllimport) unsigned long __stdcall GetLastError();
 __declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long, const char*, int,
                                                         wchar_t*, int);
+__declspec(dllimport) int __stdcall WideCharToMultiByte(unsigned, unsigned long, const wchar_t*,
+                                                        int, char*, int, const char*, int*);
 }
 #endif
 #endif
@@ -373,8 +381,9 @@ namespace detail {
 
 #ifndef PERSONALIZE_NO_THREADS
 inline constexpr bool has_threads = true;
+using std::adopt_lock, std::try_to_lock;
 using std::atomic, std::memory_order_relaxed, std::memory_order_acquire, std::memory_order_release;
-using std::condition_variable, std::mutex, std::lock_guard, std::unique_lock, std::try_to_lock;
+using std::condition_variable, std::mutex, std::lock_guard, std::unique_lock;
 using std::thread;
 inline std::size_t thread_number() noexcept {
   return std::hash<thread::id>{}(std::this_thread::get_id());
@@ -412,12 +421,15 @@ struct mutex {
 };
 struct try_to_lock_t {};
 inline constexpr try_to_lock_t try_to_lock{};
+struct adopt_lock_t {};
+inline constexpr adopt_lock_t adopt_lock{};
 // Holds what it was given for as long as it is there.
 template <class Mutex>
 class unique_lock {
  public:
   explicit unique_lock(Mutex& held) : mutex_(held) { lock(); }
   unique_lock(Mutex& held, try_to_lock_t) : mutex_(held), held_(held.try_lock()) {}
+  unique_lock(Mutex& held, adopt_lock_t) : mutex_(held), held_(true) {}
   unique_lock(const unique_lock&) = delete;
   unique_lock& operator=(const unique_lock&) = delete;
   ~unique_lock() {
@@ -432,6 +444,7 @@ class unique_lock {
     mutex_.unlock();
     held_ = false;
   }
+  void release() noexcept { held_ = false; }
 
  private:
   Mutex& mutex_;
@@ -444,6 +457,8 @@ struct lock_guard : unique_lock<Mutex> {
 struct condition_variable {
   void notify_one() noexcept {}
   void notify_all() noexcept {}
+  template <class Lock, class Until>
+  void wait(Lock&, Until) noexcept {}
   template <class Lock, class Time, class Until>
   bool wait_for(Lock&, Time, Until until) {
     return until();
@@ -891,6 +906,14 @@ enum class Updates : std::uint8_t {
                 // Without threads (PERSONALIZE_NO_THREADS): as in_requests
   by_caller,    // the caller: update() when update_due() says so, from a scheduler of its own
   in_requests,  // the record or recommend that finds one due, which then takes that much longer
+};
+
+// What a call that was acknowledged survives. Its bytes were handed to the operating system, so the
+// end of the process, however it comes, costs nothing; what a power cut or the system's end costs:
+enum class Durability : std::uint8_t {
+  each_call,  // nothing: what was written is synced before; calls at the same time share a sync
+  interval,   // at most what was acknowledged in the last interval: a sync every 10 ms
+  none,       // what the system had not written by itself, on Linux usually half a minute's
 };
 
 struct RecommenderOptions {
@@ -1971,6 +1994,19 @@ class RankedMutex {
   void unlock() noexcept {
     note(false);
     mutex_.unlock();
+  }
+  // Until `until` holds, which this thread sees with the mutex; others have it meanwhile.
+  template <class Until>
+  void wait(condition_variable& changed, Until until) {
+    unique_lock<mutex> held{mutex_, adopt_lock};
+    changed.wait(held, until);
+    held.release();
+  }
+  template <class Time, class Until>
+  void wait_for(condition_variable& changed, Time time, Until until) {
+    unique_lock<mutex> held{mutex_, adopt_lock};
+    changed.wait_for(held, time, until);
+    held.release();
   }
 
  private:
@@ -11760,7 +11796,1155 @@ class TimeGate {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 15: state. Owns all that a recommender knows and where it lies: what waits for an update,
+// Room 15: folder. Owns the folder that holds what outlives a process, and files that grow at their
+// end: what of it a crash or a power cut leaves. Uses rooms 1 and 2.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+// Files by descriptor. Functions that return an int: 0, or what errno says.
+#if defined(_WIN32)
+inline constexpr bool has_descriptors = true;
+inline int create_descriptor(const std::string& path) {
+  return ::_wopen(native_path(path).c_str(),
+                  _O_WRONLY | _O_CREAT | _O_EXCL | _O_APPEND | _O_BINARY | _O_NOINHERIT,
+                  _S_IREAD | _S_IWRITE);
+}
+inline int open_descriptor(const std::string& path) {
+  return ::_wopen(native_path(path).c_str(), _O_WRONLY | _O_APPEND | _O_BINARY | _O_NOINHERIT);
+}
+inline void close_descriptor(int descriptor) noexcept { ::_close(descriptor); }
+inline std::int64_t write_some(int descriptor, std::span<const std::byte> bytes) noexcept {
+  return ::_write(descriptor, bytes.data(), static_cast<unsigned>(bytes.size()));
+}
+inline int sync_descriptor(int descriptor) noexcept {
+  return ::_commit(descriptor) == 0 ? 0 : errno;
+}
+inline int cut_descriptor(int descriptor, std::uint64_t size) noexcept {
+  return ::_chsize_s(descriptor, static_cast<std::int64_t>(size));
+}
+inline std::int64_t descriptor_size(int descriptor) noexcept {
+  return ::_filelengthi64(descriptor);
+}
+#elif PERSONALIZE_HAS_POSIX
+inline constexpr bool has_descriptors = true;
+inline int create_descriptor(const std::string& path) {
+  return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_NOFOLLOW | O_CLOEXEC,
+                0600);
+}
+inline int open_descriptor(const std::string& path) {
+  return ::open(path.c_str(), O_WRONLY | O_APPEND | O_NOFOLLOW | O_CLOEXEC);
+}
+inline void close_descriptor(int descriptor) noexcept { ::close(descriptor); }
+inline std::int64_t write_some(int descriptor, std::span<const std::byte> bytes) noexcept {
+  return ::write(descriptor, bytes.data(), bytes.size());
+}
+inline int sync_descriptor(int descriptor) noexcept {
+#if defined(F_FULLFSYNC)
+  // Without it the drive may keep the bytes in a memory that a power cut empties.
+  if (::fcntl(descriptor, F_FULLFSYNC) == 0) return 0;
+#endif
+  for (;;) {
+#if defined(__linux__)
+    if (::fdatasync(descriptor) == 0) return 0;
+#else
+    if (::fsync(descriptor) == 0) return 0;
+#endif
+    if (errno != EINTR) return errno;
+  }
+}
+inline int cut_descriptor(int descriptor, std::uint64_t size) noexcept {
+  if (size > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) return EFBIG;
+  while (::ftruncate(descriptor, static_cast<off_t>(size)) != 0)
+    if (errno != EINTR) return errno;
+  return 0;
+}
+inline std::int64_t descriptor_size(int descriptor) noexcept {
+  struct stat status {};
+  return ::fstat(descriptor, &status) == 0 ? status.st_size : -1;
+}
+#else
+inline constexpr bool has_descriptors = false;
+inline int create_descriptor(const std::string&) noexcept { return -1; }
+inline int open_descriptor(const std::string&) noexcept { return -1; }
+inline void close_descriptor(int) noexcept {}
+inline std::int64_t write_some(int, std::span<const std::byte>) noexcept { return -1; }
+inline int sync_descriptor(int) noexcept { return ENOSYS; }
+inline int cut_descriptor(int, std::uint64_t) noexcept { return ENOSYS; }
+inline std::int64_t descriptor_size(int) noexcept { return -1; }
+#endif
+
+inline Error no_descriptors(const std::string& path) {
+  return {Errc::unsupported, joined({path, ": this platform has no files that can be synced"})};
+}
+
+class Descriptor {
+ public:
+  explicit Descriptor(int descriptor = -1) noexcept : descriptor_(descriptor) {}
+  Descriptor(Descriptor&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(descriptor_, other.descriptor_);
+    return *this;
+  }
+  ~Descriptor() {
+    if (descriptor_ >= 0) close_descriptor(descriptor_);
+  }
+  explicit operator bool() const noexcept { return descriptor_ >= 0; }
+  int operator*() const noexcept { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+// A file that grows at its end. append, cut and sync return 0, or what errno says: where they are
+// called there may be no memory for a sentence.
+class AppendFile {
+ public:
+  // That is not there yet. For its owner alone: records tell of users.
+  static Result<AppendFile> create(const std::string& path) {
+    if (!has_descriptors) return no_descriptors(path);
+    Descriptor file{create_descriptor(path)};
+    if (!file) return io_error(path, "cannot create");
+    return AppendFile(std::move(file));
+  }
+  // Cuts off what lies behind `size` bytes and syncs what is left. Errors: truncated, where the
+  // file is shorter.
+  static Result<AppendFile> open(const std::string& path, std::uint64_t size) {
+    if (!has_descriptors) return no_descriptors(path);
+    AppendFile file{Descriptor(open_descriptor(path))};
+    if (!file.descriptor_) return io_error(path, "cannot open");
+    const std::int64_t found = file.size();
+    if (found < 0) return io_error(path, "cannot tell its size");
+    if (static_cast<std::uint64_t>(found) < size)
+      return Error{Errc::truncated, joined({path, ": has ", found, " of ", size, " bytes"})};
+    if (static_cast<std::uint64_t>(found) > size && (errno = file.cut(size)) != 0)
+      return io_error(path, "cannot cut off its end");
+    if ((errno = file.sync()) != 0) return io_error(path, "cannot sync");
+    return file;
+  }
+
+  // All of them; where it fails, a part of them may stand at the file's end.
+  int append(std::span<const std::byte> bytes) noexcept {
+    while (!bytes.empty()) {
+      const std::int64_t written = write_some(*descriptor_, bytes);
+      if (written < 0 && errno == EINTR) continue;
+      if (written <= 0) return written < 0 ? errno : EIO;
+      bytes = bytes.subspan(static_cast<std::size_t>(written));
+    }
+    return 0;
+  }
+  int cut(std::uint64_t size) noexcept { return cut_descriptor(*descriptor_, size); }
+  int sync() noexcept { return sync_descriptor(*descriptor_); }
+  std::int64_t size() const noexcept { return descriptor_size(*descriptor_); }  // < 0: errno
+
+ private:
+  explicit AppendFile(Descriptor descriptor) noexcept : descriptor_(std::move(descriptor)) {}
+  Descriptor descriptor_;
+};
+
+// A folder that one recommender keeps its state in, for as long as the object lives: a lock on the
+// file `lock` in it keeps out other processes and other recommenders of this one. The system gives
+// the lock back when the process ends, however it ends.
+class Folder {
+ public:
+  // Makes the folder where it is missing, but not those above it.
+  static Result<Folder> open(const std::string& path) {
+    if (!has_descriptors) return no_descriptors(path);
+    Folder folder;
+    folder.path_ = path;
+    if (auto opened = folder.open_locked(); !opened) return opened.error();
+    return folder;
+  }
+
+  std::string path_of(std::string_view name) const { return joined({path_, "/", name}); }
+  // Sorted; without the lock.
+  Result<std::vector<std::string>> list() const {
+    std::vector<std::string> names;
+    if (!read_names(names)) return io_error(path_, "cannot list");
+    std::erase_if(names, [](const auto& n) { return n == "." || n == ".." || n == lock_name; });
+    std::sort(names.begin(), names.end(), [](const auto& a, const auto& b) { return a < b; });
+    return names;
+  }
+  Result<void> remove(std::string_view name) const {
+    const std::string path = path_of(name);
+#if defined(_WIN32)
+    const bool removed = ::_wremove(native_path(path).c_str()) == 0;
+#else
+    const bool removed = std::remove(path.c_str()) == 0;
+#endif
+    if (!removed) return io_error(path, "cannot remove");
+    return {};
+  }
+  // What a FileSink left when its process ended.
+  Result<void> remove_parts() const {
+    const auto names = list();
+    if (!names) return names.error();
+    for (const std::string& name : *names)
+      if (name.ends_with(".part"))
+        if (auto removed = remove(name); !removed) return removed;
+    return {};
+  }
+  // Files that were made, renamed and removed in it. NTFS keeps a record of such by itself; file
+  // systems that sync no folder say EINVAL.
+  Result<void> sync() const {
+#if PERSONALIZE_HAS_POSIX
+    if (::fsync(*folder_) != 0 && errno != EINVAL) return io_error(path_, "cannot sync the folder");
+#endif
+    return {};
+  }
+
+ private:
+  static constexpr std::string_view lock_name = "lock";
+
+  Folder() = default;
+
+#if defined(_WIN32)
+  Result<void> open_locked() {
+    if (::_wmkdir(native_path(path_).c_str()) != 0 && errno != EEXIST)
+      return io_error(path_, "cannot make the folder");
+    const std::string path = path_of(lock_name);
+    // Nobody else can open it.
+    lock_ = Descriptor(::_wsopen(native_path(path).c_str(),
+                                 _O_RDWR | _O_CREAT | _O_BINARY | _O_NOINHERIT, _SH_DENYRW,
+                                 _S_IREAD | _S_IWRITE));
+    if (!lock_) return errno == EACCES ? taken() : io_error(path, "cannot open");
+    return {};
+  }
+  bool read_names(std::vector<std::string>& names) const {
+    struct _wfinddata64_t found {};
+    const std::intptr_t search = ::_wfindfirst64(native_path(path_of("*")).c_str(), &found);
+    if (search == -1) return false;
+    do {
+      // A name has at most 260 characters of 16 bits.
+      std::array<char, 1024> name{};
+      ::WideCharToMultiByte(65001, 0, found.name, -1, name.data(), static_cast<int>(name.size()),
+                            nullptr, nullptr);
+      names.emplace_back(name.data());
+    } while (::_wfindnext64(search, &found) == 0);
+    const bool all = errno == ENOENT;
+    ::_findclose(search);
+    return all;
+  }
+#elif PERSONALIZE_HAS_POSIX
+  Result<void> open_locked() {
+    const bool made = ::mkdir(path_.c_str(), 0700) == 0;
+    if (!made && errno != EEXIST) return io_error(path_, "cannot make the folder");
+    folder_ = Descriptor(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!folder_) return io_error(path_, "cannot open the folder");
+    if (made) {  // its name lies in the one above
+      const Descriptor above{::open(path_of("..").c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+      if (above) (void)::fsync(*above);
+    }
+    const std::string path = path_of(lock_name);
+    lock_ = Descriptor(::open(path.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600));
+    if (!lock_) return io_error(path, "cannot open");
+    while (::flock(*lock_, LOCK_EX | LOCK_NB) != 0) {
+      if (errno == EWOULDBLOCK) return taken();
+      if (errno != EINTR) return io_error(path, "cannot lock");
+    }
+    return {};
+  }
+  bool read_names(std::vector<std::string>& names) const {
+    const std::unique_ptr<DIR, CloseListing> listing{::opendir(path_.c_str())};
+    if (!listing) return false;
+    for (;;) {
+      errno = 0;
+      const struct dirent* const entry = ::readdir(listing.get());
+      if (!entry) return errno == 0;
+      names.emplace_back(entry->d_name);
+    }
+  }
+  struct CloseListing {
+    void operator()(DIR* listing) const noexcept { ::closedir(listing); }
+  };
+#else
+  Result<void> open_locked() { return no_descriptors(path_); }
+  bool read_names(std::vector<std::string>&) const { return false; }
+#endif
+  Error taken() const {
+    return {Errc::io,
+            joined({path_, ": another process, or another recommender of this one, has it open"})};
+  }
+
+  std::string path_;
+  Descriptor folder_, lock_;
+};
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 16: journal. Owns what keeps records of bytes through a crash: the format of its files, how
+// they are read, and how many threads write them. Knows nothing of what the records say. Uses rooms
+// 1, 2 and 15.
+//
+// A journal is a row of files in one folder. All integers little-endian. Header, 64 bytes:
+//
+//   offset size field
+//        0    8 magic           89 50 5A 4A 0D 0A 1A 0A  ("\x89PZJ\r\n\x1a\n")
+//        8    2 major version   1; a reader refuses a greater one
+//       10    2 minor version   0; a greater one adds types of records that older readers skip
+//       12    4 reserved        zero
+//       16    8 lineage         a random number that all files of one folder share
+//       24    8 number          of this file in the folder
+//       32    8 first sequence  no record of the file has a lesser number. The first may have a
+//                               greater one: a file is made before the journal goes over to it
+//       40   16 model           2 x u64, a fingerprint of what the records depend on
+//       56    8 header checksum XXH64 of bytes 0 to 55
+//
+// Behind it lie records, back to back, up to the end of the file; their numbers are consecutive:
+//
+//        0    4 payload size    n, at most 2^26
+//        4    4 type
+//        8    8 sequence        the record's number
+//       16    n payload
+//     16+n    8 checksum        XXH64 of the record's bytes before it, with the seed
+//                               lineage ^ number: bytes of another file are never taken for it
+//
+// A crash leaves a record in part, or several, at the end: a torn tail, which is cut off. It is
+// told from damage, which is an error, by what follows: no whole record lies behind a torn one.
+//
+// Who writes: of the threads that call commit() one hands the bytes of all to the system and one
+// syncs for all, while the others wait. Both work without the mutex (rank 3), under which there
+// are no file operations and nothing is called.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+inline constexpr std::array<unsigned char, 8> journal_magic{0x89, 'P',  'Z',  'J',
+                                                            '\r', '\n', 0x1a, '\n'};
+inline constexpr std::uint16_t journal_major = 1, journal_minor = 0;
+inline constexpr std::size_t journal_header_size = 64;
+// Of a record: in front of its payload, and with the checksum behind it.
+inline constexpr std::size_t record_head_size = 16, record_frame_size = record_head_size + 8;
+inline constexpr std::size_t most_payload = std::size_t{1} << 26;
+
+struct JournalHeader {
+  std::uint64_t lineage = 0, number = 0, first_sequence = 0;
+  std::array<std::uint64_t, 2> model{};
+
+  std::uint64_t seed() const noexcept { return lineage ^ number; }
+};
+
+inline Vector<std::byte> journal_header_bytes(const JournalHeader& header) {
+  const auto magic = std::as_bytes(std::span(journal_magic));
+  Vector<std::byte> bytes(magic.begin(), magic.end());
+  append_integer(bytes, journal_major);
+  append_integer(bytes, journal_minor);
+  append_integer(bytes, std::uint32_t{0});
+  for (const std::uint64_t value :
+       {header.lineage, header.number, header.first_sequence, header.model[0], header.model[1]})
+    append_integer(bytes, value);
+  append_integer(bytes, xxh64(bytes));
+  return bytes;
+}
+
+// What a file is to be; nothing is asked of what is left out.
+struct JournalExpectation {
+  std::optional<std::uint64_t> lineage = {}, number = {};
+  std::optional<std::uint64_t> first_record =
+      {};  // the number of the first record, if there is one
+};
+
+// bytes: the first 64 of a file, or all that it has. Errors: truncated, where the file was being
+// made when its process or the power ended, so that it never had a record; checksum, format,
+// version, corrupt.
+inline Result<JournalHeader> read_journal_header(const std::string& path,
+                                                 std::span<const std::byte> bytes, bool is_whole,
+                                                 const JournalExpectation& expected) {
+  const auto error = [&](Errc code, std::string_view what, std::uint64_t at) {
+    return Error{code, joined({path, ": ", what}), at};
+  };
+  const bool blank =
+      std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+  if (bytes.size() < journal_header_size || (is_whole && blank))
+    return error(Errc::truncated, "a journal with a torn header: it was never begun", bytes.size());
+  const std::byte* head = bytes.data();
+  if (std::memcmp(head, journal_magic.data(), journal_magic.size()) != 0)
+    return error(Errc::format, "not a journal: the first 8 bytes are not a journal's", 0);
+  if (xxh64(bytes.first(56)) != load_integer<std::uint64_t>(head + 56))
+    return error(Errc::checksum, "the journal's header does not match its checksum", 0);
+  const auto major = load_integer<std::uint16_t>(head + 8);
+  if (major != journal_major)
+    return Error{Errc::version,
+                 joined({path, ": a journal of version ", major, ", this reader knows ",
+                         journal_major, "; use a newer personalize_runtime.hpp"}),
+                 8};
+  if (load_integer<std::uint32_t>(head + 12) != 0)
+    return error(Errc::corrupt, "reserved bytes of the journal's header are not zero", 12);
+  const auto word = [&](std::size_t at) { return load_integer<std::uint64_t>(head + at); };
+  const JournalHeader header{word(16), word(24), word(32), {word(40), word(48)}};
+  if (expected.lineage && *expected.lineage != header.lineage)
+    return error(Errc::corrupt, "a journal that belongs to another folder's state", 16);
+  if (expected.number && *expected.number != header.number)
+    return Error{Errc::corrupt,
+                 joined({path, ": is journal ", header.number, ", not ", *expected.number}), 24};
+  return header;
+}
+
+// --------------------------------------------------------------------------------------------
+// Reading
+
+// A file's bytes through a window that moves forward over it.
+class JournalReader {
+ public:
+  struct Entry {
+    std::uint64_t sequence;
+    std::uint32_t type;
+    std::span<const std::byte> payload;  // until the next call
+  };
+
+  static Result<JournalReader> open(const std::string& path) {
+    JournalReader reader;
+    reader.path_ = path;
+    reader.file_.reset(open_file(path, "rb"));
+    std::FILE* const file = reader.file_.get();
+    if (!file) return io_error(path, "cannot open");
+    const std::int64_t size = seek(file, 0, SEEK_END) ? position(file) : -1;
+    if (size < 0 || !seek(file, 0, SEEK_SET)) return io_error(path, "cannot tell its size");
+    reader.size_ = static_cast<std::uint64_t>(size);
+    return reader;
+  }
+  std::uint64_t size() const noexcept { return size_; }
+
+  // `count` bytes at `offset`, which the file has. Offsets never become less.
+  Result<std::span<const std::byte>> at(std::uint64_t offset, std::size_t count) {
+    const auto skipped = static_cast<std::size_t>(offset - base_);
+    if (skipped + count > have_) {
+      constexpr std::size_t piece = std::size_t{1} << 20;
+      have_ -= skipped;
+      base_ = offset;
+      if (have_ > 0) std::memmove(window_.data(), window_.data() + skipped, have_);
+      const auto wanted =
+          static_cast<std::size_t>(std::min<std::uint64_t>(size_ - base_, count + piece));
+      if (window_.size() < wanted) {
+        window_.reserve(wanted);
+        window_.resize(wanted);
+      }
+      const std::size_t more = wanted - have_;
+      if (std::fread(window_.data() + have_, 1, more, file_.get()) != more) {
+        if (std::ferror(file_.get())) return io_error(path_, "cannot read");
+        return Error{Errc::truncated, joined({path_, ": became shorter while it was read"})};
+      }
+      have_ = wanted;
+    }
+    return std::span<const std::byte>(window_).subspan(static_cast<std::size_t>(offset - base_),
+                                                       count);
+  }
+
+  // The whole record at `offset`; none where there is no such.
+  Result<std::optional<Entry>> entry(std::uint64_t offset, std::uint64_t seed) {
+    constexpr auto none = std::nullopt;
+    if (size_ - offset < record_frame_size) return std::optional<Entry>{none};
+    const auto head = at(offset, record_head_size);
+    if (!head) return head.error();
+    const auto payload = load_integer<std::uint32_t>(head->data());
+    if (payload > most_payload || payload > size_ - offset - record_frame_size)
+      return std::optional<Entry>{none};
+    const auto bytes = at(offset, record_frame_size + payload);
+    if (!bytes) return bytes.error();
+    const std::size_t checked = record_head_size + payload;
+    const std::byte* const p = bytes->data();
+    if (xxh64(bytes->first(checked), seed) != load_integer<std::uint64_t>(p + checked))
+      return std::optional<Entry>{none};
+    return std::optional<Entry>{Entry{load_integer<std::uint64_t>(p + 8),
+                                      load_integer<std::uint32_t>(p + 4),
+                                      bytes->subspan(record_head_size, payload)}};
+  }
+
+  // Whether a whole record lies behind the bad one at `bad`, which would have the number `least`
+  // (where `exact` is false: at least that). What could be one by its size and number is hashed; a
+  // file that has so many of those that it must have been made to counts as having one.
+  Result<bool> has_entry_behind(std::uint64_t bad, std::uint64_t seed, std::uint64_t least,
+                                bool exact) {
+    std::uint64_t budget = 4 * (size_ - bad) + (std::uint64_t{1} << 28);
+    for (std::uint64_t offset = bad + 1; size_ - offset >= record_frame_size; ++offset) {
+      const auto left = size_ - offset;
+      const auto window =
+          at(offset, static_cast<std::size_t>(std::min<std::uint64_t>(left, 1 << 16)));
+      if (!window) return window.error();
+      std::uint64_t payload = 0;
+      std::size_t i = 0;
+      for (; i + record_head_size <= window->size(); ++i) {
+        const std::byte* const p = window->data() + i;
+        payload = load_integer<std::uint32_t>(p);
+        // As many records as can lie between.
+        const std::uint64_t most = exact ? (offset + i - bad) / record_frame_size : ~least;
+        if (payload <= most_payload && payload + record_frame_size <= left - i &&
+            load_integer<std::uint64_t>(p + 8) - least <= most)
+          break;
+      }
+      offset += i;
+      if (i + record_head_size > window->size()) {
+        --offset;
+        continue;
+      }
+      if (payload + record_frame_size > budget) return true;
+      budget -= payload + record_frame_size;
+      const auto found = entry(offset, seed);
+      if (!found) return found.error();
+      if (*found) return true;
+    }
+    return false;
+  }
+
+ private:
+  JournalReader() = default;
+
+  std::string path_;
+  File file_;
+  BareVector<std::byte> window_;  // its first have_ bytes are the file's from base_ on
+  std::uint64_t size_ = 0, base_ = 0;
+  std::size_t have_ = 0;
+};
+
+struct JournalEnd {
+  JournalHeader header;
+  std::uint64_t end = 0;            // behind the last sound record
+  std::uint64_t first_record = 0;   // the number of the first; without records as next_sequence
+  std::uint64_t next_sequence = 0;  // of the record that would come next
+  std::uint64_t torn = 0;           // bytes behind the end
+};
+
+using JournalVisit = std::function<Result<void>(std::uint64_t sequence, std::uint32_t type,
+                                                std::span<const std::byte> payload)>;
+
+// Reads a journal's file from front to back and calls `visit` for each record, whose errors end it.
+// Takes memory for one record and a MiB. Errors, beside those of the header: corrupt, with the
+// offset, where a record is bad or missing and others follow; those before it were visited.
+inline Result<JournalEnd> read_journal(const std::string& path, const JournalExpectation& expected,
+                                       const JournalVisit& visit) {
+  return catching_bad_alloc([&]() -> Result<JournalEnd> {
+    auto reader = JournalReader::open(path);
+    if (!reader) return reader.error();
+    const std::uint64_t size = reader->size();
+    const auto head =
+        reader->at(0, static_cast<std::size_t>(std::min<std::uint64_t>(size, journal_header_size)));
+    if (!head) return head.error();
+    const auto header = read_journal_header(path, *head, size <= journal_header_size, expected);
+    if (!header) return header.error();
+
+    JournalEnd result{*header, journal_header_size};
+    std::uint64_t& next = result.next_sequence;
+    next = expected.first_record.value_or(header->first_sequence);
+    result.first_record = next;
+    bool exact = expected.first_record.has_value();
+    const auto damaged = [&](std::initializer_list<Piece> what) {
+      return Error{
+          Errc::corrupt,
+          joined({path, ": damaged at byte ", result.end, ": record ", next, joined(what)}),
+          result.end};
+    };
+    while (result.end < size) {
+      const auto entry = reader->entry(result.end, header->seed());
+      if (!entry) return entry.error();
+      if (!*entry) {
+        const auto follows = reader->has_entry_behind(result.end, header->seed(), next, exact);
+        if (!follows) return follows.error();
+        if (*follows) return damaged({" does not match its checksum; records follow it"});
+        result.torn = size - result.end;
+        break;
+      }
+      const auto& [sequence, type, payload] = **entry;
+      if (exact ? sequence != next : sequence < next)
+        return damaged({" is missing; record ", sequence, " stands in its place"});
+      if (!exact) result.first_record = sequence;
+      exact = true;
+      next = sequence + 1;
+      const std::uint64_t behind = result.end + record_frame_size + payload.size();
+      if (auto visited = visit(sequence, type, payload); !visited) return visited.error();
+      result.end = behind;
+    }
+    return result;
+  });
+}
+
+// --------------------------------------------------------------------------------------------
+// Writing
+
+// A record that waits to be written. Behind it lie its bytes as the file has them.
+struct WaitingRecord {
+  WaitingRecord* next = nullptr;
+  std::uint64_t sequence = 0;
+  std::uint32_t type = 0, payload = 0, capacity = 0;
+
+  std::byte* bytes() noexcept { return reinterpret_cast<std::byte*>(this + 1); }
+  std::size_t size() const noexcept { return record_frame_size + payload; }
+  std::size_t memory() const noexcept {
+    return allocated(sizeof(WaitingRecord) + record_frame_size + capacity);
+  }
+  // Its bytes, with what stands around the payload.
+  std::span<const std::byte> seal(std::uint64_t seed) noexcept {
+    std::byte* const p = bytes();
+    std::memcpy(p, &payload, 4);
+    std::memcpy(p + 4, &type, 4);
+    std::memcpy(p + 8, &sequence, 8);
+    const std::size_t checked = record_head_size + payload;
+    const std::uint64_t checksum = xxh64({p, checked}, seed);
+    std::memcpy(p + checked, &checksum, 8);
+    return {p, size()};
+  }
+
+  static WaitingRecord* take(std::size_t capacity) {
+    void* const memory =
+        take_memory(capacity > most_payload ? most_memory
+                                            : sizeof(WaitingRecord) + record_frame_size + capacity,
+                    false);
+    auto* const record = ::new (memory) WaitingRecord;
+    record->capacity = static_cast<std::uint32_t>(capacity);
+    return record;
+  }
+  static void give(WaitingRecord* record) noexcept { give_memory(record, 0, false); }
+};
+
+// Records in the order of their numbers.
+class RecordQueue {
+ public:
+  RecordQueue() = default;
+  RecordQueue(RecordQueue&& other) noexcept
+      : first_(std::exchange(other.first_, nullptr)),
+        last_(std::exchange(other.last_, nullptr)),
+        memory_(std::exchange(other.memory_, 0)) {}
+  RecordQueue& operator=(RecordQueue&&) = delete;
+  ~RecordQueue() {
+    while (first_) pop();
+  }
+
+  WaitingRecord* first() const noexcept { return first_; }
+  std::size_t memory() const noexcept { return memory_; }
+  void push(WaitingRecord* record) noexcept {
+    (first_ ? last_->next : first_) = record;
+    last_ = record;
+    memory_ += record->memory();
+  }
+  void pop() noexcept {
+    WaitingRecord* const record = first_;
+    first_ = record->next;
+    memory_ -= record->memory();
+    WaitingRecord::give(record);
+  }
+  void push(RecordQueue&& others) noexcept {
+    if (!others.first_) return;
+    (first_ ? last_->next : first_) = others.first_;
+    last_ = others.last_;
+    memory_ += std::exchange(others.memory_, 0);
+    others.first_ = nullptr;
+  }
+  // Those come before these.
+  void push_front(RecordQueue&& others) noexcept {
+    others.push(std::move(*this));
+    first_ = std::exchange(others.first_, nullptr);
+    last_ = others.last_;
+    memory_ = std::exchange(others.memory_, 0);
+  }
+
+ private:
+  WaitingRecord *first_ = nullptr, *last_ = nullptr;
+  std::size_t memory_ = 0;
+};
+
+// Memory for a record, and what is to be its payload. Goes back where the record is not appended.
+class Reservation {
+ public:
+  Reservation(Reservation&& other) noexcept : record_(std::exchange(other.record_, nullptr)) {}
+  Reservation& operator=(Reservation&& other) noexcept {
+    std::swap(record_, other.record_);
+    return *this;
+  }
+  ~Reservation() {
+    if (record_) WaitingRecord::give(record_);
+  }
+
+  std::size_t room() const noexcept { return record_->capacity - record_->payload; }
+  // No more bytes than room() says.
+  void add(std::span<const std::byte> bytes) noexcept {
+    assert(bytes.size() <= room());
+    if (bytes.empty()) return;
+    std::memcpy(record_->bytes() + record_head_size + record_->payload, bytes.data(), bytes.size());
+    record_->payload += static_cast<std::uint32_t>(bytes.size());
+  }
+  template <std::integral Integer>
+  void add_integer(Integer value) noexcept {
+    add(std::as_bytes(std::span(&value, 1)));
+  }
+
+ private:
+  friend class Journal;
+  explicit Reservation(std::size_t bytes) : record_(WaitingRecord::take(bytes)) {}
+  WaitingRecord* record_;
+};
+
+// A file of a journal, and the records that wait to be written to it.
+class JournalFile {
+ public:
+  // A new file, whose header is synced; its name is once Folder::sync() was called.
+  static Result<std::unique_ptr<JournalFile>> create(const std::string& path,
+                                                     const JournalHeader& header) {
+    const auto bytes = journal_header_bytes(header);
+    auto opened = AppendFile::create(path);
+    if (!opened) return opened.error();
+    auto file = std::make_unique<JournalFile>(path, header, std::move(*opened), bytes.size());
+    errno = file->file_.append(bytes);
+    if (errno == 0) errno = file->file_.sync();
+    if (errno == 0) return file;
+    const Error error = io_error(path, "cannot write");
+    file.reset();
+    remove_file(path);
+    return error;
+  }
+  // One that goes on at `end`, as read_journal found it; what lies behind is cut off.
+  static Result<std::unique_ptr<JournalFile>> resume(const std::string& path,
+                                                     const JournalHeader& header,
+                                                     std::uint64_t end) {
+    auto opened = AppendFile::open(path, end);
+    if (!opened) return opened.error();
+    return std::make_unique<JournalFile>(path, header, std::move(*opened), end);
+  }
+
+  JournalFile(const std::string& path, const JournalHeader& header, AppendFile file,
+              std::uint64_t size)
+      : path_(path), header_(header), file_(std::move(file)), size_(size) {}
+
+ private:
+  friend class Journal;
+
+  // Why what was appended can no longer become durable in this file.
+  enum class Loss : std::uint8_t {
+    none,
+    memory,   // more records waited than may
+    partial,  // a record that was written in part cannot be cut off
+    sync,     // the system may have dropped what it could not write, and a later sync not say so
+  };
+  struct Outcome {
+    std::uint64_t size;  // of the file, behind the last whole record
+    int failure = 0, uncut = 0;
+  };
+
+  // Hands records over to the system, the oldest first, and gives back the memory of those that it
+  // took; the file ends behind them. Without the mutex.
+  Outcome write(RecordQueue& records, std::span<std::byte> buffer) noexcept {
+    Outcome outcome{size_};
+    while (records.first()) {
+      WaitingRecord* record = records.first();
+      std::span<const std::byte> piece;
+      if (record->size() > buffer.size()) {
+        piece = record->seal(header_.seed());
+        record = record->next;
+      } else {
+        std::size_t filled = 0;
+        for (; record && record->size() <= buffer.size() - filled; record = record->next) {
+          std::memcpy(buffer.data() + filled, record->seal(header_.seed()).data(), record->size());
+          filled += record->size();
+        }
+        piece = buffer.first(filled);
+      }
+      outcome.failure = file_.append(piece);
+      if (outcome.failure != 0) {
+        outcome.uncut = file_.cut(outcome.size);
+        break;
+      }
+      outcome.size += piece.size();
+      while (records.first() != record) records.pop();
+    }
+    return outcome;
+  }
+
+  Error error() const {
+    errno = failure_;
+    const char* const what = loss_ == Loss::sync      ? "cannot sync"
+                             : loss_ == Loss::partial ? "cannot cut off what was written in part"
+                                                      : "cannot write";
+    Error told = io_error(path_, what);
+    told.message += loss_ == Loss::none
+                        ? std::string("; what was not written waits in memory")
+                        : joined({"; record ", lost_from_, " and those behind it are not durable"});
+    return told;
+  }
+
+  const std::string path_;
+  const JournalHeader header_;
+  AppendFile file_;  // of who writes and of who syncs; all else under the journal's mutex
+  std::uint64_t size_;
+  std::uint64_t first_ = 0;  // no record in it has a lesser number
+  RecordQueue waiting_;
+  bool unsynced_ = false;  // written to since the last sync began
+  Loss loss_ = Loss::none;
+  int failure_ = 0;              // errno of what failed last, until it succeeds
+  std::uint64_t lost_from_ = 0;  // with a loss: from this record on nothing is durable
+  std::unique_ptr<JournalFile> next_;
+};
+
+struct JournalSettings {
+  Durability durability = Durability::each_call;
+  std::chrono::milliseconds interval{10};  // between syncs, with Durability::interval
+  // Of memory for records that a full or failing disk does not take.
+  std::uint64_t most_pending = std::uint64_t{64} << 20;
+};
+
+struct JournalStatus {
+  // Records with lesser numbers: synced; handed over to the system; appended.
+  std::uint64_t durable = 0, written = 0, next = 0;
+  std::uint64_t file_bytes = 0, pending_bytes = 0;  // of the present file; of memory
+  std::optional<Error> error = {};                  // of what fails now
+  bool broken = false;  // records are lost: only a new file and forget_before() mend it
+};
+
+// Records, made durable in the order in which they were appended. For any number of threads, but
+// for switch_to. Where a write fails, the records wait in memory and every later commit tries
+// again. Where they become too many, or a sync fails, the file is lost: what is appended to it from
+// then on is dropped, and the journal is broken until forget_before() says that the file is not
+// needed.
+class Journal {
+ public:
+  // Errors: those of the files; io where no thread can be started.
+  static Result<std::unique_ptr<Journal>> create(const std::string& path,
+                                                 const JournalHeader& header,
+                                                 const JournalSettings& settings) {
+    return begin(header.first_sequence, settings,
+                 [&] { return JournalFile::create(path, header); });
+  }
+  // Goes on with a file that read_journal found sound up to `end`.
+  static Result<std::unique_ptr<Journal>> resume(const std::string& path,
+                                                 const JournalHeader& header, std::uint64_t end,
+                                                 std::uint64_t next_sequence,
+                                                 const JournalSettings& settings) {
+    return begin(next_sequence, settings, [&] { return JournalFile::resume(path, header, end); });
+  }
+  Journal(const Journal&) = delete;
+  Journal& operator=(const Journal&) = delete;
+  // Writes and syncs what it can. Nobody is in a call.
+  ~Journal() {
+    {
+      const lock_guard lock{mutex_};
+      stopping_ = true;
+    }
+    wake_syncer_.notify_all();
+    if (syncer_.joinable()) syncer_.join();
+    Lock lock{mutex_};
+    write_waiting(lock);
+    sync_files(lock);
+  }
+
+  // Memory for a record with a payload of up to so many bytes, at most most_payload. Throws
+  // std::bad_alloc.
+  Reservation reserve(std::size_t bytes) const { return Reservation(bytes); }
+
+  // The record's number. Some hundred nanoseconds, and cannot fail.
+  std::uint64_t append(Reservation&& reservation, std::uint32_t type) noexcept {
+    WaitingRecord* const record = std::exchange(reservation.record_, nullptr);
+    record->type = type;
+    RecordQueue dropped;
+    const lock_guard lock{mutex_};
+    record->sequence = next_++;
+    tail_->waiting_.push(record);
+    pending_bytes_ += record->memory();
+    if (!writing_ && find(fails)) drop_lost(dropped);
+    return record->sequence;
+  }
+
+  // Returns once the record and all before it are handed over to the system, and are synced with
+  // Durability::each_call. Errors: io, with the path, where they are not.
+  Result<void> commit(std::uint64_t sequence) {
+    Lock lock{mutex_};
+    return finish(lock, sequence + 1, settings_.durability == Durability::each_call);
+  }
+  // The same for all that was appended, synced whatever the durability is.
+  Result<void> sync() {
+    Lock lock{mutex_};
+    return finish(lock, next_, true);
+  }
+
+  // Records that are appended from now on go to `file`, those before to the files before. Nobody
+  // appends meanwhile. Touches no file.
+  void switch_to(std::unique_ptr<JournalFile> file) noexcept {
+    const lock_guard lock{mutex_};
+    assert(file->header_.first_sequence <= next_);
+    file->first_ = next_;
+    tail_->next_ = std::move(file);
+    tail_ = tail_->next_.get();
+  }
+  // What was recorded before the journal went over to file `number` is durable elsewhere: earlier
+  // files, and records that wait for them, are not needed. Waits for file operations under way.
+  void forget_before(std::uint64_t number) noexcept {
+    std::unique_ptr<JournalFile> forgotten;
+    Lock lock{mutex_};
+    mutex_.wait(write_done_, [&] { return !writing_; });
+    writing_ = true;
+    mutex_.wait(sync_done_, [&] { return !syncing_; });
+    while (head_.get() != tail_ && head_->header_.number < number) {
+      pending_bytes_ -= head_->waiting_.memory();
+      retire_head(forgotten);
+    }
+    if (head_->header_.number >= number) synced_ = std::max(synced_, head_->first_);
+    written_ = first_waiting();
+    writing_ = false;
+    write_done_.notify_all();
+    sync_done_.notify_all();
+    lock.unlock();
+  }
+
+  std::uint64_t next_sequence() const noexcept {
+    const lock_guard lock{mutex_};
+    return next_;
+  }
+  JournalStatus status() const {
+    const lock_guard lock{mutex_};
+    const JournalFile *const failing = find(fails), *const lost = find(is_lost);
+    const std::uint64_t most = lost ? lost->lost_from_ : next_;
+    JournalStatus status{std::min(synced_, most), std::min(written_, most), next_};
+    status.file_bytes = tail_->size_;
+    status.pending_bytes = pending_bytes_;
+    if (failing) status.error = (lost ? lost : failing)->error();
+    status.broken = lost != nullptr;
+    return status;
+  }
+
+ private:
+  using Mutex = RankedMutex<3>;
+  using Lock = unique_lock<Mutex>;
+  using Clock = std::chrono::steady_clock;
+  using Loss = JournalFile::Loss;
+
+  Journal(std::unique_ptr<JournalFile> file, std::uint64_t next_sequence,
+          const JournalSettings& settings)
+      : settings_(settings),
+        buffer_(std::size_t{1} << 16),
+        head_(std::move(file)),
+        tail_(head_.get()),
+        next_(next_sequence),
+        written_(next_sequence),
+        synced_(next_sequence) {
+    head_->first_ = next_sequence;
+  }
+
+  template <class Open>
+  static Result<std::unique_ptr<Journal>> begin(std::uint64_t next_sequence,
+                                                const JournalSettings& settings, Open open) {
+    return catching_bad_alloc([&]() -> Result<std::unique_ptr<Journal>> {
+      auto file = open();
+      if (!file) return file.error();
+      std::unique_ptr<Journal> journal{new Journal(std::move(*file), next_sequence, settings)};
+      if (!has_threads || settings.durability != Durability::interval) return journal;
+#if PERSONALIZE_HAS_EXCEPTIONS
+      try {
+        journal->start_syncer();
+      } catch (const std::system_error&) {
+        return Error{Errc::io, "no thread can be started that syncs the journal"};
+      }
+#else
+      journal->start_syncer();
+#endif
+      return journal;
+    });
+  }
+
+  static bool fails(const JournalFile& file) noexcept { return file.failure_ != 0; }
+  static bool is_lost(const JournalFile& file) noexcept { return file.loss_ != Loss::none; }
+  static bool is_retried(const JournalFile& file) noexcept { return fails(file) && !is_lost(file); }
+  static bool is_unsynced(const JournalFile& file) noexcept { return file.unsynced_; }
+  static bool has_waiting(const JournalFile& file) noexcept { return file.waiting_.first(); }
+
+  // The first file of which it holds. There are few: those that are not written and synced yet.
+  template <class Holds>
+  JournalFile* find(Holds holds) const noexcept {
+    JournalFile* file = head_.get();
+    while (file && !holds(*file)) file = file->next_.get();
+    return file;
+  }
+  std::uint64_t first_waiting() const noexcept {
+    const JournalFile* const file = find(has_waiting);
+    return file ? file->waiting_.first()->sequence : next_;
+  }
+
+  // Up to record `end`, without it. What goes wrong is told where no file operation is under way:
+  // there may be no memory for it.
+  Result<void> finish(Lock& lock, std::uint64_t end, bool synced) {
+    assert(end <= next_);
+    const JournalFile* failed = write_until(lock, end);
+    while (!failed && synced && synced_ < end) {
+      if (syncing_)
+        mutex_.wait(sync_done_, [&] { return !syncing_ || synced_ >= end; });
+      else
+        sync_files(lock);
+    }
+    if (!failed && !synced && !syncing_ && is_sync_due()) sync_files(lock);
+    if (const JournalFile* lost = find(is_lost); lost && end > lost->lost_from_) failed = lost;
+    if (!failed) return {};
+    return catching_bad_alloc([&]() -> Result<void> { return failed->error(); });
+  }
+  // Whether a commit syncs though its caller does not wait for that: without the thread for it; and
+  // a file that the journal has left, so that it can be closed.
+  bool is_sync_due() const noexcept {
+    if (settings_.durability == Durability::interval)
+      return !has_threads && find(is_unsynced) && Clock::now() - last_sync_ >= settings_.interval;
+    const JournalFile* const file = find(is_unsynced);
+    return file && file != tail_ && !has_waiting(*file);
+  }
+
+  // Null, or the file that does not take what is to be written.
+  const JournalFile* write_until(Lock& lock, std::uint64_t end) noexcept {
+    while (written_ < end) {
+      if (!writing_) {
+        if (!write_waiting(lock) && written_ < end) return find(is_retried);
+        continue;
+      }
+      const std::uint64_t before = failures_;
+      mutex_.wait(write_done_, [&] { return !writing_ || written_ >= end || failures_ != before; });
+      // It was tried with this record, and is not tried once more for each that waits.
+      if (failures_ != before && written_ < end && end <= failed_end_)
+        if (const JournalFile* const failed = find(is_retried)) return failed;
+    }
+    return nullptr;
+  }
+
+  // Hands over what waits, file by file, while nobody else does; the lock is given up meanwhile.
+  // false: a file did not take it, and there is hope that it will.
+  bool write_waiting(Lock& lock) noexcept {
+    RecordQueue dropped;
+    bool taken = true;
+    writing_ = true;
+    for (JournalFile* file = head_.get(); file && taken; file = file->next_.get()) {
+      if (!has_waiting(*file) || is_lost(*file)) continue;
+      RecordQueue records{std::move(file->waiting_)};
+      const std::size_t memory = records.memory();
+      const std::uint64_t end = next_, size = file->size_;
+      written_to_ = file;
+      lock.unlock();
+      const JournalFile::Outcome outcome = file->write(records, buffer_);
+      lock.lock();
+      written_to_ = nullptr;
+      pending_bytes_ -= memory - records.memory();
+      file->size_ = outcome.size;
+      if (is_lost(*file)) {  // by a sync meanwhile
+        file->waiting_.push_front(std::move(records));
+        continue;
+      }
+      file->unsynced_ = file->unsynced_ || outcome.size != size;
+      file->failure_ = outcome.failure;
+      if (outcome.failure == 0) continue;
+      file->waiting_.push_front(std::move(records));
+      if (outcome.uncut != 0) {
+        lose(*file, Loss::partial, outcome.uncut, file->waiting_.first()->sequence);
+        continue;
+      }
+      ++failures_;
+      failed_end_ = end;
+      taken = false;
+    }
+    drop_lost(dropped);
+    writing_ = false;
+    write_done_.notify_all();
+    if (syncer_sleeps_ && find(is_unsynced)) wake_syncer_.notify_one();
+    if (!dropped.first()) return taken;
+    lock.unlock();
+    { const RecordQueue gone{std::move(dropped)}; }
+    lock.lock();
+    return taken;
+  }
+
+  // Syncs what was written, file by file, while nobody else does; the lock is given up meanwhile.
+  void sync_files(Lock& lock) noexcept {
+    syncing_ = true;
+    const std::uint64_t end = written_;
+    for (JournalFile* file = head_.get(); file; file = file->next_.get()) {
+      if (!file->unsynced_) continue;
+      file->unsynced_ = false;
+      lock.unlock();
+      const int failure = file->file_.sync();
+      lock.lock();
+      if (failure != 0) lose(*file, Loss::sync, failure, std::max(synced_, file->first_));
+    }
+    synced_ = std::max(synced_, end);
+    last_sync_ = Clock::now();
+    std::unique_ptr<JournalFile> finished;
+    while (head_.get() != tail_ && head_.get() != written_to_ && !has_waiting(*head_) &&
+           !is_unsynced(*head_) && !fails(*head_))
+      retire_head(finished);
+    RecordQueue dropped;
+    if (!writing_) drop_lost(dropped);
+    syncing_ = false;
+    sync_done_.notify_all();
+    if (!finished && !dropped.first()) return;
+    lock.unlock();
+    finished.reset();  // closes it
+    { const RecordQueue gone{std::move(dropped)}; }
+    lock.lock();
+  }
+
+  static void lose(JournalFile& file, Loss loss, int failure, std::uint64_t from) noexcept {
+    file.loss_ = loss;
+    file.failure_ = failure;
+    file.lost_from_ = from;
+  }
+  // Takes away what waits for lost files, and loses files until no more waits than may. Nobody
+  // writes.
+  void drop_lost(RecordQueue& dropped) noexcept {
+    for (JournalFile* file = head_.get(); file; file = file->next_.get()) {
+      if (!has_waiting(*file)) continue;
+      if (!is_lost(*file)) {
+        if (pending_bytes_ <= settings_.most_pending || !find(is_retried)) continue;
+        lose(*file, Loss::memory, find(is_retried)->failure_, file->waiting_.first()->sequence);
+      }
+      pending_bytes_ -= file->waiting_.memory();
+      dropped.push(std::move(file->waiting_));
+    }
+    written_ = first_waiting();
+  }
+  // Takes the first file out of the row, to be closed without the lock.
+  void retire_head(std::unique_ptr<JournalFile>& retired) noexcept {
+    auto file = std::move(head_);
+    head_ = std::move(file->next_);
+    file->next_ = std::move(retired);
+    retired = std::move(file);
+  }
+
+  void start_syncer() {
+    syncer_ = thread([this] { run_syncer(); });
+  }
+  // Sleeps while there is nothing to sync; else syncs so long after the first write.
+  void run_syncer() noexcept {
+    Lock lock{mutex_};
+    while (!stopping_) {
+      syncer_sleeps_ = true;
+      mutex_.wait(wake_syncer_, [this] { return stopping_ || find(is_unsynced); });
+      syncer_sleeps_ = false;
+      mutex_.wait_for(wake_syncer_, settings_.interval, [this] { return stopping_; });
+      mutex_.wait(sync_done_, [this] { return !syncing_; });
+      if (!stopping_) sync_files(lock);
+    }
+  }
+
+  const JournalSettings settings_;
+  BareVector<std::byte> buffer_;  // of who writes: small records leave together
+
+  mutable Mutex mutex_;  // of all below
+  condition_variable write_done_, sync_done_, wake_syncer_;
+  std::unique_ptr<JournalFile> head_;  // the row of files: those before the last are finished with
+  JournalFile* tail_;                  // what is appended goes there
+  std::uint64_t next_;                 // record
+  // All records before these were handed over or dropped; synced or dropped. A lost file says what
+  // was dropped.
+  std::uint64_t written_, synced_;
+  std::uint64_t pending_bytes_ = 0;
+  bool writing_ = false, syncing_ = false;  // one thread each does so, without the mutex
+  const JournalFile* written_to_ = nullptr;
+  std::uint64_t failures_ = 0, failed_end_ = 0;  // of writes; what the last of them was to write
+  Clock::time_point last_sync_ = Clock::now();
+  bool stopping_ = false, syncer_sleeps_ = false;
+  thread syncer_;
+};
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 17: state. Owns all that a recommender knows and where it lies: what waits for an update,
 // who runs updates, and how items rank for a user. Uses all earlier rooms. (What outlives the
 // process, save, restore and journal, belongs here.)
 //
@@ -12640,8 +13824,8 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 16: recommender. Owns Recommender: answers requests and learns from events. The order of the
-// locks stands at the top of room 15, with the locks. Uses all earlier rooms.
+// Room 18: recommender. Owns Recommender: answers requests and learns from events. The order of the
+// locks stands at the top of room 17, with the locks. Uses all earlier rooms.
 // ============================================================================================
 
 namespace detail {
