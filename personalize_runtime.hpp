@@ -388,6 +388,7 @@ using std::thread;
 inline std::size_t thread_number() noexcept {
   return std::hash<thread::id>{}(std::this_thread::get_id());
 }
+inline void yield() noexcept { std::this_thread::yield(); }
 #else
 // What the same calls are where there is one thread: nobody to wait for, to wake or to exclude.
 inline constexpr bool has_threads = false;
@@ -405,6 +406,9 @@ class atomic {
   T exchange(T value, int = 0) noexcept { return std::exchange(value_, value); }
   T fetch_add(T value, int = 0) noexcept { return std::exchange(value_, value_ + value); }
   T fetch_or(T value, int = 0) noexcept { return std::exchange(value_, value_ | value); }
+  bool compare_exchange_strong(T& expected, T value, int = 0) noexcept {
+    return compare_exchange_weak(expected, value);
+  }
   bool compare_exchange_weak(T& expected, T value, int = 0) noexcept {
     const bool same = value_ == expected;
     (same ? value_ : expected) = same ? value : value_;
@@ -414,6 +418,7 @@ class atomic {
  private:
   T value_;
 };
+inline void yield() noexcept {}
 struct mutex {
   void lock() noexcept {}
   bool try_lock() noexcept { return true; }
@@ -994,6 +999,18 @@ struct UpdateReport {
   std::size_t items_refused = 0;
   std::vector<std::pair<std::string, Error>> refused = {};  // the first 100 of them, and why
   std::optional<Error> error = {};  // of an update that could not be made; the catalogue stayed
+};
+
+// What Recommender::swap did.
+struct SwapReport {
+  std::size_t items_added = 0;  // of the model, which nobody knew before
+  std::size_t items_put =
+      0;  // that the model lacks, and that stay by the fields they were put with
+  std::size_t items_dropped = 0;  // that the model lacks, and of which no fields are known
+  bool states_kept = false;  // users' states are good for the model, by its fingerprint; else they
+                             // are made anew from remembered events, when next used or before
+  bool sums_kept = false;    // so are users' offsets and the sums behind Explanation::taste
+  std::chrono::microseconds duration{0};
 };
 
 // Why an item stands in a slate.
@@ -1968,6 +1985,111 @@ inline const std::byte* read_varint(const std::byte* in, std::uint64_t& value) n
   }
 }
 
+// What goes to a file or a record, and comes back: each owner names its fields once, in a function
+// each_field(archive, self), for both directions. Numbers lie as they do in memory.
+class FieldWriter {
+ public:
+  static constexpr bool reads = false;
+  explicit FieldWriter(Vector<std::byte>& out) noexcept : out_(out) {}
+
+  template <class... Values>
+  void operator()(const Values&... values) {
+    (one(values), ...);
+  }
+  void bytes(std::span<const std::byte> raw) { out_.insert(out_.end(), raw.begin(), raw.end()); }
+
+ private:
+  template <class T>
+  void one(const T& value) {
+    if constexpr (std::is_same_v<T, std::string> || std::is_same_v<T, std::string_view>) {
+      one(static_cast<std::uint64_t>(value.size()));
+      bytes(text_bytes(value));
+    } else if constexpr (std::is_trivially_copyable_v<T>) {
+      static_assert(!std::is_pointer_v<T>);
+      bytes(std::as_bytes(std::span(&value, 1)));
+    } else {
+      static_assert(std::is_trivially_copyable_v<typename T::value_type>);
+      one(static_cast<std::uint64_t>(value.size()));
+      bytes(std::as_bytes(std::span(value)));
+    }
+  }
+  Vector<std::byte>& out_;
+};
+
+// The same the other way, of bytes that may say anything: what they do not hold stays as it was,
+// and ok() is false from there on.
+class FieldReader {
+ public:
+  static constexpr bool reads = true;
+  explicit FieldReader(std::span<const std::byte> in) noexcept : in_(in) {}
+
+  template <class... Values>
+  void operator()(Values&... values) {
+    (one(values), ...);
+  }
+  // The next `count` bytes where they lie; empty where there are fewer.
+  std::span<const std::byte> bytes(std::uint64_t count) noexcept {
+    if (!ok_ || count > in_.size()) {
+      ok_ = false;
+      return {};
+    }
+    const auto taken = in_.first(static_cast<std::size_t>(count));
+    in_ = in_.subspan(taken.size());
+    return taken;
+  }
+  // A text where it lies.
+  std::string_view text() noexcept {
+    std::uint64_t size = 0;
+    one(size);
+    const auto raw = bytes(size);
+    return {reinterpret_cast<const char*>(raw.data()), raw.size()};
+  }
+  bool ok() const noexcept { return ok_; }
+  void fail() noexcept { ok_ = false; }
+  bool at_end() const noexcept { return ok_ && in_.empty(); }
+  std::size_t left() const noexcept { return ok_ ? in_.size() : 0; }
+
+ private:
+  template <class T>
+  void one(T& value) {
+    if constexpr (std::is_same_v<T, std::string>) {
+      const std::string_view read = text();
+      if (ok_) value.assign(read.data(), read.size());
+    } else if constexpr (std::is_same_v<T, std::string_view>) {
+      const std::string_view read = text();
+      if (ok_) value = read;
+    } else if constexpr (std::is_trivially_copyable_v<T>) {
+      const auto raw = bytes(sizeof value);
+      if (ok_) std::memcpy(&value, raw.data(), sizeof value);
+      if constexpr (std::is_same_v<T, bool>) {
+        unsigned char bit = 0;
+        if (ok_) std::memcpy(&bit, raw.data(), 1);
+        value = bit == 1;
+        if (bit > 1) ok_ = false;
+      }
+    } else {
+      using Element = typename T::value_type;
+      std::uint64_t count = 0;
+      one(count);
+      const auto raw = bytes(checked_product(count, sizeof(Element)).value_or(most_memory));
+      if (!ok_) return;
+      value.resize(static_cast<std::size_t>(count));
+      if (!raw.empty()) std::memcpy(value.data(), raw.data(), raw.size());
+    }
+  }
+  std::span<const std::byte> in_;
+  bool ok_ = true;
+};
+
+// The same of bytes that may say anything; null where they hold none.
+inline const std::byte* read_varint(const std::byte* in, const std::byte* end,
+                                    std::uint64_t& value) noexcept {
+  const std::byte* last = in;
+  while (last != end && std::to_integer<unsigned>(*last) >= 0x80) ++last;
+  if (last == end || static_cast<std::size_t>(last - in) >= longest_varint) return nullptr;
+  return read_varint(in, value);
+}
+
 #ifndef NDEBUG
 // Of the locks that this thread holds, a bit a rank.
 inline unsigned& held_ranks() noexcept {
@@ -2008,6 +2130,9 @@ class RankedMutex {
     changed.wait_for(held, time, until);
     held.release();
   }
+  // For one more of this rank, while the first is held, in an order that all keep to.
+  void lock_further() { mutex_.lock(); }
+  void unlock_further() noexcept { mutex_.unlock(); }
 
  private:
   static void note([[maybe_unused]] bool held) noexcept {
@@ -6611,6 +6736,8 @@ class Encoder {
     return state.subspan(recurrent_size_);
   }
 
+  // Of the widest vector that a workspace has room for.
+  std::size_t width() const noexcept { return width_; }
   Workspace make_workspace() const {
     return {Vector<float>(width_ * areas), Vector<std::int8_t>(width_)};
   }
@@ -8836,6 +8963,41 @@ class RecencyList {
   std::uint32_t newest_ = none, oldest_ = none;
 };
 
+// What something was at a cut: a moment of which a save or an update wants to see all parts, while
+// others go on changing them. Under the lock of the part.
+template <class T>
+class Before {
+ public:
+  void begin() noexcept { wanted_ = true; }
+  // Ahead of a change. copy(): what is there, as a std::unique_ptr<T>.
+  template <class Copy>
+  void keep(Copy copy) noexcept {
+    if (!wanted_ || kept_) return;
+#if PERSONALIZE_HAS_EXCEPTIONS
+    try {
+      kept_ = copy();
+    } catch (const std::bad_alloc&) {
+      lost_ = true;
+      wanted_ = false;
+    }
+#else
+    kept_ = copy();
+#endif
+  }
+  // Null where nothing has changed since.
+  const T* get() const noexcept { return kept_.get(); }
+  // Whether memory ran out for it.
+  bool lost() const noexcept { return lost_; }
+  std::unique_ptr<T> end() noexcept {
+    wanted_ = lost_ = false;
+    return std::move(kept_);
+  }
+
+ private:
+  bool wanted_ = false, lost_ = false;
+  std::unique_ptr<T> kept_;
+};
+
 }  // namespace detail
 
 // A time on the scale of exponential decay: counts made at different times are comparable once each
@@ -8894,6 +9056,87 @@ class ItemCounters {
     return blocks_.size() * detail::allocated(sizeof(Block) + 16) + detail::allocated(blocks_);
   }
 
+  // Begins a cut, while nobody adds: until end_cut(), at_cut() shows the counts that are there now,
+  // while others go on adding. Who adds to a block first keeps a copy of it.
+  void begin_cut() noexcept {
+    for (const auto& block : blocks_) block->cut.store(wanted, detail::memory_order_relaxed);
+  }
+  // The counts of the cut, for value() and to be written.
+  ItemCounters at_cut() const {
+    ItemCounters table = *this;
+    table.at_cut_ = true;
+    return table;
+  }
+  // The same with `factor` times as many interactions.
+  ItemCounters scaled(double factor) const {
+    ItemCounters table = *this;
+    table.interactions_ = factor;
+    return table;
+  }
+  // False where memory ran out for what was there: what was seen is not of one moment.
+  bool end_cut() noexcept {
+    bool whole = true;
+    for (const auto& block : blocks_) {
+      std::uint32_t was = block->cut.load(detail::memory_order_acquire);
+      while (was == copying ||
+             !block->cut.compare_exchange_weak(was, none, detail::memory_order_acquire))
+        was = block->cut.load(detail::memory_order_acquire);
+      whole = whole && was != lost;
+      block->before.reset();
+    }
+    return whole;
+  }
+
+  // Of one kind, takes each count times factor, in [0, 1]; while nobody adds.
+  void scale(Kind kind, double factor) noexcept {
+    for (std::uint32_t item = 0; item < items_; ++item) {
+      detail::atomic<std::uint64_t>& word = at(kind, item);
+      const std::uint64_t old = word.load(detail::memory_order_relaxed);
+      if ((old & value_mask) == 0) continue;
+      keep(*blocks_[item / block_items]);
+      const auto kept = static_cast<std::uint64_t>(static_cast<double>(old & value_mask) * factor);
+      word.store((old & ~value_mask) | std::min(kept, value_mask), detail::memory_order_relaxed);
+    }
+  }
+
+  // Counts are integers, and come back as they were.
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    std::uint64_t items = self.items_;
+    archive(items);
+    if constexpr (Archive::reads) {
+      // Of what is not there no memory is taken.
+      if (items > archive.left() / (kinds * sizeof(std::uint64_t))) return archive.fail();
+      self.items_ = static_cast<std::size_t>(items);
+      self.blocks_.clear();
+      self.grow();
+    }
+    for (std::size_t b = 0; b < self.blocks_.size(); ++b) {
+      Block& block = *self.blocks_[b];
+      const std::size_t count = std::min(block_items, self.items_ - b * block_items);
+      if constexpr (Archive::reads) {
+        for (std::size_t i = 0; i < kinds * count; ++i) {
+          std::uint64_t word = 0;
+          archive(word);
+          block.counts[i].store(word, detail::memory_order_relaxed);
+        }
+        for (std::size_t w = 0; w < (count + 63) / 64; ++w) {
+          std::uint64_t word = 0;
+          archive(word);
+          if (w == count / 64 && word >> (count % 64) != 0) archive.fail();
+          block.touched[w].store(word, detail::memory_order_relaxed);
+        }
+      } else {
+        const Kept* const before = self.at_cut_ ? self.kept(block) : nullptr;
+        for (std::size_t i = 0; i < kinds * count; ++i)
+          archive(before ? before->counts[i] : block.counts[i].load(detail::memory_order_relaxed));
+        for (std::size_t w = 0; w < (count + 63) / 64; ++w)
+          archive(before ? before->touched[w]
+                         : block.touched[w].load(detail::memory_order_relaxed));
+      }
+    }
+  }
+
   // Items added to since they were last taken, ascending, appended to `items`. O(size() / 64).
   void take_touched(Vector<std::uint32_t>& items) {
     std::size_t count = 0;
@@ -8906,6 +9149,7 @@ class ItemCounters {
       if (word.load(detail::memory_order_relaxed) == 0) continue;
       // What came meanwhile and has no room is left for the next time.
       if (items.capacity() - items.size() < 64) break;
+      keep(*blocks_[w / (block_items / 64)]);
       std::uint64_t bits = word.exchange(0, detail::memory_order_acquire);
       for (; bits != 0; bits &= bits - 1)
         items.push_back(
@@ -8921,6 +9165,7 @@ class ItemCounters {
 
   // Adds amount >= 0, counted in steps of 2^-22; a counter holds at most 2^29. item < size().
   void add(Kind kind, std::uint32_t item, double amount, const DecayMoment& moment) noexcept {
+    keep(*blocks_[item / block_items]);
     detail::atomic<std::uint64_t>& word = at(kind, item);
     const double steps = amount * moment.weight * unit;
     const std::uint64_t whole = rounded(steps);
@@ -8939,12 +9184,16 @@ class ItemCounters {
 
   // The count as it has decayed by `moment`.
   double value(Kind kind, std::uint32_t item, const DecayMoment& moment) const noexcept {
-    const std::uint64_t word = at(kind, item).load(detail::memory_order_relaxed);
+    const Kept* const before = at_cut_ ? kept(*blocks_[item / block_items]) : nullptr;
+    const std::uint64_t word = before ? before->counts[place(kind, item)]
+                                      : at(kind, item).load(detail::memory_order_relaxed);
     if ((word & value_mask) == 0) return 0;
     // A moment long before the last addition is taken for the half-life before it.
     const int age =
         std::min(static_cast<int>(word >> value_bits) - static_cast<int>(moment.half_lives), 1);
-    return std::ldexp(static_cast<double>(word & value_mask) / (unit * moment.weight), age);
+    const double factor = kind == Kind::interactions ? interactions_ : 1.0;
+    return factor *
+           std::ldexp(static_cast<double>(word & value_mask) / (unit * moment.weight), age);
   }
 
   // Brings the item's counters into the cache ahead of an add.
@@ -8957,11 +9206,46 @@ class ItemCounters {
   static constexpr std::uint64_t value_mask = (std::uint64_t{1} << value_bits) - 1;
   static constexpr double unit = 0x1p22;
   static constexpr std::size_t block_items = 4096, kinds = 4;
+  // What is to be kept of a block at a cut: nothing; the block as it is; who does is at it; it is
+  // in `before`; memory ran out for it.
+  static constexpr std::uint32_t none = 0, wanted = 1, copying = 2, done = 3, lost = 4;
+  struct Kept {
+    std::array<std::uint64_t, kinds * block_items> counts;
+    std::array<std::uint64_t, block_items / 64> touched;
+  };
   struct Block {
     std::array<detail::atomic<std::uint64_t>, kinds * block_items> counts;
     std::array<detail::atomic<std::uint64_t>, block_items / 64> touched;  // a bit an item
+    detail::atomic<std::uint32_t> cut{none};
+    std::unique_ptr<Kept> before;
   };
   static_assert(detail::atomic<std::uint64_t>::is_always_lock_free);
+
+  // Ahead of a change.
+  static void keep(Block& block) noexcept {
+    if (block.cut.load(detail::memory_order_relaxed) != none) keep_now(block);
+  }
+  static void keep_now(Block& block) noexcept {
+    std::uint32_t was = wanted;
+    if (!block.cut.compare_exchange_strong(was, copying, detail::memory_order_acquire)) {
+      // Another thread is at it, for some microseconds.
+      while (block.cut.load(detail::memory_order_acquire) == copying) detail::yield();
+      return;
+    }
+    block.before.reset(new (std::nothrow) Kept);
+    if (block.before) {
+      for (std::size_t i = 0; i < block.counts.size(); ++i)
+        block.before->counts[i] = block.counts[i].load(detail::memory_order_relaxed);
+      for (std::size_t w = 0; w < block.touched.size(); ++w)
+        block.before->touched[w] = block.touched[w].load(detail::memory_order_relaxed);
+    }
+    block.cut.store(block.before ? done : lost, detail::memory_order_release);
+  }
+  // As of the cut; null where there is none, or memory ran out.
+  static const Kept* kept(Block& block) noexcept {
+    keep(block);
+    return block.cut.load(detail::memory_order_acquire) == done ? block.before.get() : nullptr;
+  }
 
   static std::uint64_t rounded(double steps) noexcept {
     return steps < 0x1p52 - 1 ? static_cast<std::uint64_t>(steps + 0.5) : value_mask;
@@ -8972,9 +9256,11 @@ class ItemCounters {
     return age < value_bits ? (word & value_mask) >> age : 0;
   }
 
+  static std::size_t place(Kind kind, std::uint32_t item) noexcept {
+    return kinds * (item % block_items) + static_cast<std::uint32_t>(kind);
+  }
   detail::atomic<std::uint64_t>& at(Kind kind, std::uint32_t item) const noexcept {
-    return blocks_[item / block_items]
-        ->counts[kinds * (item % block_items) + static_cast<std::uint32_t>(kind)];
+    return blocks_[item / block_items]->counts[place(kind, item)];
   }
   detail::atomic<std::uint64_t>& touched_word(std::size_t w) const noexcept {
     return blocks_[w / (block_items / 64)]->touched[w % (block_items / 64)];
@@ -8985,6 +9271,8 @@ class ItemCounters {
   }
 
   std::size_t items_;
+  bool at_cut_ = false;
+  double interactions_ = 1;  // factor, see scaled()
   std::vector<std::shared_ptr<Block>> blocks_;
 };
 
@@ -9034,26 +9322,36 @@ class ContextSums {
     add(item, query, expected, dimension_, moment);
   }
 
-  // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, in no order;
-  // no lock is held meanwhile.
+  // Begins a cut: until end_cut(), for_each() and each_stripe() see what is there now, while others
+  // go on. Who adds to a stripe first keeps a copy of it.
+  void begin_cut() noexcept {
+    for (Stripe& stripe : stripes_) {
+      const detail::lock_guard lock{stripe.mutex};
+      stripe.before.begin();
+    }
+  }
+  // False where memory ran out for what was there: what was seen is not of one moment.
+  bool end_cut() noexcept {
+    bool whole = true;
+    for (Stripe& stripe : stripes_) {
+      std::unique_ptr<Sums> gone;  // freed without the lock
+      const detail::lock_guard lock{stripe.mutex};
+      whole = whole && !stripe.before.lost();
+      gone = stripe.before.end();
+    }
+    return whole;
+  }
+
+  // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, those of an
+  // item's stripe from the least recently added to on; no lock is held meanwhile.
   template <class Visit>
   void for_each(const DecayMoment& moment, Visit visit) const {
-    Vector<Row> rows;
-    Vector<float> sums;
+    Sums copy;
     for (const Stripe& stripe : stripes_) {
-      for (std::size_t count = 0;;) {  // memory is taken without the lock
-        rows.reserve(count);
-        sums.resize(std::max(sums.size(), count * 2 * dimension_));
-        const detail::lock_guard lock{stripe.mutex};
-        count = stripe.rows.size();
-        if (rows.capacity() < count || sums.size() < count * 2 * dimension_) continue;
-        rows.assign(stripe.rows.begin(), stripe.rows.end());
-        for (std::uint32_t r = 0; r < count; ++r)
-          std::copy_n(sums_of(stripe, r), 2 * dimension_, sums.data() + r * 2 * dimension_);
-        break;
-      }
+      copy_of(stripe, copy);
+      const Vector<Row>& rows = copy.rows;
+      Vector<float>& sums = copy.values;
       for (std::size_t r = 0; r < rows.size(); ++r) {
-        if (rows[r].item == no_item) continue;
         const double scale =
             std::ldexp(1.0 / moment.weight,
                        static_cast<int>(rows[r].half_lives) - static_cast<int>(moment.half_lives));
@@ -9069,8 +9367,54 @@ class ContextSums {
   void forget(std::uint32_t item) noexcept {
     Stripe& stripe = stripe_of(item);
     const detail::lock_guard lock{stripe.mutex};
-    if (const auto row = find(stripe, item)) release(stripe, *row);
+    if (const auto row = find(stripe, item)) {
+      keep(stripe);
+      release(stripe, *row);
+    }
   }
+
+  // A part of what is there, to be written: rows by how long ago they were added to. stripe: below
+  // stripe_count.
+  void write_stripe(std::size_t stripe, detail::FieldWriter& archive) const {
+    Sums copy;
+    copy_of(stripes_[stripe], copy);
+    archive(static_cast<std::uint64_t>(copy.rows.size()));
+    for (const Row& row : copy.rows) archive(row.item, row.half_lives);
+    for (std::size_t v = 0; v < copy.rows.size() * 2 * dimension_; ++v) archive(copy.values[v]);
+  }
+  // Into a stripe without rows. items: how many there are.
+  void read_stripe(std::size_t number, detail::FieldReader& archive, std::size_t items) {
+    Stripe& stripe = stripes_[number];
+    Vector<Row> rows;
+    std::uint64_t count = 0;
+    archive(count);
+    if (count > archive.left() / (2 * sizeof(std::uint32_t))) return archive.fail();
+    for (std::uint64_t r = 0; r < count; ++r) {
+      Row row;
+      archive(row.item, row.half_lives);
+      if (row.item >= items || row.item % stripe_count != number ||
+          row.half_lives > Decay::max_half_lives)
+        return archive.fail();
+      rows.push_back(row);
+    }
+    for (const Row& row : rows) {
+      {
+        const detail::lock_guard lock{stripe.mutex};
+        if (find(stripe, row.item)) return archive.fail();
+      }
+      prepare(row.item);
+      const detail::lock_guard lock{stripe.mutex};
+      const auto at = find(stripe, row.item);
+      if (!at) return archive.fail();
+      stripe.rows[*at].half_lives = row.half_lives;
+      float* const sums = sums_of(stripe, *at);
+      for (std::size_t c = 0; c < 2 * dimension_; ++c) archive(sums[c]);
+      if (!detail::all_finite({sums, 2 * dimension_})) return archive.fail();
+    }
+  }
+
+  std::size_t dimension() const noexcept { return dimension_; }
+  static constexpr std::size_t stripe_count = 64;
 
   std::size_t bytes() const {
     std::size_t sum = 0;
@@ -9085,7 +9429,7 @@ class ContextSums {
 
  private:
   using RecencyList = detail::RecencyList;
-  static constexpr std::size_t stripe_count = 64, block_rows = 16;
+  static constexpr std::size_t block_rows = 16;
   static constexpr std::uint32_t no_item = std::numeric_limits<std::uint32_t>::max();
 
   struct Row {
@@ -9093,8 +9437,14 @@ class ContextSums {
     std::uint32_t half_lives = 0;
     RecencyList::Links links;
   };
+  // What a stripe holds, in the order in which it was added to.
+  struct Sums {
+    Vector<Row> rows;
+    Vector<float> values;  // [rows, 2 d]
+  };
   struct Stripe {
-    mutable detail::RankedMutex<1> mutex;
+    mutable detail::RankedMutex<2> mutex;
+    detail::Before<Sums> before;
     detail::HashIndex index;
     Vector<Row> rows;
     Vector<std::unique_ptr<float[]>> blocks;  // of block_rows rows: positive, then expected
@@ -9115,6 +9465,48 @@ class ContextSums {
   }
   static auto links_in(Stripe& stripe) noexcept {
     return [&stripe](std::uint32_t row) -> RecencyList::Links& { return stripe.rows[row].links; };
+  }
+
+  // Ahead of a change, under the lock.
+  void keep(Stripe& stripe) const noexcept {
+    stripe.before.keep([&] {
+      auto copy = std::make_unique<Sums>();
+      reserve(stripe, *copy);
+      copy_rows(stripe, *copy);
+      return copy;
+    });
+  }
+  void reserve(const Stripe& stripe, Sums& copy) const {
+    copy.rows.reserve(stripe.rows.size());
+    copy.values.reserve(stripe.rows.size() * 2 * dimension_);
+  }
+  void copy_rows(const Stripe& stripe, Sums& copy) const noexcept {
+    copy.rows.clear();
+    copy.values.clear();
+    for (std::uint32_t r = stripe.order.oldest(); r != RecencyList::none;
+         r = stripe.rows[r].links.newer) {
+      copy.rows.push_back(stripe.rows[r]);  // reserved
+      const float* const sums = sums_of(stripe, r);
+      copy.values.insert(copy.values.end(), sums, sums + 2 * dimension_);
+    }
+  }
+  // As of the cut, where there is one. Memory is taken without the lock.
+  void copy_of(const Stripe& stripe, Sums& copy) const {
+    for (;;) {
+      {
+        const detail::lock_guard lock{stripe.mutex};
+        if (const Sums* const before = stripe.before.get()) {
+          copy.rows = before->rows;
+          copy.values = before->values;
+          return;
+        }
+        if (copy.rows.capacity() >= stripe.rows.size() &&
+            copy.values.capacity() >= stripe.rows.size() * 2 * dimension_)
+          return copy_rows(stripe, copy);
+      }
+      copy.rows.reserve(most_rows_);
+      copy.values.reserve(most_rows_ * 2 * dimension_);
+    }
   }
 
   // Memory is taken without the lock.
@@ -9147,6 +9539,7 @@ class ContextSums {
   // to longest ago. The caller holds the lock. None where there is no memory.
   std::optional<std::uint32_t> row_in(Stripe& stripe, std::uint32_t item) noexcept {
     auto row = find(stripe, item);
+    keep(stripe);
     if (row) {
       stripe.order.touch(*row, links_in(stripe));
       return row;
@@ -9289,12 +9682,29 @@ struct LoggedPick {
   float value = 0;        // the same by all that is known
   float examination = 1;  // probability that a user looks at this place
   bool explored = false, seen = false, positive = false;
+
+  bool is_finite() const noexcept {
+    return detail::all_finite(std::array{relevance, adjustment, expected, value, examination});
+  }
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    archive(self.item, self.relevance, self.adjustment, self.expected, self.value, self.examination,
+            self.explored, self.seen, self.positive);
+  }
 };
 
 // What only RecommenderOptions::log needs of a pick, remembered where it is set.
 struct LoggedChoice {
   SlotChoice choice;     // pool_value times examination
   float best_value = 0;  // value, had the slot gone to choice.best
+
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    auto& choice = self.choice;
+    archive(choice.pick.item, choice.pick.score, choice.best.item, choice.best.score,
+            choice.explored, choice.propensity, choice.pool_share, choice.pool_logit,
+            choice.pool_value, self.best_value);
+  }
 };
 
 struct LoggedSlate {
@@ -9333,8 +9743,8 @@ class SlateLog {
     const std::size_t least = slate_size(1, dimension_ > 0) * slates_a_ring;
     ring_size_ = std::max(bytes - std::min(bytes, slots * sizeof(Slot)), least);
     for (Stripe& stripe : stripes_) {
-      stripe.slots.resize(slots);
-      stripe.ring.reset(new std::byte[ring_size_]);
+      stripe.ring.slots.resize(slots);
+      stripe.ring.bytes.resize(ring_size_);
     }
   }
 
@@ -9343,60 +9753,80 @@ class SlateLog {
     return (ring_size_ / slates_a_ring - slate_size(0, dimension_ > 0)) / pick_size();
   }
 
-  // Remembers a slate; what is behind most_picks() is not read. Writes the id to `id`, which has
-  // room for 32 characters or takes it. now: by the clock.
-  void add(std::string_view owner, const LoggedSlate& slate, std::int64_t now, std::string& id) {
-    id.resize(32);
-    const std::uint64_t of_owner = owner_hash(owner);
-    const std::size_t s = stripe_of(of_owner);
+  // What tells a slate from all others.
+  struct Number {
+    std::uint64_t number = 0;  // 0: of none
+    std::uint64_t order = 0;   // among the slates of all owners
+  };
+
+  // The owner's next one.
+  Number next(std::string_view owner) noexcept {
+    const std::size_t s = stripe_of(owner_hash(owner));
     Stripe& stripe = stripes_[s];
-    const std::size_t picks = std::min(slate.picks.size(), most_picks());
-    const std::size_t size = slate_size(picks, !slate.query.empty());
-    std::uint64_t number = 0;
-    {
-      const detail::lock_guard lock{stripe.mutex};
-      const std::uint64_t sequence = stripe.next++;
-      number = sequence * stripes_.size() + s;
-      if (ring_size_ - stripe.head % ring_size_ < size)
-        stripe.head += ring_size_ - stripe.head % ring_size_;
-      Slot& slot = stripe.slots[static_cast<std::size_t>(sequence % stripe.slots.size())];
-      slot = {number,
-              order_.fetch_add(1, detail::memory_order_relaxed),
-              of_owner,
-              slate.timestamp,
-              now,
-              stripe.head,
-              static_cast<std::uint32_t>(picks),
-              !slate.query.empty(),
-              false};
-      stripe.head += size;
-      std::byte* at = bytes_of(stripe, slot);
-      at = put(at, slate.query.data(), slate.query.empty() ? 0 : dimension_);
-      at = put(at, slate.picks.data(), picks);
-      if (with_choices_) put(at, slate.choices.data(), picks);
-    }
-    write_id(number, tag(number, of_owner), id);
+    const detail::lock_guard lock{stripe.mutex};
+    keep(stripe);
+    return {stripe.ring.next++ * stripes_.size() + s,
+            order_.fetch_add(1, detail::memory_order_relaxed)};
   }
 
-  // Copies the owner's slate of this id to `slate`, whose memory is reused, where it is still
-  // remembered, and whether its impressions were reported to `reported`. timestamp: of the event.
-  // A slate that was found expired stays so.
-  SlateStatus read(std::string_view id, std::string_view owner, std::int64_t timestamp,
-                   std::int64_t now, LoggedSlate& slate, bool& reported) {
-    const auto number = number_of(id, owner);
-    if (!number) return SlateStatus::unknown;
+  // Remembers the owner's slate under a number that next() gave, here or in the process before;
+  // what is behind most_picks() is not read. now: by the clock. Takes no memory.
+  void add(const Number& number, std::string_view owner, const LoggedSlate& slate,
+           std::int64_t now) noexcept {
+    Slot slot;
+    slot.number = number.number;
+    slot.order = number.order;
+    slot.owner = owner_hash(owner);
+    slot.served = now;
+    Stripe& stripe = stripes_[stripe_of(number.number)];
+    const detail::lock_guard lock{stripe.mutex};
+    keep(stripe);
+    place(stripe, slot, slate);
+  }
+
+  // The recommendation id of the owner's slate of that number, to `id`, which has room for 32
+  // characters or takes it.
+  void write_id(std::uint64_t number, std::string_view owner, std::string& id) const {
+    id.resize(32);
+    const std::uint64_t of_both = tag(number, owner_hash(owner));
+    for (std::size_t i = 0; i < 16; ++i) {
+      id[15 - i] = digits[number >> (4 * i) & 15];
+      id[31 - i] = digits[of_both >> (4 * i) & 15];
+    }
+  }
+
+  // The number in an id that was made for this owner.
+  std::optional<std::uint64_t> number_of(std::string_view id,
+                                         std::string_view owner) const noexcept {
+    if (id.size() != 32) return std::nullopt;
+    std::array<std::uint64_t, 2> words{};
+    for (std::size_t i = 0; i < 32; ++i) {
+      const std::size_t digit = digits.find(id[i]);
+      if (digit == std::string_view::npos) return std::nullopt;
+      words[i / 16] = words[i / 16] << 4 | digit;
+    }
+    if (words[1] != tag(words[0], owner_hash(owner))) return std::nullopt;
+    return words[0];
+  }
+
+  // Copies the slate to `slate`, whose memory is reused, where it is still remembered, and whether
+  // its impressions were reported to `reported`. timestamp: of the event. A slate that was found
+  // expired stays so.
+  SlateStatus read(std::uint64_t number, std::int64_t timestamp, std::int64_t now,
+                   LoggedSlate& slate, bool& reported) {
     // Memory first, without the lock.
     reserve(slate);
-    Stripe& stripe = stripes_[stripe_of(*number)];
+    Stripe& stripe = stripes_[stripe_of(number)];
     const detail::lock_guard lock{stripe.mutex};
-    Slot* slot = find(stripe, *number);
+    Slot* const slot = find(stripe, number);
     if (!slot) return SlateStatus::expired;
     if (detail::elapsed(slot->timestamp, timestamp) > expiry_ ||
         detail::elapsed(slot->served, now) > expiry_) {
+      keep(stripe);
       slot->number = 0;
       return SlateStatus::expired;
     }
-    copy(stripe, *slot, slate);
+    copy(stripe.ring, *slot, slate);
     reported = slot->reported;
     return SlateStatus::found;
   }
@@ -9404,21 +9834,37 @@ class SlateLog {
   // Marks picks of a slate that read() found: change(place, LoggedPick&) for each, under the lock;
   // it may set what is a bool. Nothing where the slate was displaced meanwhile.
   template <class Change>
-  void mark(std::string_view id, std::string_view owner, Change change) noexcept {
-    const auto number = number_of(id, owner);
-    if (!number) return;
-    Stripe& stripe = stripes_[stripe_of(*number)];
+  void mark(std::uint64_t number, Change change) noexcept {
+    Stripe& stripe = stripes_[stripe_of(number)];
     const detail::lock_guard lock{stripe.mutex};
-    Slot* slot = find(stripe, *number);
+    Slot* const slot = find(stripe, number);
     if (!slot) return;
+    keep(stripe);
     slot->reported = true;
-    std::byte* at = bytes_of(stripe, *slot) + (slot->has_query ? dimension_ * sizeof(float) : 0);
+    std::byte* at = bytes_of(stripe.ring, *slot) + query_size(slot->has_query);
     for (std::uint32_t place = 0; place < slot->picks; ++place, at += sizeof(LoggedPick)) {
       LoggedPick pick;
       std::memcpy(&pick, at, sizeof pick);
       change(place, pick);
       std::memcpy(at, &pick, sizeof pick);
     }
+  }
+
+  // By id. The owner's.
+  void add(std::string_view owner, const LoggedSlate& slate, std::int64_t now, std::string& id) {
+    id.resize(32);
+    const Number number = next(owner);
+    add(number, owner, slate, now);
+    write_id(number.number, owner, id);
+  }
+  SlateStatus read(std::string_view id, std::string_view owner, std::int64_t timestamp,
+                   std::int64_t now, LoggedSlate& slate, bool& reported) {
+    const auto number = number_of(id, owner);
+    return number ? read(*number, timestamp, now, slate, reported) : SlateStatus::unknown;
+  }
+  template <class Change>
+  void mark(std::string_view id, std::string_view owner, Change change) noexcept {
+    if (const auto number = number_of(id, owner)) mark(*number, change);
   }
 
   // Visits remembered slates whose impressions were reported, newest first, at most `limit`; no
@@ -9430,10 +9876,11 @@ class SlateLog {
     };
     Vector<Reported> newest;
     for (const Stripe& stripe : stripes_) {
-      newest.reserve(newest.size() + stripe.slots.size());
+      newest.reserve(newest.size() + stripe.ring.slots.size());
       const detail::lock_guard lock{stripe.mutex};
-      for (const Slot& slot : stripe.slots)
-        if (slot.reported && find(stripe, slot.number)) newest.push_back({slot.order, slot.number});
+      const Ring& ring = at_cut(stripe);
+      for (const Slot& slot : ring.slots)
+        if (slot.reported && find(ring, slot.number)) newest.push_back({slot.order, slot.number});
     }
     const std::size_t count = std::min(limit, newest.size());
     std::partial_sort(newest.begin(), newest.begin() + static_cast<std::ptrdiff_t>(count),
@@ -9445,9 +9892,10 @@ class SlateLog {
       const Stripe& stripe = stripes_[stripe_of(newest[i].number)];
       {
         const detail::lock_guard lock{stripe.mutex};
-        const Slot* slot = find(stripe, newest[i].number);
+        const Ring& ring = at_cut(stripe);
+        const Slot* slot = find(ring, newest[i].number);
         if (!slot) continue;
-        copy(stripe, *slot, slate);
+        copy(ring, *slot, slate);
       }
       visit(std::as_const(slate));
     }
@@ -9456,19 +9904,136 @@ class SlateLog {
   // Gives up all slates of an owner.
   void forget(std::string_view owner) noexcept {
     const std::uint64_t of_owner = owner_hash(owner);
-    Stripe& stripe = stripes_[stripe_of(of_owner)];
-    const detail::lock_guard lock{stripe.mutex};
-    for (Slot& slot : stripe.slots)
-      if (slot.owner == of_owner) {
+    // Those of a process whose log had another number of parts may lie in any of them.
+    for (Stripe& stripe : stripes_) {
+      const detail::lock_guard lock{stripe.mutex};
+      for (Slot& slot : stripe.ring.slots) {
+        if (slot.owner != of_owner) continue;
+        keep(stripe);
         if (find(stripe, slot.number))
-          std::memset(bytes_of(stripe, slot), 0, slate_size(slot.picks, slot.has_query));
+          std::memset(bytes_of(stripe.ring, slot), 0, slate_size(slot.picks, slot.has_query));
         slot = {};
       }
+    }
+  }
+
+  // As ContextSums has it.
+  void begin_cut() noexcept {
+    for (Stripe& stripe : stripes_) {
+      const detail::lock_guard lock{stripe.mutex};
+      stripe.before.begin();
+    }
+  }
+  bool end_cut() noexcept {
+    bool whole = true;
+    for (Stripe& stripe : stripes_) {
+      std::unique_ptr<Ring> gone;  // freed without the lock
+      const detail::lock_guard lock{stripe.mutex};
+      whole = whole && !stripe.before.lost();
+      gone = stripe.before.end();
+    }
+    return whole;
+  }
+
+  // Forgets the queries of all slates, which are those of another model, and goes on with queries
+  // of `dimension`; while nobody else calls.
+  void drop_queries(std::size_t dimension) noexcept {
+    for (Stripe& stripe : stripes_) {
+      const detail::lock_guard lock{stripe.mutex};
+      keep(stripe);
+      for (Slot& slot : stripe.ring.slots) {
+        if (!slot.has_query) continue;
+        slot.begin += query_size(true);
+        slot.has_query = false;
+      }
+    }
+    dimension_ = dimension;
+  }
+
+  // The slates of a part, from the oldest on, as of the cut.
+  std::size_t stripe_count() const noexcept { return stripes_.size(); }
+  void write_stripe(std::size_t number, detail::FieldWriter& archive) const {
+    const Stripe& stripe = stripes_[number];
+    Ring ring;
+    LoggedSlate slate;
+    reserve(slate);
+    ring.slots.reserve(stripe.ring.slots.size());  // without the lock
+    ring.bytes.resize(ring_size_);
+    {
+      const detail::lock_guard lock{stripe.mutex};
+      copy(at_cut(stripe), ring);
+    }
+    Vector<detail::Keyed> order;
+    for (std::uint32_t s = 0; s < ring.slots.size(); ++s)
+      if (find(ring, ring.slots[s].number)) order.push_back({ring.slots[s].order, s});
+    detail::sort_by_key(order);
+    archive(shape(), ring.next, ring.head, order_.load(detail::memory_order_relaxed),
+            static_cast<std::uint64_t>(order.size()));
+    for (const detail::Keyed& each : order) {
+      const Slot& slot = ring.slots[each.index];
+      copy(ring, slot, slate);
+      Slot::each_field(archive, slot);
+      for (const float v : slate.query) archive(v);
+      for (const LoggedPick& pick : slate.picks) LoggedPick::each_field(archive, pick);
+      for (const LoggedChoice& choice : slate.choices) LoggedChoice::each_field(archive, choice);
+    }
+  }
+
+  // What write_stripe() wrote, into a log that may have another shape: its slates then take their
+  // places anew, and without choices where they have none. items: how many there are.
+  void read_stripe(std::size_t stripe_number, detail::FieldReader& archive, std::size_t items) {
+    Shape written;
+    std::uint64_t next = 0, head = 0, order = 0, count = 0;
+    archive(written, next, head, order, count);
+    const bool same = archive.ok() && written == shape();
+    order_.store(std::max(order_.load(), order));
+    LoggedSlate slate;
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
+      Slot slot;
+      Slot::each_field(archive, slot);
+      const bool has_query = slot.has_query;
+      // Of what is not there no memory is taken.
+      if (slot.number == 0 || slot.picks > archive.left() / sizeof(float) ||
+          (has_query && written.dimension > archive.left() / sizeof(float)))
+        return archive.fail();
+      slate.timestamp = slot.timestamp;
+      slate.query.resize(has_query ? static_cast<std::size_t>(written.dimension) : 0);
+      for (float& v : slate.query) archive(v);
+      slate.picks.resize(slot.picks);
+      for (LoggedPick& pick : slate.picks) {
+        LoggedPick::each_field(archive, pick);
+        if (pick.item >= items || !pick.is_finite()) return archive.fail();
+      }
+      slate.choices.resize(written.choices != 0 ? slot.picks : 0);
+      for (LoggedChoice& choice : slate.choices) {
+        LoggedChoice::each_field(archive, choice);
+        if (choice.choice.pick.item >= items || choice.choice.best.item >= items)
+          return archive.fail();
+      }
+      if (!archive.ok() || !detail::all_finite(slate.query)) return archive.fail();
+      if (written.dimension != dimension_) slate.query.clear();
+      Stripe& stripe = stripes_[stripe_of(slot.number)];
+      const detail::lock_guard lock{stripe.mutex};
+      if (same) {
+        const std::size_t size = slate_size(slot.picks, slot.has_query);
+        if (stripe_of(slot.number) != stripe_number || slot.begin < stripe.ring.head ||
+            slot.begin > head || head - slot.begin < size || head - slot.begin > ring_size_ ||
+            ring_size_ - slot.begin % ring_size_ < size)
+          return archive.fail();
+        stripe.ring.head = slot.begin;
+      }
+      place(stripe, slot, slate);
+    }
+    if (!same || !archive.ok()) return;
+    Ring& ring = stripes_[stripe_number].ring;
+    if (head < ring.head || next < ring.next) return archive.fail();
+    ring.head = head;
+    ring.next = next;
   }
 
   std::size_t bytes() const noexcept {
-    return stripes_.size() *
-           (detail::allocated(ring_size_) + detail::allocated(stripes_[0].slots) + sizeof(Stripe));
+    return stripes_.size() * (detail::allocated(ring_size_) +
+                              detail::allocated(stripes_[0].ring.slots) + sizeof(Stripe));
   }
 
  private:
@@ -9481,13 +10046,28 @@ class SlateLog {
     std::uint32_t picks = 0;
     bool has_query = false;
     bool reported = false;  // an event or a call has said which picks were seen
+
+    template <class Archive, class Self>
+    static void each_field(Archive& archive, Self& self) {
+      archive(self.number, self.order, self.owner, self.timestamp, self.served, self.begin,
+              self.picks, self.has_query, self.reported);
+    }
+  };
+  struct Ring {
+    Vector<Slot> slots;
+    detail::BareVector<std::byte> bytes;  // slates, each in one piece: query, picks, choices
+    std::uint64_t head = 0;               // bytes written in all
+    std::uint64_t next = 1;
   };
   struct Stripe {
-    mutable detail::RankedMutex<1> mutex;
-    Vector<Slot> slots;
-    std::unique_ptr<std::byte[]> ring;  // slates, each in one piece: query, picks, choices
-    std::uint64_t head = 0;             // bytes written in all
-    std::uint64_t next = 1;
+    mutable detail::RankedMutex<2> mutex;
+    detail::Before<Ring> before;
+    Ring ring;
+  };
+  // Between logs of one shape slates can keep their places.
+  struct Shape {
+    std::uint64_t stripes = 0, slots = 0, ring_size = 0, dimension = 0, choices = 0;
+    friend bool operator==(const Shape&, const Shape&) = default;
   };
   static constexpr std::size_t most_stripes = 64;
   static constexpr std::size_t slates_a_ring = 16;  // the largest
@@ -9495,11 +10075,17 @@ class SlateLog {
   static_assert(std::is_trivially_copyable_v<LoggedPick> &&
                 std::is_trivially_copyable_v<LoggedChoice>);
 
+  Shape shape() const noexcept {
+    return {stripes_.size(), stripes_[0].ring.slots.size(), ring_size_, dimension_, with_choices_};
+  }
+  std::size_t query_size(bool query) const noexcept {
+    return query ? dimension_ * sizeof(float) : 0;
+  }
   std::size_t pick_size() const noexcept {
     return sizeof(LoggedPick) + (with_choices_ ? sizeof(LoggedChoice) : 0);
   }
   std::size_t slate_size(std::size_t picks, bool query) const noexcept {
-    return picks * pick_size() + (query ? dimension_ * sizeof(float) : 0);
+    return picks * pick_size() + query_size(query);
   }
 
   // Of an owner's hash, or of a slate's number.
@@ -9508,17 +10094,72 @@ class SlateLog {
   }
 
   // Not displaced: its slot is still its own, and so are its bytes.
-  const Slot* find(const Stripe& stripe, std::uint64_t number) const noexcept {
+  const Slot* find(const Ring& ring, std::uint64_t number) const noexcept {
     const Slot& slot =
-        stripe.slots[static_cast<std::size_t>(number / stripes_.size() % stripe.slots.size())];
-    return number != 0 && slot.number == number && slot.begin + ring_size_ >= stripe.head ? &slot
-                                                                                          : nullptr;
+        ring.slots[static_cast<std::size_t>(number / stripes_.size() % ring.slots.size())];
+    return number != 0 && slot.number == number && slot.begin + ring_size_ >= ring.head ? &slot
+                                                                                        : nullptr;
   }
   Slot* find(Stripe& stripe, std::uint64_t number) const noexcept {
-    return const_cast<Slot*>(find(std::as_const(stripe), number));
+    return const_cast<Slot*>(find(std::as_const(stripe.ring), number));
   }
-  std::byte* bytes_of(const Stripe& stripe, const Slot& slot) const noexcept {
-    return stripe.ring.get() + slot.begin % ring_size_;
+  std::byte* bytes_of(Ring& ring, const Slot& slot) const noexcept {
+    return ring.bytes.data() + slot.begin % ring_size_;
+  }
+  const std::byte* bytes_of(const Ring& ring, const Slot& slot) const noexcept {
+    return ring.bytes.data() + slot.begin % ring_size_;
+  }
+
+  static const Ring& at_cut(const Stripe& stripe) noexcept {
+    return stripe.before.get() ? *stripe.before.get() : stripe.ring;
+  }
+  // Ahead of a change, under the lock.
+  void keep(Stripe& stripe) const noexcept {
+    stripe.before.keep([&] {
+      auto kept = std::make_unique<Ring>();
+      kept->slots.reserve(stripe.ring.slots.size());
+      kept->bytes.resize(ring_size_);
+      copy(stripe.ring, *kept);
+      return kept;
+    });
+  }
+  // Into one that has the memory; of the bytes, those that were ever written.
+  void copy(const Ring& from, Ring& to) const noexcept {
+    to.slots.assign(from.slots.begin(), from.slots.end());
+    const auto used = static_cast<std::size_t>(std::min<std::uint64_t>(from.head, ring_size_));
+    if (used > 0) std::memcpy(to.bytes.data(), from.bytes.data(), used);
+    to.head = from.head;
+    to.next = from.next;
+  }
+
+  // Puts the slate behind the last one. slot: number, order, owner, served, reported.
+  void place(Stripe& stripe, Slot slot, const LoggedSlate& slate) noexcept {
+    Ring& ring = stripe.ring;
+    const std::size_t picks = std::min(slate.picks.size(), most_picks());
+    slot.timestamp = slate.timestamp;
+    slot.picks = static_cast<std::uint32_t>(picks);
+    slot.has_query = !slate.query.empty();
+    const std::size_t size = slate_size(picks, slot.has_query);
+    if (ring_size_ - ring.head % ring_size_ < size)
+      ring.head += ring_size_ - ring.head % ring_size_;
+    slot.begin = ring.head;
+    ring.head += size;
+    std::byte* at = bytes_of(ring, slot);
+    at = put(at, slate.query.data(), slot.has_query ? dimension_ : 0);
+    at = put(at, slate.picks.data(), picks);
+    if (with_choices_) {
+      const std::size_t choices = std::min(picks, slate.choices.size());
+      at = put(at, slate.choices.data(), choices);
+      std::fill_n(at, (picks - choices) * sizeof(LoggedChoice), std::byte{0});
+    }
+    const std::uint64_t sequence = slot.number / stripes_.size();
+    ring.slots[static_cast<std::size_t>(sequence % ring.slots.size())] = slot;
+    // Numbers and orders of a journal are not given again.
+    ring.next = std::max(ring.next, sequence + 1);
+    std::uint64_t order = order_.load(detail::memory_order_relaxed);
+    while (order <= slot.order &&
+           !order_.compare_exchange_weak(order, slot.order + 1, detail::memory_order_relaxed)) {
+    }
   }
 
   // Room for the largest slate.
@@ -9540,9 +10181,9 @@ class SlateLog {
     if (count > 0) std::memcpy(values.data(), at, bytes);
     return at + bytes;
   }
-  void copy(const Stripe& stripe, const Slot& slot, LoggedSlate& slate) const noexcept {
+  void copy(const Ring& ring, const Slot& slot, LoggedSlate& slate) const noexcept {
     slate.timestamp = slot.timestamp;
-    const std::byte* at = bytes_of(stripe, slot);
+    const std::byte* at = bytes_of(ring, slot);
     at = take(at, slate.query, slot.has_query ? dimension_ : 0);
     at = take(at, slate.picks, slot.picks);
     take(at, slate.choices, with_choices_ ? slot.picks : 0);
@@ -9554,26 +10195,6 @@ class SlateLog {
   std::uint64_t tag(std::uint64_t number, std::uint64_t of_owner) const noexcept {
     const std::array<std::uint64_t, 2> both{number, of_owner};
     return detail::siphash(key_, std::as_bytes(std::span(both)));
-  }
-
-  static void write_id(std::uint64_t number, std::uint64_t tag, std::string& id) noexcept {
-    for (std::size_t i = 0; i < 16; ++i) {
-      id[15 - i] = digits[number >> (4 * i) & 15];
-      id[31 - i] = digits[tag >> (4 * i) & 15];
-    }
-  }
-  // Of an id that was made for this owner.
-  std::optional<std::uint64_t> number_of(std::string_view id,
-                                         std::string_view owner) const noexcept {
-    if (id.size() != 32) return std::nullopt;
-    std::array<std::uint64_t, 2> words{};
-    for (std::size_t i = 0; i < 32; ++i) {
-      const std::size_t digit = digits.find(id[i]);
-      if (digit == std::string_view::npos) return std::nullopt;
-      words[i / 16] = words[i / 16] << 4 | digit;
-    }
-    if (words[1] != tag(words[0], owner_hash(owner))) return std::nullopt;
-    return words[0];
   }
 
   detail::HashKey key_;
@@ -10083,6 +10704,13 @@ class SlotPolicy {
 
 namespace detail {
 
+// One event of a user's history.
+struct RememberedEvent {
+  std::uint32_t item;
+  std::uint32_t event_type;
+  std::int64_t timestamp;
+};
+
 // A pick of a slate that an event says was seen.
 struct SeenPick {
   std::uint32_t place;
@@ -10116,6 +10744,8 @@ struct Scratch {
   // Of an event: the items listed, with their places; the picks seen, by place.
   std::vector<ScoredItem> listed;  // score: the place
   Vector<SeenPick> seen;
+  Vector<RememberedEvent> events;  // of a user
+  Vector<std::byte> record;        // of a journal
 
   std::size_t bytes() const noexcept {
     return allocated(sizeof *this) + allocated(query) + allocated(offset) + allocated(gradient) +
@@ -10124,7 +10754,8 @@ struct Scratch {
            allocated(ignored) + 2 * allocated(taken.size() / 8) + allocated(top) + allocated(pool) +
            allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
            allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
-           allocated(listed) + allocated(seen) + policy.bytes();
+           allocated(listed) + allocated(seen) + allocated(record) + allocated(events) +
+           policy.bytes();
   }
 
   float discount(std::uint32_t item) const noexcept {
@@ -10158,6 +10789,10 @@ struct PoolItem {
 
 // The items as one update left them; immutable once published. Quality, corrections and bonuses are
 // in units of score. u = query . vectors + biases. An item that was removed has a NaN for a bias.
+//
+// An item's number outlives models: `ids` only grows, and another model's rows are put in its order
+// (in_order) before a catalogue is made of it. So histories, counters, sums and slates hold numbers
+// and nothing has to be translated. Event types likewise.
 struct Catalogue {
   static constexpr std::uint64_t well_known = 10;  // interactions
   static constexpr double explored_enough = 3;     // expected positive events
@@ -10168,6 +10803,14 @@ struct Catalogue {
   std::shared_ptr<const ItemIds> ids;
   std::shared_ptr<const Encoder> encoder;  // of the base's items
   std::shared_ptr<ItemCounters> counters;  // positive and expected, with feedback
+  std::shared_ptr<ContextSums> contexts;   // of queries of this model
+  // A bit a user who came with the model: forgotten since.
+  std::shared_ptr<Vector<atomic<std::uint64_t>>> forgotten;
+  // Of the models so far that needed other states or other sums; and since which of them the
+  // encoder, and the item vectors, have been the same. A user holds the one that was present last.
+  std::uint32_t generation = 1, encoder_since = 1, space_since = 1;
+  std::shared_ptr<const ItemMask> absent;     // items that the model lacks; null: none
+  std::int64_t trained_until = no_timestamp;  // the model's latest interaction
   PagedArray<ItemStatistics> statistics;
   ItemRows rows;              // the model's, and those of new items
   ItemRows input_rows;        // what the encoder takes in, where that is not the item's row
@@ -10203,6 +10846,8 @@ struct Catalogue {
   std::size_t size() const noexcept { return ids->size(); }
   std::size_t dimension() const noexcept { return base->dimension(); }
   bool available(std::uint32_t item) const noexcept { return !std::isnan(biases[item]); }
+  // Neither the model has a row for it nor has it been put since.
+  bool is_absent(std::uint32_t item) const noexcept { return absent && absent->test(item); }
 
   std::optional<std::uint32_t> find(std::string_view id) const noexcept {
     const auto item = ids->find(id);
@@ -10216,6 +10861,14 @@ struct Catalogue {
     return own.type() == ElementType::i8 ? rows.i8(item) != own.i8().data() + at
                                          : rows.f32(item) != own.f32().data() + at;
   }
+  // A user's row among those who came with the model, unless forgotten.
+  std::optional<std::uint32_t> stored_user(std::string_view user) const noexcept {
+    const auto row = user.empty() ? std::nullopt : base->parts().user_ids.find(user);
+    if (!row || ((*forgotten)[*row / 64].load(memory_order_relaxed) >> *row % 64 & 1) != 0)
+      return std::nullopt;
+    return row;
+  }
+
   // The item's input to the encoder, where the model has none or another; else empty. buffer: [e].
   std::span<const float> input_of(std::uint32_t item, std::span<float> buffer) const noexcept {
     const ItemRows& inputs = input_rows.empty() ? rows : input_rows;
@@ -10336,6 +10989,7 @@ struct Catalogue {
 
   std::size_t bytes() const {
     return allocated(sizeof *this + 16) + ids->bytes() + encoder->bytes() + counters->bytes() +
+           (absent ? allocated(absent->size() / 8) : 0) + allocated(forgotten->size() * 8) +
            scorer->bytes() + statistics.bytes() + rows.bytes() + input_rows.bytes() +
            offsets.bytes() + vectors.bytes(&rows) + biases.bytes() + quality.bytes() +
            correction_of.bytes() + popularity.bytes() +
@@ -10376,6 +11030,7 @@ class CatalogueBuilder {
         table_(table),
         pace_(pace),
         next_(std::make_shared<Catalogue>(previous)),
+        counters_(previous.counters),
         first_added_(static_cast<std::uint32_t>(previous.size())) {}
 
   CatalogueBuilder(const CatalogueBuilder&) = delete;
@@ -10383,20 +11038,30 @@ class CatalogueBuilder {
   // Of a generation that was not finished, the counts are left to the next one.
   ~CatalogueBuilder() {
     if (next_)
-      for (const std::uint32_t item : touched_) next_->counters->touch(item);
+      for (const std::uint32_t item : touched_) counters_->touch(item);
   }
+  // Items touched since the last time, which are then this builder's to learn of.
+  void take_touched() { counters_->take_touched(touched_); }
+  void take_touched(Vector<std::uint32_t>& touched) noexcept { touched_.swap(touched); }
 
-  // The first generation, of a model alone.
-  static std::shared_ptr<const Catalogue> first(const std::shared_ptr<const Model>& model,
-                                                const RecommenderOptions& options,
-                                                const kernels::Table& table, const HashKey& key,
-                                                std::int64_t now, std::int64_t latest) {
+  // The first generation, of a model alone; `lacking`: items that it has no row for.
+  static std::shared_ptr<Catalogue> first(const std::shared_ptr<const Model>& model,
+                                          const RecommenderOptions& options,
+                                          const kernels::Table& table, const HashKey& key,
+                                          std::int64_t now, std::int64_t latest,
+                                          std::span<const std::uint32_t> lacking = {}) {
     const ModelParts& parts = model->parts();
     Catalogue c;
     c.base = model;
     c.ids = std::make_shared<const ItemIds>(model, key);
     c.encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
     c.counters = std::make_shared<ItemCounters>(parts.item_ids.size());
+    c.contexts =
+        std::make_shared<ContextSums>(model->dimension(), to_memory(options.context_bytes));
+    c.forgotten =
+        std::make_shared<Vector<atomic<std::uint64_t>>>((parts.user_ids.size() + 63) / 64);
+    for (const ItemStatistics& s : parts.statistics)
+      c.trained_until = std::max(c.trained_until, s.last_timestamp);
     c.statistics = {model, std::span<const ItemStatistics>(parts.statistics)};
     c.rows = ItemRows(std::shared_ptr<const Matrix>(model, &parts.item_vectors));
     if (!parts.input_vectors.empty())
@@ -10407,7 +11072,17 @@ class CatalogueBuilder {
     c.started = std::max(now, latest);
     c.low_bias = tenth_percentile(parts);
     c.active = c.corrected = std::make_shared<const Vector<std::uint32_t>>();
-    if (options.feedback) c.mean_square = mean_square(parts.item_vectors);
+    if (options.feedback) c.mean_square = mean_square(parts.item_vectors, lacking.size());
+    if (!lacking.empty()) {
+      ItemMask absent(c.size());
+      for (const std::uint32_t item : lacking) {
+        absent.set(item);
+        c.offsets.edit(item) = c.low_bias;
+        c.biases.edit(item) = std::numeric_limits<float>::quiet_NaN();
+      }
+      c.absent = std::make_shared<const ItemMask>(std::move(absent));
+      c.changed_base = true;
+    }
     for (const ItemStatistics& s : parts.statistics) {
       c.popularity.push_back(std::log(std::max(static_cast<float>(s.interactions), 0.5f)));
       c.trained_interactions += static_cast<double>(s.interactions);
@@ -10430,12 +11105,17 @@ class CatalogueBuilder {
   std::uint32_t put(std::string_view id, std::optional<std::int64_t> created, const Fields& fields,
                     bool given) {
     auto item = next_->ids->find(id);
-    const bool added = !item;
-    if (added) item = add(id);
+    const bool absent = item && next_->is_absent(*item), added = !item || absent;
+    if (absent) {
+      ItemMask others = *next_->absent;
+      others.reset(*item);
+      next_->absent = std::make_shared<const ItemMask>(std::move(others));
+    }
+    if (!item) item = add(id);
     ItemStatistics& statistics = next_->statistics.edit(*item);
     if (created) statistics.creation_timestamp = *created;
     if (statistics.interactions == 0 && (added || given)) described_.push_back({*item, &fields});
-    if (!added && std::isnan(next_->biases[*item])) restore(*item);
+    if (std::isnan(next_->biases[*item])) restore(*item);
     changed_.push_back(*item);
     next_->changed_base = true;
     return *item;
@@ -10448,8 +11128,11 @@ class CatalogueBuilder {
   }
 
   // Folds the counters into calibration, popularity, quality and corrections. Returns the number of
-  // items that have feedback.
-  std::size_t learn(std::int64_t now, const SlateLog& slates, ContextSums& contexts);
+  // items that have feedback. counters: those of the moment for which it learns.
+  std::size_t learn(std::int64_t now, const SlateLog& slates,
+                    std::shared_ptr<ItemCounters> counters);
+  // Of learn(): items whose sums have faded away.
+  std::span<const std::uint32_t> faded() const noexcept { return faded_; }
 
   std::size_t values_unknown() const noexcept { return values_unknown_; }
 
@@ -10458,8 +11141,6 @@ class CatalogueBuilder {
     Catalogue& next = *next_;
     if (ids_) next.ids = ids_;
     describe();
-    if (next.counters->size() < next.size())
-      next.counters = std::make_shared<ItemCounters>(next.counters->grown(next.size()));
     std::sort(changed_.begin(), changed_.end(), Less{});
     const auto same = [](std::uint32_t a, std::uint32_t b) { return a == b; };
     changed_.erase(std::unique(changed_.begin(), changed_.end(), same), changed_.end());
@@ -10473,6 +11154,9 @@ class CatalogueBuilder {
       choose_pool(now, latest);
     else
       adjust_pool(now, latest);
+    next.counters = counters_;
+    if (next.counters->size() < next.size())
+      next.counters = std::make_shared<ItemCounters>(next.counters->grown(next.size()));
     return std::move(next_);
   }
 
@@ -10486,15 +11170,16 @@ class CatalogueBuilder {
   // apart from other new items with the same neighbours.
   static constexpr float like = 0.7f;
 
-  static float mean_square(const Matrix& vectors) {
+  // lacking: rows that are zero and no item's.
+  static float mean_square(const Matrix& vectors, std::size_t lacking) {
     Vector<float> row(vectors.columns());
     double sum = 0;
     for (std::size_t i = 0; i < vectors.rows(); ++i) {
       vectors.row(i, row);
       sum += static_cast<double>(std::inner_product(row.begin(), row.end(), row.begin(), 0.0f));
     }
-    return vectors.rows() == 0 ? 0.0f
-                               : static_cast<float>(sum / static_cast<double>(vectors.rows()));
+    const std::size_t rows = vectors.rows() - lacking;
+    return rows == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(rows));
   }
 
   // Of the biases of items with interactions, or of all.
@@ -10633,7 +11318,7 @@ class CatalogueBuilder {
   template <class Rate>
   void settle_unseen(float quality, std::span<const std::uint32_t> active,
                      const DecayMoment& moment, Rate rate);
-  void correct_vectors(const DecayMoment& moment, ContextSums& contexts);
+  void correct_vectors(const DecayMoment& moment);
 
   void sort_popular() {
     Catalogue& next = *next_;
@@ -10735,18 +11420,21 @@ class CatalogueBuilder {
   const RecommenderOptions& options_;
   const kernels::Table& table_;
   Pace& pace_;
-  std::shared_ptr<Catalogue> next_;
+  std::shared_ptr<Catalogue> next_;  // its counters are those of the cut until it is finished
+  std::shared_ptr<ItemCounters> counters_;  // that go on
   std::uint32_t first_added_;
   std::shared_ptr<ItemIds> ids_;  // where items are added
   Vector<Described> described_;
   Vector<std::uint32_t> changed_;  // another row, bias, popularity or creation
   Vector<std::uint32_t> touched_;  // with counts since the generation before
+  Vector<std::uint32_t> faded_;
   std::size_t values_unknown_ = 0;
 };
 
 inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& slates,
-                                           ContextSums& contexts) {
+                                           std::shared_ptr<ItemCounters> counters) {
   Catalogue& next = *next_;
+  next.counters = std::move(counters);
   const DecayMoment moment = Decay(Catalogue::half_life).at(now);
   Vector<std::uint32_t> active = find_active();
   learn_popularity(active, moment, now);
@@ -10767,7 +11455,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
   }
   next.well_known_prior = fit_prior(well_known_items, next.well_known_prior);
   next.cold_prior = fit_prior(cold_items, next.cold_prior);
-  correct_vectors(moment, contexts);
+  correct_vectors(moment);
 
   // Quality counts from the mean of well-known items, whose level the calibration has in it.
   const double level = std::log(next.well_known_prior.mean);
@@ -10799,7 +11487,6 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
 // Items with counts: those of the generation before and those counted since.
 inline Vector<std::uint32_t> CatalogueBuilder::find_active() {
   Vector<std::uint32_t> active;
-  next_->counters->take_touched(touched_);
   std::set_union(next_->active->begin(), next_->active->end(), touched_.begin(), touched_.end(),
                  std::back_inserter(active), Less{});
   return active;
@@ -10879,7 +11566,7 @@ inline void CatalogueBuilder::learn_popularity(std::span<const std::uint32_t> ac
 // Who likes an item: at fixed quality, its residuals are the queries where it was chosen less those
 // where its impressions let expect so. The correction is centred on the contexts in which the item
 // was shown, so that it moves the item between users and not for all of them.
-inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, ContextSums& contexts) {
+inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment) {
   Catalogue& next = *next_;
   if (!next.second_moment) return;
   constexpr double least = 0.1, forgotten = 0.01;  // expected positive events
@@ -10892,13 +11579,13 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
   }
   next.vectors = next.rows;
   Vector<float> corrections, residual(d), row(d);
-  Vector<std::uint32_t> corrected, faded;
-  contexts.for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
-                                std::span<const float> expected) {
+  Vector<std::uint32_t> corrected;
+  next.contexts->for_each(moment, [&](std::uint32_t item, std::span<const float> positive,
+                                      std::span<const float> expected) {
     pace_.step();
     if (item >= next.size()) return;
     const ItemFeedback feedback = next.confirmed_feedback_of(item, moment);
-    if (feedback.expected < forgotten) faded.push_back(item);
+    if (feedback.expected < forgotten) faded_.push_back(item);
     if (feedback.expected < least) return;
     const auto quality =
         std::exp(static_cast<double>(posterior(next.prior_of(item, moment), feedback).mean));
@@ -10922,7 +11609,6 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment, Context
     next.vectors.set_row(item, row);
     changed_.push_back(item);
   });
-  for (const std::uint32_t item : faded) contexts.forget(item);
   for (const std::uint32_t item : *next.corrected)
     if (next.correction_of[item] == 0 && next.available(item)) restore(item);
   next.corrections = std::make_shared<const Vector<float>>(std::move(corrections));
@@ -10939,13 +11625,19 @@ class Lanes {
     const lock_guard lock{lane.mutex};
     return lane.catalogue;
   }
-  // Each lane gets a pointer with a count of its own. Where memory runs out, none does.
-  void publish(const std::shared_ptr<const Catalogue>& next) {
-    std::array<std::shared_ptr<const Catalogue>, lane_count> copies;
+  static constexpr std::size_t lane_count = 16;
+  // For each lane a pointer with a count of its own.
+  using Copies = std::array<std::shared_ptr<const Catalogue>, lane_count>;
+  static Copies copies(const std::shared_ptr<const Catalogue>& next) {
+    Copies copies;
     for (auto& copy : copies) {
       auto owner = std::make_shared<std::shared_ptr<const Catalogue>>(next);
       copy = std::shared_ptr<const Catalogue>(std::move(owner), next.get());
     }
+    return copies;
+  }
+  // The present ones go to copies.
+  void publish(Copies& copies) noexcept {
     for (std::size_t l = 0; l < lane_count; ++l) {
       const lock_guard lock{lanes_[l].mutex};
       lanes_[l].catalogue.swap(copies[l]);
@@ -10971,12 +11663,11 @@ class Lanes {
  private:
   friend class ScratchLease;
   struct alignas(64) Lane {
-    mutable RankedMutex<1> mutex;
+    mutable RankedMutex<2> mutex;
     std::shared_ptr<const Catalogue> catalogue;
     std::vector<std::unique_ptr<Scratch>> idle;
     std::size_t scratches = 0;
   };
-  static constexpr std::size_t lane_count = 16;
 
   Lane& of_thread() const noexcept { return lanes_[thread_number() % lane_count]; }
   mutable std::array<Lane, lane_count> lanes_;
@@ -11030,10 +11721,11 @@ class ScratchLease {
     for (Vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
       each->resize(c.dimension());
     scratch.input.resize(c.base->parts().inputs().columns());
-    if (scratch.encoding.values.empty()) scratch.encoding = c.encoder->make_workspace();
+    if (scratch.encoding.quantised.size() < c.encoder->width())
+      scratch.encoding = c.encoder->make_workspace();
     if (scratch.excluded.size() >= c.size()) return;
-    scratch.taken = ItemMask(c.size());
-    scratch.excluded = ItemMask(c.size());
+    scratch.taken.resize(c.size());
+    scratch.excluded.resize(c.size());
   }
 
   // One more, and room among the idle ones for all there are.
@@ -11078,12 +11770,6 @@ class ScratchLease {
 
 namespace detail {
 
-struct RememberedEvent {
-  std::uint32_t item;
-  std::uint32_t event_type;
-  std::int64_t timestamp;
-};
-
 // Users and sessions live in one table; the first byte keeps "u1" the user from "u1" the session.
 class UserKey {
  public:
@@ -11125,14 +11811,36 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
 
   // state_size: floats, zero.
   static Owner make(const UserKey& key, std::size_t state_size) {
-    void* const memory = ::operator new(size_of(state_size, key.text().size()));
+    return make(key.text(), key.hash(), state_size);
+  }
+  static Owner make(std::string_view key, std::uint64_t hash, std::size_t state_size) {
+    void* const memory = ::operator new(size_of(state_size, key.size()));
     User* const user = new (memory) User;
-    user->hash = key.hash();
+    user->hash = hash;
     user->state_size_ = static_cast<std::uint32_t>(state_size);
-    user->key_size_ = static_cast<std::uint16_t>(key.text().size());
+    user->key_size_ = static_cast<std::uint16_t>(key.size());
     std::fill_n(user->floats(), state_size, 0.0f);
-    std::memcpy(user->floats() + state_size, key.text().data(), key.text().size());
+    std::memcpy(user->floats() + state_size, key.data(), key.size());
     return Owner(user);
+  }
+  // All but the key and the state, which may have another size; `other` keeps nothing.
+  void take_over(User& other) noexcept {
+    links = other.links;
+    last_timestamp = other.last_timestamp;
+    requests = other.requests;
+    spent_events = other.spent_events;
+    spent_impressions = other.spent_impressions;
+    used = other.used;
+    generation = other.generation;
+    first_remembered_ = other.first_remembered_;
+    std::swap(tail_, other.tail_);
+    tail_capacity_ = std::exchange(other.tail_capacity_, 0);
+    offset_bytes_ = std::exchange(other.offset_bytes_, 0);
+    history_bytes_ = std::exchange(other.history_bytes_, 0);
+    offset_scale_ = other.offset_scale_;
+    budget_day_ = other.budget_day_;
+    history_events_ = std::exchange(other.history_events_, std::uint16_t{0});
+    impressions_ = std::exchange(other.impressions_, std::uint8_t{0});
   }
 
   std::string_view key() const noexcept {
@@ -11178,7 +11886,8 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     out = write_varint(out, gap << 1 ^ (0 - (gap >> 63)));
     history_bytes_ = static_cast<std::uint32_t>(out - history());
     last_timestamp = event.timestamp;
-    if (++history_events_ > limit) drop_oldest();
+    while (history_events_ >= limit) drop_oldest();
+    ++history_events_;
   }
   // To visit(RememberedEvent), oldest first.
   template <class Visit>
@@ -11264,12 +11973,19 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     offset_scale_ = 1;
   }
   void fade_offset(float factor) noexcept { offset_scale_ *= factor; }
+  void drop_offset() noexcept {
+    if (!has_offset()) return;
+    const std::size_t left = tail_bytes() - offset_bytes_;
+    std::memmove(tail_, static_cast<const std::byte*>(tail_) + offset_bytes_, left);
+    offset_bytes_ = 0;
+    offset_scale_ = 1;
+  }
 
   // Takes `amount` from what the user may still add to what all users share: `most` in a half-life.
   // False where nothing is left. `spent` is one of spent_events and spent_impressions.
   bool spend(float& spent, float amount, float most, std::int64_t now) noexcept {
-    const auto day = static_cast<std::uint32_t>(
-        std::clamp<std::int64_t>(now / 86'400, 0, std::numeric_limits<std::uint32_t>::max()));
+    const auto day = static_cast<std::uint16_t>(
+        std::clamp<std::int64_t>(now / 86'400, 0, std::numeric_limits<std::uint16_t>::max()));
     if (day > budget_day_) {
       const float kept = std::exp2(-static_cast<float>(day - budget_day_) / 14.0f);
       spent_events *= kept;
@@ -11281,13 +11997,98 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     return true;
   }
 
+  // Of a file. with_state: the state, too; read() then wants as many floats.
+  void write(FieldWriter& archive, bool with_state) const {
+    archive(key_size_, with_state);
+    archive.bytes(std::as_bytes(std::span(key().data(), key().size())));
+    each_field(archive, *this);
+    if (with_state) archive.bytes(std::as_bytes(state()));
+    archive.bytes({static_cast<const std::byte*>(tail_), tail_bytes()});
+  }
+  // At most, of what write() writes.
+  std::size_t written_bytes() const noexcept {
+    return sizeof(User) + key_size_ + state_size_ * sizeof(float) + tail_bytes();
+  }
+  // What bounds a user of a file.
+  struct Bounds {
+    std::size_t state_size, dimension, items, event_types, events;
+  };
+  // Null, and the archive fails, where it holds no user within the bounds. with_state: whether one
+  // was written; else it is zero.
+  static Owner read(FieldReader& archive, const HashKey& hash_key, const Bounds& bounds,
+                    bool& with_state) {
+    std::uint16_t key_size = 0;
+    archive(key_size, with_state);
+    const auto raw = archive.bytes(key_size);
+    const std::string_view key(reinterpret_cast<const char*>(raw.data()), raw.size());
+    const bool named = key.size() > 1 && key.size() <= 1 + max_id_bytes &&
+                       (key[0] == 'u' || key[0] == 's') && valid_id(key.substr(1));
+    if (!archive.ok() || !named) {
+      archive.fail();
+      return nullptr;
+    }
+    Owner user = make(key, siphash(hash_key, raw), with_state ? bounds.state_size : 0);
+    each_field(archive, *user);
+    if (with_state) {
+      const auto state = archive.bytes(bounds.state_size * sizeof(float));
+      if (archive.ok() && !state.empty()) std::memcpy(user->floats(), state.data(), state.size());
+    }
+    const std::uint64_t tail = std::uint64_t{user->offset_bytes_} + user->history_bytes_ +
+                               user->impressions_ * sizeof(RecentImpressions::Entry);
+    const auto bytes = archive.bytes(tail);
+    // Histories shrink, their memory does not.
+    const bool sized = user->tail_capacity_ >= tail && user->tail_capacity_ <= 16 * tail + 4096;
+    if (!archive.ok() || !sized || !all_finite(user->state())) {
+      user->tail_capacity_ = 0;
+      archive.fail();
+      return nullptr;
+    }
+    if (user->tail_capacity_ > 0) user->tail_ = ::operator new(user->tail_capacity_);
+    if (!bytes.empty()) std::memcpy(user->tail_, bytes.data(), bytes.size());
+    if (!user->is_sound(bounds)) {
+      archive.fail();
+      return nullptr;
+    }
+    return user;
+  }
+
   std::uint64_t hash = 0;  // of the key
   RecencyList::Links links;
   std::int64_t last_timestamp = no_timestamp;  // of the last event
   std::uint64_t requests = 0;                  // slates drawn
+  std::uint64_t used = 0;                      // the larger, the later
   float spent_events = 0, spent_impressions = 0;
+  std::uint32_t generation = 0;  // of the models: whose encoder made the state (Catalogue)
 
  private:
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    archive(self.last_timestamp, self.requests, self.used, self.spent_events,
+            self.spent_impressions, self.first_remembered_, self.tail_capacity_, self.offset_bytes_,
+            self.history_bytes_, self.offset_scale_, self.budget_day_, self.history_events_,
+            self.impressions_);
+  }
+  // What was read: numbers that exist, and nothing that would be read beyond its end.
+  bool is_sound(const Bounds& bounds) const noexcept {
+    if (impressions_ > RecentImpressions::capacity || history_events_ > bounds.events ||
+        (offset_bytes_ != 0 && offset_bytes_ != offset_size(bounds.dimension)) ||
+        !(offset_scale_ >= 0 && offset_scale_ <= 1) || !(spent_events >= 0) ||
+        !(spent_impressions >= 0) || !std::isfinite(spent_events + spent_impressions))
+      return false;
+    for (const RecentImpressions::Entry& entry : impressions())
+      if (entry.item >= bounds.items || !(entry.count >= 0) || !std::isfinite(entry.count))
+        return false;
+    const std::byte* in = history();
+    const std::byte* const end = in + history_bytes_;
+    for (std::uint32_t e = 0; e < history_events_; ++e) {
+      std::uint64_t item = 0, type = 0, gap = 0;
+      if (!(in = read_varint(in, end, item)) || !(in = read_varint(in, end, type)) ||
+          !(in = read_varint(in, end, gap)) || item >= bounds.items || type > bounds.event_types)
+        return false;
+    }
+    return in == end && (history_events_ > 0 || last_timestamp == no_timestamp);
+  }
+
   static constexpr std::size_t longest_event = 5 + 5 + longest_varint;
 
   User() = default;
@@ -11353,24 +12154,62 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     --history_events_;
   }
 
+  std::uint32_t state_size_ = 0;
   std::int64_t first_remembered_ = 0;  // the oldest event's time
   void* tail_ = nullptr;
-  std::uint32_t tail_capacity_ = 0, offset_bytes_ = 0, history_bytes_ = 0, state_size_ = 0;
+  std::uint32_t tail_capacity_ = 0, offset_bytes_ = 0, history_bytes_ = 0;
   float offset_scale_ = 1;
-  std::uint32_t budget_day_ = 0;
-  std::uint32_t history_events_ = 0;
+  std::uint16_t budget_day_ = 0;  // since 1970
+  std::uint16_t history_events_ = 0;
   std::uint16_t key_size_ = 0;
   std::uint8_t impressions_ = 0;
   static_assert(RecentImpressions::capacity < 256);
 };
+static_assert(sizeof(User) <= 96);
 static_assert(std::is_trivially_copyable_v<RecentImpressions::Entry>);
 
-// Any number of threads may call. Users are spread over 64 locks by a keyed hash. A user's memory
-// is taken and given back outside of them; what is done under one is a look-up and what apply()
-// does.
+// Users who have left memory, for whoever wants to hear of them before they end.
+class GoneUsers {
+ public:
+  GoneUsers() = default;
+  GoneUsers(const GoneUsers&) = delete;
+  GoneUsers& operator=(const GoneUsers&) = delete;
+  ~GoneUsers() {
+    each([](User&) {});
+  }
+  // Takes no memory: who is gone needs neither hash nor links.
+  void add(User::Owner user) noexcept {
+    User* const added = user.release();
+    added->hash = bit_cast_pointer(newest_);
+    newest_ = added;
+  }
+  bool empty() const noexcept { return newest_ == nullptr; }
+  // visit(User&), and an end to each.
+  template <class Visit>
+  void each(Visit visit) {
+    while (newest_) {
+      const User::Owner user{std::exchange(newest_, pointer_of(newest_->hash))};
+      visit(*user);
+    }
+  }
+
+ private:
+  static std::uint64_t bit_cast_pointer(User* user) noexcept {
+    return static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(user));
+  }
+  static User* pointer_of(std::uint64_t bits) noexcept {
+    return reinterpret_cast<User*>(static_cast<std::uintptr_t>(bits));
+  }
+  User* newest_ = nullptr;
+};
+
+// Any number of threads may read. Users are spread over 64 locks by a keyed hash; who changes those
+// of one part has the part's turn (room 17), so that nobody else does. A user's memory is taken and
+// given back outside of the locks; what is done under one is a look-up and what apply() does.
 class Users {
  public:
-  using Mutex = RankedMutex<1>;
+  using Mutex = RankedMutex<2>;
+  static constexpr std::size_t shard_count = 64;
 
   // budget: bytes, of all users; most: users. The least recently used go first, of each 64th part.
   Users(std::size_t budget, std::size_t most, std::size_t state_size, std::size_t dimension)
@@ -11379,18 +12218,49 @@ class Users {
         state_size_(state_size),
         dimension_(dimension) {}
 
-  // Calls apply(User*) under the user's lock, with null where the key is not known, and returns
-  // what it returns. apply takes no memory and no other lock. use: the user counts as used.
+  // Of another model, for users that come; while nobody else calls.
+  void fit(std::size_t state_size, std::size_t dimension) noexcept {
+    state_size_ = state_size;
+    dimension_ = dimension;
+  }
+  static std::size_t shard_of_hash(std::uint64_t hash) noexcept { return hash % shard_count; }
+
+  // Calls look(const User*) under the user's lock, with null where the key is not known, and
+  // returns what it returns. look takes no memory and no other lock.
+  template <class Look>
+  auto read(const UserKey& key, Look look) const {
+    const Shard& shard = shard_of(key);
+    const lock_guard lock{shard.mutex};
+    const auto number = number_of(shard, key);
+    return look(number ? static_cast<const User*>(shard.users[*number].get()) : nullptr);
+  }
+
+  // The same to change the user, who counts as used unless counts is false.
   template <class Apply>
-  auto with(const UserKey& key, Apply apply, bool use = true) {
+  auto use(const UserKey& key, Apply apply, bool counts = true) {
     Shard& shard = shard_of(key);
     const lock_guard lock{shard.mutex};
-    User* const user = find(shard, key, use);
-    return apply(user);
+    return apply(find(shard, key, counts));
+  }
+
+  // Puts `user` in the place of the one with the same key, whose state it does not take over, and
+  // ends that one. False where there is none.
+  bool replace(const UserKey& key, User::Owner user) {
+    Shard& shard = shard_of(key);
+    const lock_guard lock{shard.mutex};
+    const auto number = number_of(shard, key);
+    if (!number) return false;
+    keep(shard, *number);
+    User::Owner& place = shard.users[*number];
+    shard.bytes -= place->bytes();
+    user->take_over(*place);
+    place.swap(user);
+    shard.bytes += place->bytes();
+    return true;
   }
 
   // Calls apply(User&) under the user's lock, with memory for so many more events and impressions
-  // and, where offset, for the user's offset; returns what it returns. fresh(state): what a new
+  // and, where offset, for the user's offset; returns what it returns. fresh(User&): what a new
   // user begins with. grown: set where memory was taken or was to be, which asks for settle().
   template <class Fresh, class Apply>
   auto change(const UserKey& key, std::size_t events, std::size_t impressions, bool offset,
@@ -11414,22 +12284,141 @@ class Users {
     }
   }
 
-  // Gives up what is over the budget; the user of `key` where nothing was recorded of them.
-  void settle(const UserKey& key) noexcept {
+  // Takes out what is over the budget, to `gone`; ends the user of `key` where nothing was recorded
+  // of them.
+  void settle(const UserKey& key, GoneUsers& gone) noexcept {
     Shard& shard = shard_of(key);
-    std::array<User::Owner, 8> gone;  // freed without the lock
-    for (bool more = true; more;) {
-      std::size_t count = 0;
-      {
-        const lock_guard lock{shard.mutex};
-        if (const auto number = number_of(shard, key); number && shard.users[*number]->is_blank())
-          gone[count++] = remove(shard, *number);
-        while (count < gone.size() && over_budget(shard))
-          gone[count++] = remove(shard, shard.order.oldest());
-        more = over_budget(shard);
-      }
-      for (User::Owner& user : gone) user.reset();
+    User::Owner blank;  // freed without the lock
+    const lock_guard lock{shard.mutex};
+    if (const auto number = number_of(shard, key); number && shard.users[*number]->is_blank())
+      blank = remove(shard, *number);
+    while (over_budget(shard)) gone.add(remove(shard, shard.order.oldest()));
+  }
+  // The same of a whole shard.
+  void settle(std::size_t number, GoneUsers& gone) noexcept {
+    Shard& shard = shards_[number];
+    const lock_guard lock{shard.mutex};
+    while (over_budget(shard)) gone.add(remove(shard, shard.order.oldest()));
+  }
+
+  // The next user of the shard, from slot `at` on, whose state is older than the generation; their
+  // key goes to `key`, and `at` behind them. False where there is none.
+  bool next_older(std::size_t number, std::uint32_t generation, std::size_t& at,
+                  std::string& key) const {
+    key.reserve(1 + max_id_bytes);  // without the lock
+    const Shard& shard = shards_[number];
+    const lock_guard lock{shard.mutex};
+    for (; at < shard.users.size(); ++at) {
+      const User* const user = shard.users[at].get();
+      if (!user || user->generation >= generation) continue;
+      ++at;
+      key.assign(user->key().data(), user->key().size());
+      return true;
     }
+    return false;
+  }
+
+  // As ContextSums has it, user by user: who changes one that write_shard() has not come to first
+  // keeps what was there.
+  // generation: whose states are written.
+  void begin_cut(std::uint32_t generation) {
+    for (Shard& shard : shards_) {
+      auto cut = std::make_unique<Cut>();
+      const lock_guard lock{shard.mutex};
+      cut->generation = generation;
+      cut->slots = shard.users.size();
+      cut->kept.resize((cut->slots + 63) / 64);
+      for (std::size_t slot = 0; slot < cut->slots; ++slot)
+        if (!shard.users[slot]) cut->kept[slot / 64] |= std::uint64_t{1} << (slot % 64);
+      cut->uses = shard.uses;
+      cut->count = shard.index.size();
+      shard.cut = std::move(cut);
+    }
+  }
+  bool end_cut() noexcept {
+    bool whole = true;
+    for (Shard& shard : shards_) {
+      std::unique_ptr<Cut> gone;  // freed without the lock
+      const lock_guard lock{shard.mutex};
+      gone = std::move(shard.cut);
+      whole = whole && !(gone && gone->lost);
+    }
+    return whole;
+  }
+  // The users of a shard as of the cut, once.
+  void write_shard(std::size_t number, Vector<std::byte>& out) {
+    constexpr std::size_t together = 256;  // under one lock
+    Shard& shard = shards_[number];
+    FieldWriter archive{out};
+    std::vector<Vector<std::byte>> images;
+    {
+      const lock_guard lock{shard.mutex};
+      archive(shard.cut->uses, static_cast<std::uint64_t>(shard.cut->count),
+              static_cast<std::uint64_t>(shard.index.capacity()),
+              static_cast<std::uint64_t>(shard.users.capacity()),
+              static_cast<std::uint64_t>(shard.free.capacity()));
+    }
+    for (bool more = true; more;) {
+      out.reserve(out.size() + (std::size_t{1} << 20));  // without the lock
+      const lock_guard lock{shard.mutex};
+      Cut& cut = *shard.cut;
+      std::size_t written = 0;
+      for (; cut.done < cut.slots && written < together; ++cut.done) {
+        if (cut.has(cut.done)) continue;
+        const User& user = *shard.users[cut.done];
+        if (out.capacity() - out.size() < user.written_bytes()) {
+          if (written > 0) break;
+          out.reserve(out.size() + 2 * user.written_bytes());
+        }
+        user.write(archive, user.generation == cut.generation);
+        ++written;
+      }
+      more = cut.done < cut.slots;
+      if (!more) images.swap(cut.images);
+    }
+    for (const Vector<std::byte>& image : images) archive.bytes(image);
+  }
+  // What write_shard() wrote, into a shard without users. generation: of whose encoder the states
+  // are; those that were not written are older.
+  void read_shard(std::size_t number, FieldReader& archive, const HashKey& key,
+                  const User::Bounds& bounds, std::uint32_t generation) {
+    Shard& shard = shards_[number];
+    std::uint64_t uses = 0, count = 0, index_slots = 0, user_slots = 0, free_slots = 0;
+    archive(uses, count, index_slots, user_slots, free_slots);
+    // Of what is not there no memory is taken: tables are at most some times as large as their
+    // contents were, and users some 30 bytes at least.
+    constexpr std::size_t least = 30;
+    const std::uint64_t room = 4096 + 64 * (archive.left() / least);
+    if (count > archive.left() / least || index_slots > room || user_slots > room ||
+        free_slots > room || user_slots < count)
+      return archive.fail();
+    const lock_guard lock{shard.mutex};
+    shard.index = HashIndex::of_capacity(
+        static_cast<std::size_t>(std::max(index_slots, std::bit_ceil(count + count / 2 + 2))));
+    shard.users.reserve(static_cast<std::size_t>(user_slots));
+    shard.free.reserve(static_cast<std::size_t>(std::max(free_slots, user_slots)));
+    Vector<Keyed> order;
+    order.reserve(static_cast<std::size_t>(count));
+    for (std::uint64_t u = 0; u < count; ++u) {
+      bool current = false;
+      User::Owner user = User::read(archive, key, bounds, current);
+      if (!user || shard_of_hash(user->hash) != number || user->used > uses || shard.index.full())
+        return archive.fail();
+      const std::string_view id = user->key();
+      if (shard.index.find(user->hash,
+                           [&](std::uint32_t n) { return shard.users[n]->key() == id; }))
+        return archive.fail();
+      user->generation = current ? generation : 0;
+      const auto slot = static_cast<std::uint32_t>(shard.users.size());
+      order.push_back({user->used, slot});
+      shard.bytes += user->bytes();
+      shard.index.insert(user->hash, slot);
+      shard.users.push_back(std::move(user));
+    }
+    if (!archive.at_end()) return archive.fail();
+    sort_by_key(order);
+    for (const Keyed& each : order) shard.order.add(each.index, links_in(shard));
+    shard.uses = uses;
   }
 
   // The user, who is forgotten; null where there is none.
@@ -11438,6 +12427,12 @@ class Users {
     const lock_guard lock{shard.mutex};
     const auto number = number_of(shard, key);
     return number ? remove(shard, *number) : nullptr;
+  }
+  // One who comes from elsewhere, in the place of a user of the same key.
+  void put(const UserKey& key, User::Owner user, bool& grown) {
+    grown = true;
+    (void)take(key);
+    add(shard_of(key), key, std::move(user));
   }
 
   std::size_t count() const {
@@ -11458,21 +12453,37 @@ class Users {
   }
 
  private:
-  static constexpr std::size_t shard_count = 64;
+  // What a shard was when the cut began: users of slots from `done` on that are not kept yet are as
+  // they were.
+  struct Cut {
+    std::size_t slots = 0, done = 0, count = 0;
+    std::uint64_t uses = 0;
+    std::uint32_t generation = 0;
+    Vector<std::uint64_t> kept;             // a bit a slot: in images, or there was no user
+    std::vector<Vector<std::byte>> images;  // as User::write() writes them
+    bool lost = false;                      // memory ran out
+
+    bool has(std::size_t slot) const noexcept { return (kept[slot / 64] >> (slot % 64) & 1) != 0; }
+  };
   struct alignas(64) Shard {
     mutable Mutex mutex;
     HashIndex index;                 // of users
     std::vector<User::Owner> users;  // null: free
     Vector<std::uint32_t> free;
     RecencyList order;
-    std::size_t bytes = 0;  // of the users
+    std::size_t bytes = 0;   // of the users
+    std::uint64_t uses = 0;  // so far, of any of them
+    std::unique_ptr<Cut> cut;
   };
 
-  static std::size_t shard_number(const UserKey& key) noexcept { return key.hash() % shard_count; }
+  static std::size_t shard_number(const UserKey& key) noexcept { return shard_of_hash(key.hash()); }
   Shard& shard_of(const UserKey& key) noexcept { return shards_[shard_number(key)]; }
-  static auto links_in(Shard& shard) noexcept {
-    return [&shard](std::uint32_t n) -> RecencyList::Links& { return shard.users[n]->links; };
-  }
+  const Shard& shard_of(const UserKey& key) const noexcept { return shards_[shard_number(key)]; }
+  struct LinksOf {
+    Shard& shard;
+    RecencyList::Links& operator()(std::uint32_t n) const noexcept { return shard.users[n]->links; }
+  };
+  static LinksOf links_in(Shard& shard) noexcept { return {shard}; }
   static std::optional<std::uint32_t> number_of(const Shard& shard, const UserKey& key) noexcept {
     return shard.index.find(key.hash(), [&](std::uint32_t n) {
       return shard.users[n]->hash == key.hash() && shard.users[n]->key() == key.text();
@@ -11481,8 +12492,36 @@ class Users {
   static User* find(Shard& shard, const UserKey& key, bool use) noexcept {
     const auto number = number_of(shard, key);
     if (!number) return nullptr;
-    if (use) shard.order.touch(*number, links_in(shard));
-    return shard.users[*number].get();
+    keep(shard, *number);
+    User* const user = shard.users[*number].get();
+    if (use) {
+      shard.order.touch(*number, links_in(shard));
+      user->used = ++shard.uses;
+    }
+    return user;
+  }
+  // Ahead of a change of the user in this slot, under the lock.
+  static void keep(Shard& shard, std::size_t slot) noexcept {
+    Cut* const cut = shard.cut.get();
+    if (!cut || slot >= cut->slots || slot < cut->done || cut->has(slot)) return;
+    cut->kept[slot / 64] |= std::uint64_t{1} << (slot % 64);
+    const auto copy = [&] {
+      const User& user = *shard.users[slot];
+      Vector<std::byte> image;
+      image.reserve(user.written_bytes());
+      FieldWriter archive{image};
+      user.write(archive, user.generation == cut->generation);
+      cut->images.push_back(std::move(image));
+    };
+#if PERSONALIZE_HAS_EXCEPTIONS
+    try {
+      copy();
+    } catch (const std::bad_alloc&) {
+      cut->lost = true;
+    }
+#else
+    copy();
+#endif
   }
   static std::size_t bytes_of(const Shard& shard) noexcept {
     return shard.bytes + shard.index.bytes() + allocated(shard.users) + allocated(shard.free);
@@ -11495,7 +12534,10 @@ class Users {
   template <class Fresh>
   void add(Shard& shard, const UserKey& key, Fresh fresh) {
     User::Owner user = User::make(key, state_size_);
-    fresh(user->state());
+    fresh(*user);
+    add(shard, key, std::move(user));
+  }
+  void add(Shard& shard, const UserKey& key, User::Owner user) {
     for (;;) {
       std::size_t room = 0;
       {
@@ -11550,11 +12592,13 @@ class Users {
     }
     shard.bytes += user->bytes();
     shard.index.insert(user->hash, number);
+    user->used = ++shard.uses;
     shard.users[number] = std::move(user);
     shard.order.add(number, links_in(shard));
   }
 
   static User::Owner remove(Shard& shard, std::uint32_t number) noexcept {
+    keep(shard, number);
     shard.order.remove(number, links_in(shard));
     User::Owner user = std::move(shard.users[number]);
     shard.index.erase(user->hash, number);
@@ -11596,10 +12640,9 @@ class EventIds {
   // Displaces an older id only where the event counts.
   class Claim {
    public:
-    Claim(EventIds& ids, std::string_view id, const UserKey& user, const HashKey& key) {
-      if (id.empty()) return;
-      const std::array<std::uint64_t, 2> both{siphash(key, text_bytes(id)), user.hash()};
-      hash_ = siphash(key, std::as_bytes(std::span(both)));
+    // hash: of hash_of(); 0: there is no id.
+    Claim(EventIds& ids, std::uint64_t hash) : hash_(hash) {
+      if (hash == 0) return;
       known_ = !ids.claim(hash_);
       if (!known_) ids_ = &ids;
     }
@@ -11619,23 +12662,83 @@ class EventIds {
     bool known_ = false;
   };
 
+  static std::uint64_t hash_of(std::string_view id, const UserKey& user,
+                               const HashKey& key) noexcept {
+    if (id.empty()) return 0;
+    const std::array<std::uint64_t, 2> both{siphash(key, text_bytes(id)), user.hash()};
+    return std::max<std::uint64_t>(siphash(key, std::as_bytes(std::span(both))), 1);
+  }
+
   std::size_t bytes() const {
     std::size_t sum = 0;
     for (const Stripe& stripe : stripes_) {
       const lock_guard lock{stripe.mutex};
-      sum += stripe.index.bytes() + allocated(stripe.ring) + allocated(stripe.claimed);
+      sum += stripe.index.bytes() + allocated(stripe.ring.hashes) + allocated(stripe.claimed);
     }
     return sum;
   }
 
+  // As ContextSums has it.
+  void begin_cut() noexcept {
+    for (Stripe& stripe : stripes_) {
+      const lock_guard lock{stripe.mutex};
+      stripe.before.begin();
+    }
+  }
+  bool end_cut() noexcept {
+    bool whole = true;
+    for (Stripe& stripe : stripes_) {
+      std::unique_ptr<Ring> gone;  // freed without the lock
+      const lock_guard lock{stripe.mutex};
+      whole = whole && !stripe.before.lost();
+      gone = stripe.before.end();
+    }
+    return whole;
+  }
+  // All, those of a stripe from the oldest on.
+  void write(FieldWriter& archive) const {
+    Ring ring;
+    for (const Stripe& stripe : stripes_) {
+      ring.hashes.reserve(capacity_);  // without the lock
+      {
+        const lock_guard lock{stripe.mutex};
+        const Ring& from = stripe.before.get() ? *stripe.before.get() : stripe.ring;
+        ring.hashes.assign(from.hashes.begin(), from.hashes.end());
+        ring.next = from.next;
+      }
+      const std::size_t count = ring.hashes.size();
+      archive(static_cast<std::uint64_t>(count));
+      const std::size_t oldest = count < capacity_ ? 0 : ring.next;
+      for (std::size_t i = 0; i < count; ++i) archive(ring.hashes[(oldest + i) % count]);
+    }
+  }
+  // What write() wrote, into an empty one; of more than there is room for, the latest.
+  void read(FieldReader& archive) {
+    for (std::size_t s = 0; s < stripe_count; ++s) {
+      std::uint64_t count = 0;
+      archive(count);
+      if (count > archive.left() / sizeof(std::uint64_t)) return archive.fail();
+      for (std::uint64_t i = 0; i < count; ++i) {
+        std::uint64_t hash = 0;
+        archive(hash);
+        if (hash % stripe_count != s || !claim(hash)) return archive.fail();
+        end(hash, true);
+      }
+    }
+  }
+
  private:
   static constexpr std::size_t stripe_count = 64;
-  struct Stripe {
-    mutable RankedMutex<1> mutex;
-    HashIndex index;                // of places in the ring
-    Vector<std::uint64_t> ring;     // hashes in the order of arrival
-    Vector<std::uint64_t> claimed;  // of events that are being recorded
+  struct Ring {
+    Vector<std::uint64_t> hashes;  // in the order of arrival
     std::size_t next = 0;
+  };
+  struct Stripe {
+    mutable RankedMutex<2> mutex;
+    Before<Ring> before;
+    HashIndex index;  // of places in the ring
+    Ring ring;
+    Vector<std::uint64_t> claimed;  // of events that are being recorded
   };
 
   // False where the hash is known. Memory for remembering it is taken, without the lock.
@@ -11645,12 +12748,13 @@ class EventIds {
       std::size_t ring = 0, claimed = 0;
       {
         const lock_guard lock{stripe.mutex};
-        if (stripe.index.find(hash, [&](std::uint32_t p) { return stripe.ring[p] == hash; }) ||
+        const Vector<std::uint64_t>& hashes = stripe.ring.hashes;
+        if (stripe.index.find(hash, [&](std::uint32_t p) { return hashes[p] == hash; }) ||
             std::find(stripe.claimed.begin(), stripe.claimed.end(), hash) != stripe.claimed.end())
           return false;
-        ring = std::min(stripe.ring.size() + stripe.claimed.size() + 1, capacity_);
+        ring = std::min(hashes.size() + stripe.claimed.size() + 1, capacity_);
         claimed = stripe.claimed.size() + 1;
-        if (ring <= stripe.ring.capacity() && claimed <= stripe.claimed.capacity()) {
+        if (ring <= hashes.capacity() && claimed <= stripe.claimed.capacity()) {
           stripe.claimed.push_back(hash);
           return true;
         }
@@ -11661,17 +12765,17 @@ class EventIds {
 
   static void grow(Stripe& stripe, std::size_t room, std::size_t claimed) {
     HashIndex larger = HashIndex::of_capacity(room + room / 2 + 2);
-    Vector<std::uint64_t> ring, claims;
-    ring.reserve(room);
+    Vector<std::uint64_t> hashes, claims;
+    hashes.reserve(room);
     claims.reserve(claimed);
     const lock_guard lock{stripe.mutex};
     if (stripe.claimed.capacity() < claims.capacity()) {
       claims.assign(stripe.claimed.begin(), stripe.claimed.end());
       claims.swap(stripe.claimed);
     }
-    if (stripe.ring.capacity() >= room) return;
-    ring.assign(stripe.ring.begin(), stripe.ring.end());
-    ring.swap(stripe.ring);
+    if (stripe.ring.hashes.capacity() >= room) return;
+    hashes.assign(stripe.ring.hashes.begin(), stripe.ring.hashes.end());
+    hashes.swap(stripe.ring.hashes);
     larger.take(stripe.index);
     std::swap(larger, stripe.index);
   }
@@ -11683,13 +12787,15 @@ class EventIds {
     const auto is_it = [hash](std::uint64_t one) { return one == hash; };
     claimed.erase(std::remove_if(claimed.begin(), claimed.end(), is_it), claimed.end());
     if (!keep) return;
-    const auto place = static_cast<std::uint32_t>(stripe.next);
-    stripe.next = (stripe.next + 1) % capacity_;
-    if (place == stripe.ring.size()) {
-      stripe.ring.push_back(hash);
+    Ring& ring = stripe.ring;
+    stripe.before.keep([&] { return std::make_unique<Ring>(ring); });
+    const auto place = static_cast<std::uint32_t>(ring.next);
+    ring.next = (ring.next + 1) % capacity_;
+    if (place == ring.hashes.size()) {
+      ring.hashes.push_back(hash);
     } else {
-      stripe.index.erase(stripe.ring[place], place);
-      stripe.ring[place] = hash;
+      stripe.index.erase(ring.hashes[place], place);
+      ring.hashes[place] = hash;
     }
     stripe.index.insert(hash, place);
   }
@@ -11773,6 +12879,22 @@ class TimeGate {
     raise(latest_event_, to);
     raise(latest_, to);
   }
+
+  // While nobody else calls.
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    const auto one = [&](auto& shared) {
+      auto value = shared.load();
+      archive(value);
+      if constexpr (Archive::reads) shared.store(value);
+    };
+    one(self.latest_);
+    one(self.latest_event_);
+    one(self.latest_user_);
+    one(self.latest_before_);
+  }
+  // Another model's interactions are known of, too.
+  void know(std::int64_t latest) noexcept { raise(latest_, latest); }
 
  private:
   static void raise(atomic<std::int64_t>& highest, std::int64_t to) noexcept {
@@ -12944,19 +14066,28 @@ class Journal {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 17: state. Owns all that a recommender knows and where it lies: what waits for an update,
-// who runs updates, and how items rank for a user. Uses all earlier rooms. (What outlives the
-// process, save, restore and journal, belongs here.)
+// Room 17: state. Owns all that a recommender knows and the turns in which it is changed, what
+// waits for an update, and how items rank for a user. Uses all earlier rooms.
 //
 // Locks, in the order in which a thread may take them (RankedMutex checks it):
-//   0  State::update_mutex   one update at a time; no request takes it, but with
+//   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
 //                            Updates::in_requests
-//   1  all others            a lane's catalogue and idle memory; a 64th of the users, of the
+//   1  State::turns          one change at a time to what lies in one 32nd of the users, and all of
+//                            them for a moment, when a generation is published or a cut begins
+//   2  all others            a lane's catalogue and idle memory; a 64th of the users, of the
 //                            event ids, of the slates, of the context sums; what waits for an
 //                            update
-// So a request holds one lock at a time. Under it there are look-ups, copies and one step of the
-// encoder: no memory is taken (but for items and events that wait for an update), nothing is
-// solved, no foreign string is hashed, no callback is called.
+//   3  Journal               what waits to be written
+// Under those of rank 2 and 3 there are look-ups, copies and one step of the encoder: no memory is
+// taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
+// foreign string is hashed. No callback is called under any.
+//
+// A change (rooms 18 and 19) has three parts. It is resolved: ids become numbers, all memory is
+// taken; this may fail. Then State::note() gives its record to the journal, where there is one.
+// Then it is applied, which cannot fail and depends on nothing but the record and what is known.
+// All that lies within the turns of the users concerned, so that the journal's order is that of the
+// changes, and whoever reads it comes to the same end. When the turn is over the caller waits until
+// the record is as durable as was asked for.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -12975,33 +14106,305 @@ inline std::optional<HashKey> random_key() {
   return key;
 }
 
-// What a recommender has, for all threads.
-struct State {
-  // What one user adds to what all share, in a half-life.
-  static constexpr float most_events = 1600, most_shown = 4096;
-  static constexpr std::size_t slate_repetitions = 4;  // of events on one item, from slates
-  static constexpr float offset_forgotten = 0.05f;     // of the user's offset, an event
+// Turns, each for some shards of the users.
+class Turns {
+ public:
+  // ThreadSanitizer follows no more than 64 locks of a thread.
+  static constexpr std::size_t count = Users::shard_count / 2;
+  static std::size_t turn_of(const UserKey& key) noexcept {
+    return Users::shard_of_hash(key.hash()) % count;
+  }
 
-  using Mutex = RankedMutex<1>;
+  // Of one user, or of two.
+  class Lock {
+   public:
+    Lock(Turns& turns, const UserKey& key) : Lock(turns, key, key) {}
+    Lock(Turns& turns, const UserKey& key, const UserKey& other) : turns_(&turns) {
+      const std::size_t a = turn_of(key), b = turn_of(other);
+      first_ = std::min(a, b);
+      second_ = std::max(a, b);
+      turns.mutexes_[first_].mutex.lock();
+      if (second_ != first_) turns.mutexes_[second_].mutex.lock_further();
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() { end(); }
+    void end() noexcept {
+      if (!turns_) return;
+      if (second_ != first_) turns_->mutexes_[second_].mutex.unlock_further();
+      turns_->mutexes_[first_].mutex.unlock();
+      turns_ = nullptr;
+    }
 
-  struct PendingEvent {
+   private:
+    Turns* turns_;
+    std::size_t first_, second_;
+  };
+
+  class All {
+   public:
+    explicit All(Turns& turns) : turns_(turns) {
+      turns_.mutexes_[0].mutex.lock();
+      for (std::size_t t = 1; t < count; ++t) turns_.mutexes_[t].mutex.lock_further();
+    }
+    All(const All&) = delete;
+    All& operator=(const All&) = delete;
+    ~All() {
+      for (std::size_t t = count; --t > 0;) turns_.mutexes_[t].mutex.unlock_further();
+      turns_.mutexes_[0].mutex.unlock();
+    }
+
+   private:
+    Turns& turns_;
+  };
+
+ private:
+  struct alignas(64) One {
+    RankedMutex<1> mutex;
+  };
+  std::array<One, count> mutexes_;
+};
+
+// What a record of the journal is of.
+enum class Entry : std::uint32_t {
+  event = 1,     // record() or record_impression()
+  slate = 2,     // recommend()
+  use = 3,       // rank() or explain(): a user counts as used
+  merge = 4,     // merge_session()
+  forget = 5,    // forget()
+  put = 6,       // put_item()
+  remove = 7,    // remove_item()
+  update = 8,    // an update looks at what there is
+  publish = 9,   // and is published
+  swap = 10,     // another model looks at what there is
+  model = 11,    // and is published
+  encode = 12,   // a user's state, by the present encoder
+  import = 13,   // import_user(), find_user
+  arrived = 14,  // an event that waited for its item
+  close = 15,    // the recommender ended in peace
+};
+
+// Items that were put and removed: what is known of them, and what waits for the next update. Any
+// number of threads.
+class PutItems {
+ public:
+  using Fields = CatalogueBuilder::Fields;
+
+  struct Event {
     std::string user, session, event_type;
     std::int64_t timestamp;
     std::size_t bytes() const noexcept {  // beside its own
       return allocated_text(user.capacity()) + allocated_text(session.capacity()) +
              allocated_text(event_type.capacity());
     }
+    template <class Archive, class Self>
+    static void each_field(Archive& archive, Self& self) {
+      archive(self.user, self.session, self.event_type, self.timestamp);
+    }
   };
-  // An item that was put: what is known of it, and what waits for the next update.
-  struct PutItem {
-    CatalogueBuilder::Fields fields;
+  struct Item {
+    Fields fields;
     std::optional<std::int64_t> created;
-    bool waiting = false, remove = false, given = false;
+    bool waiting = false, given = false;
+    bool removed = false;       // from the catalogue, or it waits for that
     std::uint64_t version = 0;  // of the last change
-    std::vector<PendingEvent> events;
-    std::size_t bytes = 0;  // its own and its id's, without events
+    std::vector<Event> events;  // that wait for the item
+    std::size_t bytes = 0;      // its own and its id's, without events
   };
-  struct PutHash {
+  using Items = std::vector<std::pair<std::string, Item>>;
+
+  PutItems(const HashKey& key, std::uint64_t budget) : budget_(budget), items_(0, Hash{key}) {}
+
+  bool any_waiting() const noexcept { return any_waiting_.load(memory_order_relaxed); }
+  std::size_t bytes() const {
+    const lock_guard lock{mutex_};
+    return waiting_bytes_ + kept_bytes_;
+  }
+  std::uint64_t version() const {
+    const lock_guard lock{mutex_};
+    return version_;
+  }
+
+  // Merges what is given into what is known of the item; where that cannot be taken in, nothing is
+  // changed. created: of an item that nobody knows yet. note(): called before anything is changed.
+  template <class Note>
+  Result<void> put(const NewItem& item, std::optional<std::int64_t> created, const Model& model,
+                   Note note) {
+    Vector<float> vector(model.dimension());
+    const lock_guard lock{mutex_};
+    const auto found = items_.find(item.item);
+    const bool there = found != items_.end(), waits = there && found->second.waiting;
+    Item next;
+    if (there) {
+      next.fields = found->second.fields;
+      next.created = found->second.created;
+      next.given = waits && found->second.given;
+    }
+    for (const auto& [name, value] : item.fields) {
+      const std::string_view field = name;
+      const auto known = std::find_if(next.fields.begin(), next.fields.end(),
+                                      [&](const auto& other) { return other.first == field; });
+      if (known != next.fields.end())
+        known->second = value;
+      else
+        next.fields.emplace_back(name, value);
+    }
+    if (const auto known = metadata_of(model, next.fields, vector); !known) return known.error();
+    if (item.creation_timestamp) next.created = item.creation_timestamp;
+    if (!next.created) next.created = created;
+    next.given = next.given || !item.fields.empty();
+    next.waiting = true;
+    next.version = version_ + 1;
+    next.bytes = bytes_of(item.item, next.fields);
+    const std::size_t before = waits ? found->second.bytes : 0;
+    if (waiting_bytes_ - before + next.bytes > budget_)
+      return Error{Errc::limit,
+                   "items that were put fill RecommenderOptions::pending_bytes; put more when an "
+                   "update has taken them in"};
+    const std::size_t kept = there && !waits ? found->second.bytes : 0, now = next.bytes;
+    auto place = found;
+    if (!there) place = items_.emplace(item.item, Item{}).first;
+    const auto give_up = [&] {
+      if (!there) items_.erase(place);
+    };
+    if (auto noted = noting(note, give_up); !noted) return noted;
+    if (there) next.events = std::move(place->second.events);
+    place->second = std::move(next);
+    waiting_bytes_ += now - before;
+    kept_bytes_ -= kept;
+    ++version_;
+    any_waiting_.store(true, memory_order_relaxed);
+    return {};
+  }
+
+  // there: whether the catalogue has the item. False where neither it nor these have.
+  template <class Note>
+  Result<bool> remove(std::string_view id, bool there, Note note) {
+    const lock_guard lock{mutex_};
+    auto found = items_.find(id);
+    const bool known = found != items_.end();
+    const bool waits = known && found->second.waiting;
+    if (waits ? found->second.removed : !there) return false;
+    if (!known) found = items_.emplace(std::string(id), Item{}).first;
+    const auto give_up = [&] {
+      if (!known) items_.erase(found);
+    };
+    if (auto noted = noting(note, give_up); !noted) return noted.error();
+    Item& item = found->second;
+    if (!known) {
+      item.bytes = bytes_of(id, {});
+      kept_bytes_ += item.bytes;
+    }
+    if (!waits) {
+      kept_bytes_ -= item.bytes;
+      waiting_bytes_ += item.bytes;
+    }
+    item.waiting = item.removed = true;
+    item.version = ++version_;
+    any_waiting_.store(true, memory_order_relaxed);
+    return true;
+  }
+
+  // Keeps an event on an item that waits for an update; false where none waits, or there is no
+  // room. note(): called before anything is changed.
+  template <class Note>
+  bool remember(std::string_view id, Event event, Note note) {
+    const lock_guard lock{mutex_};
+    const auto found = items_.find(id);
+    if (found == items_.end() || !found->second.waiting || found->second.removed) return false;
+    auto& events = found->second.events;
+    const std::size_t room = events.size() < events.capacity()
+                                 ? events.capacity()
+                                 : std::max<std::size_t>(4, events.size() + events.size() / 2);
+    const std::size_t more = event.bytes() + allocated(room * sizeof(Event)) - allocated(events);
+    if (waiting_bytes_ + more > budget_) return false;
+    events.reserve(room);
+    note();
+    events.push_back(std::move(event));
+    waiting_bytes_ += more;
+    return true;
+  }
+
+  // Copies of what waits, without events, in the order in which it was put. version: as of then.
+  // note(items): called before anybody else puts more.
+  template <class Note>
+  Items waiting(std::uint64_t& version, Note note) const {
+    return copies([](const Item& item) { return item.waiting; }, version, note);
+  }
+  // Of what is known and does not wait.
+  Items taken_in() const {
+    std::uint64_t version = 0;
+    return copies([](const Item& item) { return !item.waiting; }, version, [](const Items&) {});
+  }
+
+  // Of what was taken in: it waits no more, unless it was put again meanwhile.
+  void settle(const Items& items) noexcept {
+    const lock_guard lock{mutex_};
+    for (const auto& [id, taken] : items) {
+      const auto found = items_.find(id);
+      if (found == items_.end()) continue;
+      Item& item = found->second;
+      if (item.version != taken.version) continue;
+      waiting_bytes_ -= item.bytes;
+      item.waiting = item.given = false;
+      if (item.removed) {
+        for (const Event& event : item.events) waiting_bytes_ -= event.bytes();
+        waiting_bytes_ -= allocated(item.events);
+        item.events.clear();
+        item.events.shrink_to_fit();
+        item.fields = {};
+        item.created.reset();
+        item.bytes = bytes_of(id, {});
+      }
+      kept_bytes_ += item.bytes;
+    }
+    any_waiting_.store(std::any_of(items_.begin(), items_.end(),
+                                   [](const auto& one) { return one.second.waiting; }),
+                       memory_order_relaxed);
+  }
+
+  // The first event of an item that waits no more; nothing where there is none.
+  std::optional<Event> first_arrived(std::string_view id) const {
+    const lock_guard lock{mutex_};
+    const auto found = items_.find(id);
+    if (found == items_.end() || found->second.waiting || found->second.events.empty())
+      return std::nullopt;
+    return found->second.events.front();
+  }
+  void drop_arrived(std::string_view id) noexcept {
+    const lock_guard lock{mutex_};
+    const auto found = items_.find(id);
+    if (found == items_.end() || found->second.events.empty()) return;
+    auto& events = found->second.events;
+    waiting_bytes_ -= events.front().bytes();
+    events.erase(events.begin());
+    if (!events.empty()) return;
+    waiting_bytes_ -= allocated(events);
+    std::vector<Event>{}.swap(events);
+  }
+  // Ids of items that have such events.
+  std::vector<std::string> with_arrived() const {
+    std::vector<std::string> ids;
+    const lock_guard lock{mutex_};
+    for (const auto& [id, item] : items_)
+      if (!item.waiting && !item.events.empty()) ids.push_back(id);
+    return ids;
+  }
+
+  // cut(): called under the lock, where a cut is to begin.
+  template <class Cut>
+  void write(FieldWriter& archive, Cut cut) const {
+    const lock_guard lock{mutex_};
+    cut();
+    each_field(archive, *this);
+  }
+  void read(FieldReader& archive) {
+    const lock_guard lock{mutex_};
+    each_field(archive, *this);
+  }
+
+ private:
+  struct Hash {
     using is_transparent = void;
     HashKey key;
     std::size_t operator()(std::string_view id) const noexcept {
@@ -13009,28 +14412,133 @@ struct State {
     }
   };
 
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    std::uint64_t count = self.items_.size();
+    archive(self.version_, count);
+    const auto one = [&](auto& id, auto& item) {
+      std::uint64_t fields = item.fields.size(), events = item.events.size();
+      std::int64_t created = item.created.value_or(no_timestamp);
+      archive(id, item.waiting, item.given, item.removed, item.version, created, fields, events);
+      if constexpr (Archive::reads) {
+        if (fields > 1000 || events > archive.left()) return archive.fail();
+        if (created != no_timestamp) item.created = created;
+        item.fields.resize(static_cast<std::size_t>(fields));
+        item.events.resize(static_cast<std::size_t>(events));
+      }
+      for (auto& [name, value] : item.fields) archive(name, value);
+      for (auto& event : item.events) Event::each_field(archive, event);
+    };
+    if constexpr (Archive::reads) {
+      for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
+        std::string id;
+        Item item;
+        one(id, item);
+        if (!archive.ok() || id.empty() || id.size() > max_id_bytes || !valid_id(id) ||
+            self.items_.find(id) != self.items_.end())
+          return archive.fail();
+        for (const Event& event : item.events)
+          if (!valid_id(event.user) || !valid_id(event.session) || !valid_id(event.event_type) ||
+              event.user.size() > max_id_bytes || event.session.size() > max_id_bytes ||
+              (event.user.empty() && event.session.empty()))
+            return archive.fail();
+        item.bytes = bytes_of(id, item.fields);
+        (item.waiting ? self.waiting_bytes_ : self.kept_bytes_) += item.bytes;
+        for (const Event& event : item.events) self.waiting_bytes_ += event.bytes();
+        self.waiting_bytes_ += allocated(item.events);
+        if (item.waiting) self.any_waiting_.store(true, memory_order_relaxed);
+        self.items_.emplace(std::move(id), std::move(item));
+      }
+    } else {
+      for (const auto& [id, item] : self.items_) one(id, item);
+    }
+  }
+
+  // note(), where it fails, after give_up().
+  template <class Note, class GiveUp>
+  static Result<void> noting(Note& note, GiveUp give_up) {
+    auto noted = catching_bad_alloc([&]() -> Result<void> {
+      note();
+      return {};
+    });
+    if (!noted) give_up();
+    return noted;
+  }
+
+  template <class Wanted, class Note>
+  Items copies(Wanted wanted, std::uint64_t& version, Note note) const {
+    Items items, ordered;
+    Vector<Keyed> order;
+    const lock_guard lock{mutex_};
+    version = version_;
+    for (const auto& [id, item] : items_) {
+      if (!wanted(item)) continue;
+      order.push_back({item.version, static_cast<std::uint32_t>(items.size())});
+      auto& copy = items.emplace_back(id, Item{}).second;
+      copy.fields = item.fields;
+      copy.created = item.created;
+      copy.removed = item.removed;
+      copy.given = item.given;
+      copy.version = item.version;
+    }
+    sort_by_key(order);
+    ordered.reserve(items.size());
+    for (const Keyed& each : order) ordered.push_back(std::move(items[each.index]));
+    note(std::as_const(ordered));
+    return ordered;
+  }
+
+  // Of an entry, without events.
+  static std::size_t bytes_of(std::string_view id, const Fields& fields) noexcept {
+    constexpr std::size_t links = 2 * sizeof(void*), buckets = 2 * sizeof(void*);
+    std::size_t sum = allocated(sizeof(std::pair<const std::string, Item>) + links) + buckets +
+                      allocated_text(id.size()) + allocated(fields);
+    for (const auto& [name, value] : fields)
+      sum += allocated_text(name.capacity()) + allocated_text(value.capacity());
+    return sum;
+  }
+
+  mutable RankedMutex<2> mutex_;
+  std::uint64_t budget_;
+  std::unordered_map<std::string, Item, Hash, std::equal_to<>> items_;
+  std::size_t waiting_bytes_ = 0, kept_bytes_ = 0;  // of what waits; of what is in
+  std::uint64_t version_ = 0;                       // of the last change
+  atomic<bool> any_waiting_{false};
+};
+
+// What a recommender has, for all threads.
+struct State {
+  // What one user adds to what all share, in a half-life.
+  static constexpr float most_events = 1600, most_shown = 4096;
+  static constexpr std::size_t slate_repetitions = 4;  // of events on one item, from slates
+  static constexpr float offset_forgotten = 0.05f;     // of the user's offset, an event
+
   // model, options and table as Recommender::create has checked them.
-  State(const std::shared_ptr<const Model>& model, RecommenderOptions chosen,
-        const kernels::Table& kernel_table)
-      : base_model(model),
-        options(std::move(chosen)),
+  State(const Model& model, RecommenderOptions chosen, const kernels::Table& kernel_table)
+      : options(std::move(chosen)),
         key(*options.recommendation_key),
         table(kernel_table),
-        times(options, latest_of(*model)),
-        encoder_state(Encoder(*model, table).state_size()),
-        users(to_memory(options.user_bytes), to_memory(options.max_users), encoder_state,
-              model->dimension()),
+        times(options, latest_of(model)),
+        users(to_memory(options.user_bytes), to_memory(options.max_users),
+              Encoder(model, table).state_size(), model.dimension()),
         event_ids(options.remembered_event_ids),
-        contexts(model->dimension(), to_memory(options.context_bytes)),
         slates(options.feedback ? options.remembered_slates : 1, options.slate_expiry.count(), key,
                options.feedback ? static_cast<std::size_t>(options.slate_log_bytes) : 0,
-               model->dimension(), static_cast<bool>(options.log)),
-        forgotten((model->parts().user_ids.size() + 63) / 64),
-        put_items(0, PutHash{key}) {}
+               model.dimension(), static_cast<bool>(options.log)),
+        put_items(key, options.pending_bytes) {}
 
   State(const State&) = delete;
   State& operator=(const State&) = delete;
   ~State() {
+    stop_updater();
+    if (!journal) return;
+    (void)catching_bad_alloc([&]() -> Result<void> {
+      Vector<std::byte> record;
+      (void)note(Entry::close, record, [](FieldWriter&) {});
+      return journal->sync();
+    });
+  }
+  void stop_updater() {
     if (!updater.joinable()) return;
     {
       const lock_guard lock{wake_mutex};
@@ -13050,26 +14558,90 @@ struct State {
     return chosen[std::min(place, chosen.size() - 1)];
   }
 
-  // A stored user's row, unless forgotten.
-  std::optional<std::uint32_t> stored_user(const Model& model,
-                                           std::string_view user) const noexcept {
-    const auto row = user.empty() ? std::nullopt : model.parts().user_ids.find(user);
-    if (!row || (forgotten[*row / 64].load(memory_order_relaxed) >> *row % 64 & 1) != 0)
-      return std::nullopt;
-    return row;
+  // Gives a change's record to the journal; 0 where there is none. write(FieldWriter&): its fields.
+  // Whoever calls has the turns that the change needs, and has taken all memory for it.
+  template <class Write>
+  std::uint64_t note(Entry entry, Vector<std::byte>& record, Write write) {
+    if (!journal) return 0;
+    record.clear();
+    FieldWriter archive{record};
+    write(archive);
+    Reservation room = journal->reserve(record.size());
+    room.add(record);
+    return journal->append(std::move(room), static_cast<std::uint32_t>(entry));
+  }
+  // Returns when the record is as durable as RecommenderOptions::durability says. Holds no lock.
+  Result<void> durable(std::uint64_t sequence) {
+    return journal && sequence != 0 ? journal->commit(sequence) : Result<void>{};
   }
 
-  void begin(const Catalogue& of, std::string_view user, std::span<float> state) const noexcept;
-  void step(User& user, const RememberedEvent& event, Scratch& scratch,
-            const Catalogue& of) noexcept;
-  void apply_event(const UserKey& key_of, std::string_view user, const RememberedEvent& event,
-                   const Time& time, Scratch& scratch, const Catalogue& of);
-  bool merge(std::string_view session, std::string_view user);
+  // What a new user begins with.
+  void begin(const Catalogue& of, std::string_view user, std::span<float> state) const noexcept {
+    if (const auto row = of.stored_user(user)) of.encoder->load(*row, state);
+  }
+  void begin(const Catalogue& of, User& user) const noexcept {
+    const std::string_view id = user.key();
+    begin(of, id[0] == 'u' ? id.substr(1) : std::string_view{}, user.state());
+    user.generation = of.generation;
+  }
 
-  Result<void> check_fields(const NewItem& item) const;
-  Result<void> put(const NewItem& item, const Time& time);
-  bool remove(std::string_view id);
-  bool remember_pending(std::string_view item, PendingEvent event);
+  // One event more, under the user's lock; there is memory for it.
+  void step(User& user, const RememberedEvent& event, Scratch& scratch,
+            const Catalogue& of) noexcept {
+    const auto previous =
+        user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
+    encode(event, previous, user.state(), scratch, of);
+    user.fade_offset(1.0f - offset_forgotten);
+    user.remember(event, options.history_length);
+  }
+  void encode(const RememberedEvent& event, std::optional<std::int64_t> previous,
+              std::span<float> state, Scratch& scratch, const Catalogue& of) noexcept {
+    const auto buckets = static_cast<std::uint32_t>(of.base->parts().time_gap_embedding.rows());
+    const std::uint32_t gap =
+        buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
+    const auto input = of.input_of(event.item, scratch.input);
+    if (of.encoder->step({event.item, event.event_type, gap, input}, state, scratch.encoding))
+      return;
+    std::fill(state.begin(), state.end(), 0.0f);
+    restarted.fetch_add(1, memory_order_relaxed);
+  }
+
+  // Whether queries of the catalogue's model are good for the present one's sums.
+  bool is_current_space(const Catalogue& of) const {
+    return of.generation >= lanes.current()->space_since;
+  }
+  // Whether the user's state and offset are of the catalogue's model; so is one who is not known.
+  bool is_current(const UserKey& of, const Catalogue& by) const {
+    return users.read(of,
+                      [&](const User* user) { return !user || user->generation == by.generation; });
+  }
+  // Makes a user's state and offset those of the present model, from the remembered events. The
+  // caller has the user's turn; the scratch's catalogue is then the present one.
+  void make_current(const UserKey& of, ScratchLease& scratch);
+  // The same where the caller has not.
+  void bring_up(const UserKey& of, ScratchLease& scratch) {
+    if (is_current(of, scratch.catalogue())) return;
+    Turns::Lock turn{turns, of};
+    make_current(of, scratch);
+  }
+
+  // Publishes what publishing() has taken the memory for, while nobody has a turn.
+  void publish(Lanes::Copies& copies, std::shared_ptr<const Catalogue> next) noexcept {
+    lanes.publish(copies);
+    if (catalogue) retired.push_back(std::move(catalogue));  // reserved
+    catalogue = std::move(next);
+    whole_model.reset();
+  }
+  Lanes::Copies publishing(const std::shared_ptr<const Catalogue>& next) {
+    retired.reserve(retired.size() + 1);
+    retired_models.reserve(retired_models.size() + 1);
+    return Lanes::copies(next);
+  }
+  // Ends generations and models that no reader holds any more: here, and not in somebody's request.
+  void sweep() noexcept {
+    std::erase_if(retired, [](const auto& generation) { return generation.use_count() == 1; });
+    std::erase_if(retired_models, [](const auto& one) { return one.use_count() == 1; });
+  }
 
   // Of a caller who waits for an update or its result: one under way takes no rests meanwhile.
   class Hurry {
@@ -13091,28 +14663,34 @@ struct State {
    private:
     State& state_;
   };
+  void wake_updater() {
+    if (!updater.joinable()) return;
+    {
+      const lock_guard lock{wake_mutex};
+      woken = true;
+    }
+    wake.notify_one();
+  }
 
-  bool due() const;
-  Result<void> update_if_due();
-  Result<void> run_update(std::int64_t now, bool learn, Pace& pace);
-  void publish(std::shared_ptr<const Catalogue> next);
-  void start_updater();
-  void run_updater();
-  void wake_updater();
+  static std::int64_t latest_of(const Model& model) noexcept {
+    std::int64_t latest = no_timestamp;
+    for (const ItemStatistics& s : model.parts().statistics)
+      latest = std::max(latest, s.last_timestamp);
+    return latest;
+  }
 
-  std::shared_ptr<const Model> base_model;
   RecommenderOptions options;
   HashKey key;
   const kernels::Table& table;
   TimeGate times;
-  std::size_t encoder_state;
+  Turns turns;
   Users users;
   EventIds event_ids;
-  ContextSums contexts;
   SlateLog slates;
+  PutItems put_items;
   Decay decay{Catalogue::half_life};
-  Vector<atomic<std::uint64_t>> forgotten;  // a bit a user who came with the model
   Lanes lanes;
+  std::unique_ptr<Journal> journal;  // null: none; set while nobody else calls
 
   // Events or impressions since the last learning. No bool: RISC-V exchanges no bytes without
   // libatomic (GCC 12).
@@ -13120,53 +14698,67 @@ struct State {
   atomic<std::int64_t> next_update{no_timestamp};  // by the clock
   atomic<std::uint64_t> restarted{0};
 
-  mutable Mutex pending_mutex;
-  std::unordered_map<std::string, PutItem, PutHash, std::equal_to<>> put_items;
-  std::size_t pending_bytes = 0, kept_bytes = 0;  // waiting; of what is in
-  std::uint64_t put_version = 0;                  // of the last change
-  atomic<bool> has_pending{false};
-
-  RankedMutex<0> update_mutex;                            // one update at a time
-  std::shared_ptr<const Catalogue> catalogue;             // under update_mutex
-  std::vector<std::shared_ptr<const Catalogue>> retired;  // that readers may still hold
-  std::shared_ptr<const Model> whole_model;               // of `catalogue`, once asked for
-  mutable Mutex report_mutex;
-  UpdateReport report;
-  std::int64_t learnt_at = no_timestamp;  // these under update_mutex
+  RankedMutex<0> update_mutex;  // one update, swap or save at a time
+  // Under update_mutex:
+  std::shared_ptr<const Catalogue> catalogue;
+  std::vector<std::shared_ptr<const Catalogue>> retired;     // that readers may still hold
+  std::vector<std::shared_ptr<const Model>> retired_models;  // the same
+  std::shared_ptr<const Model> whole_model;                  // of `catalogue`, once asked for
+  std::int64_t learnt_at = no_timestamp;
   std::size_t learnt_items = 0;
+  std::size_t encoded_shard = Users::shard_count, encoded_slot = 0;  // how far they are current
+
+  mutable RankedMutex<2> report_mutex;
+  UpdateReport report;
 
   mutex wake_mutex;  // of the update thread alone, and of who wakes it
   condition_variable wake, taken_in;
   bool stopping = false, woken = false;
   int in_a_hurry = 0;               // how many Hurry there are
-  std::uint64_t taken_version = 0;  // put_version that updates have taken in
+  std::uint64_t taken_version = 0;  // put_items.version() that updates have taken in
   thread updater;
-
- private:
-  static std::int64_t latest_of(const Model& model) noexcept {
-    std::int64_t latest = no_timestamp;
-    for (const ItemStatistics& s : model.parts().statistics)
-      latest = std::max(latest, s.last_timestamp);
-    return latest;
-  }
-  // Of an entry of put_items, without events.
-  static std::size_t bytes_of(std::string_view id,
-                              const CatalogueBuilder::Fields& fields) noexcept {
-    constexpr std::size_t links = 2 * sizeof(void*), buckets = 2 * sizeof(void*);
-    std::size_t sum = allocated(sizeof(std::pair<const std::string, PutItem>) + links) + buckets +
-                      allocated_text(id.size()) + allocated(fields);
-    for (const auto& [name, value] : fields)
-      sum += allocated_text(name.capacity()) + allocated_text(value.capacity());
-    return sum;
-  }
-  std::vector<std::pair<std::string, PutItem>> waiting_items(std::uint64_t& version) const;
-  void take_in(const std::vector<std::pair<std::string, PutItem>>& items, CatalogueBuilder& builder,
-               UpdateReport& result) const;
-  void settle_pending(std::vector<std::pair<std::string, PutItem>>& items) noexcept;
-  void replay(const std::vector<std::pair<std::string, PutItem>>& items, ScratchLease& scratch,
-              UpdateReport& result) noexcept;
-  void sweep() noexcept;
 };
+
+inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
+  scratch.use(lanes.current());
+  const Catalogue& present = scratch.catalogue();
+  Vector<RememberedEvent>& events = scratch->events;
+  events.reserve(options.history_length);
+  const std::uint32_t generation = users.read(of, [&](const User* user) {
+    events.clear();
+    if (!user) return present.generation;
+    if (user->generation < present.encoder_since)
+      user->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
+    return user->generation;
+  });
+  if (generation == present.generation) return;
+  const std::string_view id = of.text();
+  const std::string_view name = id[0] == 'u' ? id.substr(1) : std::string_view{};
+  User::Owner fresh;
+  if (generation < present.encoder_since) {
+    fresh = User::make(of, present.encoder->state_size());
+    begin(present, *fresh);
+    // What the model was trained on is in the state that it has for the user.
+    const bool stored = present.stored_user(name).has_value();
+    std::optional<std::int64_t> previous;
+    for (const RememberedEvent& event : events) {
+      if (present.is_absent(event.item)) continue;
+      if (stored && event.timestamp <= present.trained_until) continue;
+      encode(event, previous, fresh->state(), *scratch, present);
+      previous = event.timestamp;
+    }
+  }
+  note(Entry::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
+  if (fresh) users.replace(of, std::move(fresh));
+  users.use(
+      of,
+      [&](User* user) {
+        if (!user) return;
+        if (generation < present.space_since) user->drop_offset();
+        user->generation = present.generation;
+      },
+      false);
+}
 
 // How items rank for one user, by one generation: u, and what it is made of. Belongs to one request
 // or event, whose memory it works in.
@@ -13179,7 +14771,8 @@ struct Ranking {
   Scratch& scratch;
   bool known = false;  // whether there are events of the user: scratch.query is theirs
 
-  void read_user(const Request& request, const UserKey& key, const UserKey& session_key,
+  // False where a user's state is of another model than the catalogue: State::bring_up() helps.
+  bool read_user(const Request& request, const UserKey& key, const UserKey& session_key,
                  std::int64_t timestamp);
   void find_best(std::size_t count, const Eligibility& eligibility);
   void normalise();
@@ -13212,435 +14805,6 @@ struct Ranking {
     return std::exp(std::min(log_value, 3.0f));
   }
 };
-
-// Gives back, in the end, users over the budget and one who was added for nothing.
-struct Settle {
-  Users& users;
-  const UserKey& key;
-  bool& grown;  // whether there is anything to give back
-  ~Settle() {
-    if (std::exchange(grown, false)) users.settle(key);
-  }
-};
-
-// What a new user begins with.
-inline void State::begin(const Catalogue& of, std::string_view user,
-                         std::span<float> state) const noexcept {
-  if (const auto row = stored_user(*of.base, user)) of.encoder->load(*row, state);
-}
-
-// One event more, under the user's lock; there is memory for it.
-inline void State::step(User& user, const RememberedEvent& event, Scratch& scratch,
-                        const Catalogue& of) noexcept {
-  const auto buckets = static_cast<std::uint32_t>(of.base->parts().time_gap_embedding.rows());
-  const auto previous =
-      user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
-  const std::uint32_t gap = buckets == 0 ? 0 : time_gap_bucket(previous, event.timestamp, buckets);
-  const auto input = of.input_of(event.item, scratch.input);
-  if (!of.encoder->step({event.item, event.event_type, gap, input}, user.state(),
-                        scratch.encoding)) {
-    std::fill(user.state().begin(), user.state().end(), 0.0f);
-    restarted.fetch_add(1, memory_order_relaxed);
-  }
-  user.fade_offset(1.0f - offset_forgotten);
-  user.remember(event, options.history_length);
-}
-
-// Advances the user's state and memory by an event on an item of the catalogue, and counts it.
-inline void State::apply_event(const UserKey& key_of, std::string_view user,
-                               const RememberedEvent& event, const Time& time, Scratch& scratch,
-                               const Catalogue& of) {
-  const bool shared = users.change(
-      key_of, 1, 0, false, [&](std::span<float> fresh) { begin(of, user, fresh); }, scratch.grown,
-      [&](User& found) {
-        const bool counts = !found.has_events(event.item, event.timestamp, slate_repetitions,
-                                              Catalogue::half_life) &&
-                            found.spend(found.spent_events, 1, most_events, time.now);
-        step(found, event, scratch, of);
-        return counts;
-      });
-  times.advance(time, key_of.hash());
-  if (!shared) return;
-  of.counters->add(ItemCounters::Kind::interactions, event.item, 1, decay.at(times.shared(time)));
-  changed.store(1, memory_order_relaxed);
-}
-
-// The visitor's events are replayed with a catalogue of after they were made: its items are in it.
-inline bool State::merge(std::string_view session, std::string_view user) {
-  const UserKey visitor_key{{}, session, key}, user_key{user, {}, key};
-  const auto before = users.with(
-      visitor_key,
-      [](const User* found) {
-        return found ? std::optional(std::pair(found->events(), found->impressions().size()))
-                     : std::nullopt;
-      },
-      false);
-  if (!before) return false;
-  ScratchLease scratch{lanes};
-  Settle settle{users, user_key, scratch->grown};
-  Vector<RememberedEvent> events;
-  events.reserve(options.history_length);
-  const auto change = [&](std::size_t more_events, std::size_t more_impressions, auto apply) {
-    users.change(
-        user_key, more_events, more_impressions, true,
-        [&](std::span<float> fresh) { begin(scratch.catalogue(), user, fresh); }, scratch->grown,
-        apply);
-  };
-  change(before->first, before->second, [](User&) {});  // memory first
-  const User::Owner visitor = users.take(visitor_key);
-  if (!visitor) return false;
-  scratch.use(lanes.current());
-  const Catalogue& of = scratch.catalogue();
-  visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
-  std::fill(scratch->gradient.begin(), scratch->gradient.end(), 0.0f);
-  visitor->add_offset_to(scratch->gradient);
-  change(events.size(), visitor->impressions().size(), [&](User& found) {
-    for (const RememberedEvent& event : events) step(found, event, *scratch, of);
-    found.add_impressions(visitor->impressions());
-    if (visitor->has_offset()) found.move_offset(scratch->gradient);
-  });
-  return true;
-}
-
-// --------------------------------------------------------------------------------------------
-// Items that wait
-
-inline Result<void> State::check_fields(const NewItem& item) const {
-  constexpr std::size_t most_bytes = std::size_t{1} << 16, most_fields = 1000;
-  const ModelParts& parts = base_model->parts();
-  std::size_t bytes = 0;
-  for (const auto& [field, value] : item.fields) bytes += field.size() + value.size();
-  if (bytes > most_bytes || item.fields.size() > most_fields)
-    return Error{Errc::invalid_argument, "an item has at most 1,000 fields of 64 KiB together"};
-  for (const auto& named : item.fields) {
-    const std::string_view field = named.first;
-    const bool known =
-        std::any_of(parts.fields.begin(), parts.fields.end(),
-                    [&](const MetadataField& of_model) { return of_model.name == field; });
-    if (known) continue;
-    std::string names;
-    for (const MetadataField& of_model : parts.fields)
-      names += (names.empty() ? "" : ", ") + of_model.name;
-    return Error{Errc::invalid_argument,
-                 joined({"the model has no metadata field '", field.substr(0, 64), "'; it has ",
-                         (names.empty() ? "none" : names)})};
-  }
-  return {};
-}
-
-// Merges what is given into what is known of the item; where that cannot be taken in, nothing is
-// changed.
-inline Result<void> State::put(const NewItem& item, const Time& time) {
-  Vector<float> vector(base_model->dimension());
-  const lock_guard lock{pending_mutex};
-  const auto found = put_items.find(item.item);
-  const bool there = found != put_items.end(), waits = there && found->second.waiting;
-  PutItem next;
-  if (there) {
-    next.fields = found->second.fields;
-    next.created = found->second.created;
-    next.given = waits && found->second.given;
-  }
-  for (const auto& [name, value] : item.fields) {
-    const std::string_view field = name;
-    const auto known = std::find_if(next.fields.begin(), next.fields.end(),
-                                    [&](const auto& other) { return other.first == field; });
-    if (known != next.fields.end())
-      known->second = value;
-    else
-      next.fields.emplace_back(name, value);
-  }
-  if (const auto known = metadata_of(*base_model, next.fields, vector); !known)
-    return known.error();
-  if (item.creation_timestamp) next.created = item.creation_timestamp;
-  // Of an item that nobody knows yet; one that is there keeps its own.
-  if (!next.created && !base_model->find_item(item.item)) next.created = time.now;
-  next.given = next.given || !item.fields.empty();
-  next.waiting = true;
-  next.version = put_version + 1;
-  next.bytes = bytes_of(item.item, next.fields);
-  const std::size_t before = waits ? found->second.bytes : 0;
-  if (pending_bytes - before + next.bytes > options.pending_bytes)
-    return Error{Errc::limit,
-                 "items that were put fill RecommenderOptions::pending_bytes; put more when an "
-                 "update has taken them in"};
-  const std::size_t kept = there && !waits ? found->second.bytes : 0, now = next.bytes;
-  if (there) {
-    next.events = std::move(found->second.events);
-    found->second = std::move(next);
-  } else {
-    put_items.emplace(item.item, std::move(next));
-  }
-  pending_bytes += now - before;
-  kept_bytes -= kept;
-  ++put_version;
-  has_pending.store(true, memory_order_relaxed);
-  return {};
-}
-
-inline bool State::remove(std::string_view id) {
-  const bool there = lanes.current()->find(id).has_value();
-  const lock_guard lock{pending_mutex};
-  auto found = put_items.find(id);
-  const bool waits = found != put_items.end() && found->second.waiting && !found->second.remove;
-  if (!there && !waits) return false;
-  if (found == put_items.end()) {
-    found = put_items.emplace(std::string(id), PutItem{}).first;
-    found->second.bytes = bytes_of(id, {});
-    kept_bytes += found->second.bytes;
-  }
-  PutItem& item = found->second;
-  if (!item.waiting) {
-    kept_bytes -= item.bytes;
-    pending_bytes += item.bytes;
-  }
-  item.waiting = item.remove = true;
-  item.version = ++put_version;
-  has_pending.store(true, memory_order_relaxed);
-  return true;
-}
-
-// Keeps an event on an item that waits for an update; false where none waits, or there is no room.
-inline bool State::remember_pending(std::string_view item, PendingEvent event) {
-  const lock_guard lock{pending_mutex};
-  const auto found = put_items.find(item);
-  if (found == put_items.end() || !found->second.waiting || found->second.remove) return false;
-  auto& events = found->second.events;
-  const std::size_t room = events.size() < events.capacity()
-                               ? events.capacity()
-                               : std::max<std::size_t>(4, events.size() + events.size() / 2);
-  const std::size_t more =
-      event.bytes() + allocated(room * sizeof(PendingEvent)) - allocated(events);
-  if (pending_bytes + more > options.pending_bytes) return false;
-  events.reserve(room);
-  events.push_back(std::move(event));
-  pending_bytes += more;
-  return true;
-}
-
-// Copies of what waits, in the order in which it was put.
-inline std::vector<std::pair<std::string, State::PutItem>> State::waiting_items(
-    std::uint64_t& version) const {
-  std::vector<std::pair<std::string, PutItem>> items, ordered;
-  Vector<Keyed> order;
-  {
-    const lock_guard lock{pending_mutex};
-    version = put_version;
-    for (const auto& [id, item] : put_items) {
-      if (!item.waiting) continue;
-      order.push_back({item.version, static_cast<std::uint32_t>(items.size())});
-      auto& copy = items.emplace_back(id, PutItem{}).second;
-      copy.fields = item.fields;
-      copy.created = item.created;
-      copy.remove = item.remove;
-      copy.given = item.given;
-      copy.version = item.version;
-    }
-  }
-  sort_by_key(order);
-  ordered.reserve(items.size());
-  for (const Keyed& each : order) ordered.push_back(std::move(items[each.index]));
-  return ordered;
-}
-
-inline void State::take_in(const std::vector<std::pair<std::string, PutItem>>& items,
-                           CatalogueBuilder& builder, UpdateReport& result) const {
-  constexpr std::size_t most_items = std::size_t{1} << 31, most_told = 100;
-  for (const auto& [id, item] : items) {
-    const auto there = catalogue->ids->find(id);
-    if (item.remove) {
-      if (there) builder.remove(*there);
-      result.items_removed += there.has_value();
-    } else if (!there && catalogue->size() + result.items_added >= most_items) {
-      ++result.items_refused;
-      if (result.refused.size() < most_told)
-        result.refused.push_back({id, {Errc::limit, "the catalogue has 2^31 items"}});
-    } else {
-      builder.put(id, item.created, item.fields, item.given);
-      ++(there ? result.items_changed : result.items_added);
-    }
-  }
-}
-
-// What was taken in waits no more, unless it was put again meanwhile; its events move to `items`.
-inline void State::settle_pending(std::vector<std::pair<std::string, PutItem>>& items) noexcept {
-  const lock_guard lock{pending_mutex};
-  for (auto& [id, taken] : items) {
-    const auto found = put_items.find(id);
-    if (found == put_items.end()) continue;
-    PutItem& item = found->second;
-    taken.events.swap(item.events);
-    pending_bytes -= allocated(taken.events);
-    for (const PendingEvent& event : taken.events) pending_bytes -= event.bytes();
-    if (item.version != taken.version) continue;
-    pending_bytes -= item.bytes;
-    if (item.remove) {
-      put_items.erase(found);
-      continue;
-    }
-    kept_bytes += item.bytes;
-    item.waiting = item.given = false;
-  }
-  has_pending.store(std::any_of(put_items.begin(), put_items.end(),
-                                [](const auto& one) { return one.second.waiting; }),
-                    memory_order_relaxed);
-}
-
-// Events on items that have come in. One for which there is no memory is lost, and counted.
-inline void State::replay(const std::vector<std::pair<std::string, PutItem>>& items,
-                          ScratchLease& scratch, UpdateReport& result) noexcept {
-  for (const auto& [id, item] : items) {
-    const auto number = catalogue->find(id);
-    if (!number) continue;
-    for (const PendingEvent& event : item.events) {
-      const auto applied = catching_bad_alloc([&]() -> Result<void> {
-        const UserKey user{event.user, event.session, key};
-        Settle settle{users, user, scratch->grown};
-        const auto type = catalogue->base->parts().event_types.find(event.event_type);
-        apply_event(user, event.user, {*number, type.value_or(no_event_type), event.timestamp},
-                    {event.timestamp, times.now()}, *scratch, *catalogue);
-        return {};
-      });
-      ++(applied ? result.events_replayed : result.events_lost);
-    }
-  }
-}
-
-// --------------------------------------------------------------------------------------------
-// Updates
-
-inline bool State::due() const {
-  return options.update_interval.count() > 0 && times.now() >= next_update.load() &&
-         (changed.load(memory_order_relaxed) != 0 || has_pending.load(memory_order_relaxed));
-}
-
-// Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
-// again.
-inline Result<void> State::update_if_due() {
-  if (options.updates != Updates::in_requests || !due()) return {};
-  const unique_lock lock{update_mutex, try_to_lock};
-  if (!lock || !due()) return {};
-  const std::int64_t now = times.now(), before = next_update.load();
-  next_update.store(now + options.update_interval.count());
-  Pace pace;
-  auto updated = run_update(now, true, pace);
-  if (!updated) next_update.store(before);
-  return updated;
-}
-
-// The caller holds update_mutex. learn: what events and impressions taught as well. Where it fails,
-// everything stays as it was but for the report.
-inline Result<void> State::run_update(std::int64_t now, bool learn, Pace& pace) {
-  const auto begun = std::chrono::steady_clock::now();
-  UpdateReport result;
-  result.timestamp = now;
-  bool taught = false, published = false;
-  auto made = catching_bad_alloc([&]() -> Result<void> {
-    sweep();
-    std::uint64_t version = 0;
-    auto items = waiting_items(version);
-    taught = learn && changed.exchange(0) != 0;
-    // Counts fade with time alone.
-    const bool faded =
-        learn && learnt_items > 0 && elapsed(learnt_at, now) > Catalogue::half_life / 64;
-    if (items.empty() && !taught && !faded) return {};
-    CatalogueBuilder builder(*catalogue, options, table, pace);
-    take_in(items, builder, result);
-    if (taught || faded) result.items_learnt = builder.learn(now, slates, contexts);
-    auto next = builder.finish(now, times.latest());
-    result.values_unknown = builder.values_unknown();
-    ScratchLease scratch{lanes};
-    scratch.use(next);
-    publish(std::move(next));
-    published = true;
-    if (taught || faded) {
-      learnt_at = now;
-      learnt_items = result.items_learnt;
-    }
-    settle_pending(items);
-    replay(items, scratch, result);
-    {
-      const lock_guard lock{wake_mutex};
-      taken_version = version;
-    }
-    taken_in.notify_all();
-    return {};
-  });
-  if (!made) {
-    if (taught) changed.store(1);
-    result.error = made.error();
-  }
-  result.duration = std::chrono::duration_cast<std::chrono::microseconds>(
-      std::chrono::steady_clock::now() - begun);
-  if (published || !made) {
-    const lock_guard lock{report_mutex};
-    report = std::move(result);
-  }
-  return made;
-}
-
-// Makes the catalogue the present one.
-inline void State::publish(std::shared_ptr<const Catalogue> next) {
-  retired.reserve(retired.size() + 1);
-  lanes.publish(next);
-  if (catalogue) retired.push_back(std::move(catalogue));
-  catalogue = std::move(next);
-  whole_model.reset();
-}
-
-// Ends generations that no reader holds any more: here, and not in somebody's request.
-inline void State::sweep() noexcept {
-  std::erase_if(retired, [](const auto& generation) { return generation.use_count() == 1; });
-}
-
-inline void State::start_updater() {
-  updater = thread([this] { run_updater(); });
-}
-
-inline void State::wake_updater() {
-  if (!updater.joinable()) return;
-  {
-    const lock_guard lock{wake_mutex};
-    woken = true;
-  }
-  wake.notify_one();
-}
-
-// What was put is taken in at once, but beside requests updates take a sixteenth of the time.
-inline void State::run_updater() {
-  constexpr auto after_failure = std::chrono::seconds{1};
-  const std::chrono::milliseconds usual{options.clock ? 20 : 1000};
-  const auto rest = [this](Pace::Clock::duration time) {
-    if (!lanes.busy()) return;
-    unique_lock lock{wake_mutex};
-    wake.wait_for(lock, time, [this] { return stopping || in_a_hurry > 0; });
-  };
-  unique_lock lock{wake_mutex};
-  while (!stopping) {
-    wake.wait_for(lock, usual, [this] { return stopping || woken; });
-    if (stopping) return;
-    const bool put = std::exchange(woken, false);
-    lock.unlock();
-    bool made = true;
-    const bool is_due = due();
-    unique_lock update_lock{update_mutex};
-    Pace pace(rest);  // what the lock took was no work
-    if (put || is_due) {
-      const std::int64_t now = times.now();
-      if (is_due) next_update.store(now + options.update_interval.count());
-      made = run_update(now, is_due, pace).has_value();
-    } else {
-      sweep();
-    }
-    update_lock.unlock();
-    pace.rest();
-    lock.lock();
-    if (!made) wake.wait_for(lock, after_failure, [this] { return stopping; });
-  }
-}
-
-// --------------------------------------------------------------------------------------------
-// How items rank
 
 // Fills scratch.top with the best `count` eligible items and those that may take the place of
 // ignored ones.
@@ -13731,24 +14895,29 @@ inline void Ranking::assess(std::size_t place, const SlotChoice& choice) {
 // Copies what a request needs of the user; not known, where no event is. A request with a user and
 // a session is answered from the user where there are events, else from the session. key: of the
 // user, or of the session where there is no user.
-inline void Ranking::read_user(const Request& request, const UserKey& key,
+inline bool Ranking::read_user(const Request& request, const UserKey& key,
                                const UserKey& session_key, std::int64_t timestamp) {
   scratch.request_number = static_cast<std::uint64_t>(timestamp);
   scratch.drawn_user = scratch.drawn_session = false;
   std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
+  scratch.ignored.clear();
+  scratch.interacted.clear();
+  scratch.ignored_filter = {};
   scratch.ignored.reserve(RecentImpressions::capacity);
   if (request.exclude_interacted) scratch.interacted.reserve(state.options.history_length);
   const std::size_t d = catalogue.dimension();
   const auto stored_query = [&](std::string_view user) {
-    const auto row = state.stored_user(*catalogue.base, user);
+    const auto row = catalogue.stored_user(user);
     if (!row) return false;
     const Matrix& states = catalogue.base->parts().user_states;
     for (std::size_t c = 0; c < d; ++c)
       scratch.query[c] = states.at(*row, states.columns() - d + c);
     return true;
   };
+  bool current = true;
   const auto copy = [&](const User* user) {
     if (!user) return false;
+    if (user->generation != catalogue.generation) return current = false;
     scratch.request_number = user->requests;
     if (scratch.ignored.empty())
       for (const RecentImpressions::Entry& entry : user->impressions())
@@ -13771,13 +14940,14 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
       drawn = found != nullptr;
       return copy(found);
     };
-    if (state.users.with(of, copy_found, true) || stored_query(user)) return true;
+    if (state.users.read(of, copy_found) || stored_query(user)) return true;
     std::fill(scratch.offset.begin(), scratch.offset.end(), 0.0f);
     scratch.interacted.clear();
     return false;
   };
   known = (!request.user.empty() && read(request.user, key, scratch.drawn_user)) ||
           (!request.session.empty() && read({}, session_key, scratch.drawn_session));
+  if (!current) return false;
   // Of the type of ranks_before, whose sort it shares.
   bool (*const by_item)(const ScoredItem&, const ScoredItem&) noexcept =
       [](const ScoredItem& a, const ScoredItem& b) noexcept { return a.item < b.item; };
@@ -13787,6 +14957,30 @@ inline void Ranking::read_user(const Request& request, const UserKey& key,
   if (known)
     for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
   known = known && all_finite(std::span<const float>(scratch.query).first(d));
+  return true;
+}
+
+inline Result<void> check_fields(const NewItem& item, const Model& model) {
+  constexpr std::size_t most_bytes = std::size_t{1} << 16, most_fields = 1000;
+  const ModelParts& parts = model.parts();
+  std::size_t bytes = 0;
+  for (const auto& [field, value] : item.fields) bytes += field.size() + value.size();
+  if (bytes > most_bytes || item.fields.size() > most_fields)
+    return Error{Errc::invalid_argument, "an item has at most 1,000 fields of 64 KiB together"};
+  for (const auto& named : item.fields) {
+    const std::string_view field = named.first;
+    const bool known =
+        std::any_of(parts.fields.begin(), parts.fields.end(),
+                    [&](const MetadataField& of_model) { return of_model.name == field; });
+    if (known) continue;
+    std::string names;
+    for (const MetadataField& of_model : parts.fields)
+      names += (names.empty() ? "" : ", ") + of_model.name;
+    return Error{Errc::invalid_argument,
+                 joined({"the model has no metadata field '", field.substr(0, 64), "'; it has ",
+                         (names.empty() ? "none" : names)})};
+  }
+  return {};
 }
 
 // The kernels that RecommenderOptions::instruction_set names.
@@ -13824,7 +15018,966 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 18: recommender. Owns Recommender: answers requests and learns from events. The order of the
+// Room 18: events. Owns what happens to users: events, impressions and slates, how each is
+// resolved, written to a journal and applied. Uses all earlier rooms.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+// What was shown and chosen, resolved: items are numbers. The slate's number, or the picks with
+// what was expected of them, which lie in Scratch::seen.
+struct EventChange {
+  static constexpr std::uint32_t no_item = std::numeric_limits<std::uint32_t>::max();
+
+  std::string_view user, session;
+  Time time{};
+  std::int64_t shared_time = 0;  // at which it counts for what all share
+  std::uint64_t event_hash = 0;  // 0: the event has no id
+  std::uint32_t item = no_item;  // of the event; none: of an impression, or not known
+  std::uint32_t event_type = no_event_type;
+  bool learns = false;      // with feedback
+  bool positive = false;    // the event is a choice of the item
+  bool listed = false;      // items were listed: Scratch::listed
+  bool by_slate = false;    // the picks are those of the slate
+  bool of_session = false;  // whose slate it is, where there is a user as well
+  bool has_query = false;   // Scratch::query is the user's
+  std::uint64_t slate = 0;  // its number; 0: none
+  // Of an event on an item that was put and is not in yet: the item, and the event's type.
+  std::string_view waits_for, waiting_type;
+  bool arrived = false;  // the first event that waited for the item
+
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    archive(self.user, self.session, self.time.timestamp, self.time.now, self.shared_time,
+            self.event_hash, self.item, self.event_type, self.learns, self.positive, self.listed,
+            self.by_slate, self.of_session, self.has_query, self.slate, self.waits_for,
+            self.waiting_type, self.arrived);
+  }
+};
+
+// A slate that was drawn.
+struct SlateChange {
+  std::string_view user, session;
+  Time time{};
+  SlateLog::Number number;
+  bool drawn_user = false, drawn_session = false;  // whose next request this was
+
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    archive(self.user, self.session, self.time.timestamp, self.time.now, self.number.number,
+            self.number.order, self.drawn_user, self.drawn_session);
+  }
+};
+
+// Gives back, in the end, users over the budget and one who was added for nothing.
+struct Settle {
+  Users& users;
+  const UserKey& key;
+  bool& grown;  // whether there is anything to give back
+  GoneUsers& gone;
+  ~Settle() {
+    if (std::exchange(grown, false)) users.settle(key, gone);
+  }
+};
+
+// Makes the changes that events and requests are. Belongs to one call, in the memory of its
+// scratch; whoever calls has the turns of the users concerned, and uses the present catalogue.
+class Changes {
+  template <class Apply>
+  auto change_user(const UserKey& key, std::size_t events, std::size_t impressions, bool offset,
+                   Apply apply) {
+    return state_.users.change(
+        key, events, impressions, offset, [&](User& fresh) { state_.begin(catalogue(), fresh); },
+        scratch_.grown, apply);
+  }
+
+ public:
+  static constexpr float offset_gain = 0.6f;
+
+  Changes(State& state, ScratchLease& scratch, GoneUsers& gone)
+      : state_(state), scratch_(*scratch), lease_(scratch), gone_(gone) {}
+
+  const Catalogue& catalogue() const noexcept { return lease_.catalogue(); }
+
+  // The items of a list that are in the catalogue, each once, with its place; marked in
+  // Scratch::taken until unlist().
+  void list(std::span<const std::string_view> items) {
+    scratch_.listed.clear();
+    scratch_.listed.reserve(items.size());
+    for (std::size_t place = 0; place < items.size(); ++place) {
+      const auto item = catalogue().find(items[place]);
+      if (!item || scratch_.taken.test(*item)) continue;
+      scratch_.taken.set(*item);
+      scratch_.listed.push_back({*item, static_cast<float>(place)});
+    }
+  }
+  void unlist() noexcept {
+    for (const ScoredItem& one : scratch_.listed) scratch_.taken.reset(one.item);
+  }
+
+  // What is expected of listed items, by the user's present state, to Scratch::seen.
+  void assess_list(const EventChange& change) {
+    Ranking ranking{state_, catalogue(), scratch_};
+    if (!ranking.read_user({.user = change.user, .session = change.session}, key_of(change),
+                           session_of(change), change.time.timestamp))
+      return;  // of another generation, which whoever has the turn sees to
+    ranking.find_best(Ranking::normalising_items, {});
+    ranking.normalise();
+    scratch_.logged.picks.clear();
+    scratch_.logged.choices.clear();
+    scratch_.seen.clear();
+    scratch_.seen.reserve(scratch_.listed.size() + 1);
+    for (const ScoredItem& one : scratch_.listed) {
+      const float u = ranking.score(one.item);
+      if (!std::isfinite(u)) continue;
+      SlotChoice choice;
+      choice.pick = choice.best = {one.item, u};
+      const auto place = static_cast<std::uint32_t>(one.score);
+      ranking.assess(place, choice);
+      scratch_.seen.push_back({place, scratch_.logged.picks.back(), {}, true});
+    }
+    has_query_ = ranking.known;
+    assessed_ = &catalogue();
+  }
+
+  // Resolves what the event says was seen, to Scratch::seen and Scratch::query; returns what became
+  // of the recommendation id. replayed: Scratch::seen is there, unless it is of a slate.
+  Recorded see(EventChange& change, bool replayed) {
+    const std::optional<std::uint32_t> chosen = chosen_by(change);
+    if (!change.learns) {
+      scratch_.seen.clear();
+      return Recorded::learned;
+    }
+    SlateStatus status = SlateStatus::unknown;
+    bool reported = false;
+    if (change.slate != 0)
+      status = state_.slates.read(change.slate, change.time.timestamp, change.time.now,
+                                  scratch_.logged, reported);
+    if (replayed ? change.by_slate : status == SlateStatus::found) {
+      change.by_slate = status == SlateStatus::found;
+      change.has_query = !scratch_.logged.query.empty();
+      std::copy(scratch_.logged.query.begin(), scratch_.logged.query.end(), scratch_.query.begin());
+      scratch_.seen.clear();
+      if (change.by_slate) see_slate(!change.listed && reported, change.listed, chosen);
+    } else if (!replayed) {
+      see_list(change, chosen);
+    }
+    if (change.has_query)
+      for (const SeenPick& seen : scratch_.seen) catalogue().contexts->prepare(seen.pick.item);
+    return change.slate == 0                ? Recorded::learned
+           : status == SlateStatus::found   ? Recorded::learned
+           : status == SlateStatus::expired ? Recorded::expired_slate
+                                            : Recorded::unknown_slate;
+  }
+
+  // Takes the memory that apply() needs.
+  void prepare(const EventChange& change) {
+    const UserKey key = key_of(change);
+    change_user(key, change.item != EventChange::no_item, scratch_.seen.size(),
+                change.has_query && !scratch_.seen.empty(), [](User&) {});
+    scratch_.record.reserve(record_bytes(change));
+  }
+
+  void write(const EventChange& change, FieldWriter& archive) const {
+    EventChange::each_field(archive, change);
+    if (change.listed) archive(scratch_.listed);
+    if (!change.learns || change.by_slate) return;
+    archive(static_cast<std::uint64_t>(scratch_.seen.size()));
+    for (const SeenPick& seen : scratch_.seen)
+      archive(seen.place, seen.pick.item, seen.pick.expected, seen.pick.value, seen.pick.seen,
+              seen.pick.positive);
+    if (!change.has_query || scratch_.seen.empty()) return;
+    archive.bytes(std::as_bytes(
+        std::span(scratch_.query.data(), static_cast<std::size_t>(catalogue().dimension()))));
+  }
+  // foreign: the record is of another model, whose queries are of no use.
+  void read(EventChange& change, FieldReader& archive, std::size_t dimension, bool foreign) {
+    EventChange::each_field(archive, change);
+    const std::size_t items = catalogue().size();
+    scratch_.listed.clear();
+    scratch_.seen.clear();
+    if (change.listed) {
+      archive(scratch_.listed);
+      for (const ScoredItem& one : scratch_.listed) {
+        if (one.item >= items || scratch_.taken.test(one.item)) return archive.fail();
+        scratch_.taken.set(one.item);
+      }
+    }
+    if (change.item != EventChange::no_item && change.item >= items) return archive.fail();
+    if (!change.learns || change.by_slate) return;
+    std::uint64_t count = 0;
+    archive(count);
+    if (count > archive.left() / 16) return archive.fail();
+    for (std::uint64_t i = 0; i < count; ++i) {
+      SeenPick seen{0, {}, {}, true};
+      archive(seen.place, seen.pick.item, seen.pick.expected, seen.pick.value, seen.pick.seen,
+              seen.pick.positive);
+      if (!archive.ok() || seen.pick.item >= items || !seen.pick.is_finite()) return archive.fail();
+      scratch_.seen.push_back(seen);
+    }
+    if (!change.has_query || count == 0) return;
+    const auto raw = archive.bytes(dimension * sizeof(float));
+    if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) {
+      change.has_query = false;
+      return;
+    }
+    std::memcpy(scratch_.query.data(), raw.data(), raw.size());
+    if (!all_finite(std::span<const float>(scratch_.query).first(catalogue().dimension())))
+      archive.fail();
+  }
+
+  void apply(const EventChange& change) {
+    const UserKey key = key_of(change);
+    Settle settle{state_.users, key, scratch_.grown, gone_};
+    if (!scratch_.seen.empty()) apply_seen(change, key);
+    if (change.item != EventChange::no_item) apply_event(change, key);
+  }
+
+  // Makes a visitor's events the user's, after those that the user has. Nothing where there is no
+  // such visitor; else the change's place in the journal. The visitor's events are replayed with
+  // the present catalogue: its items are in it.
+  std::optional<std::uint64_t> merge(std::string_view session, std::string_view user) {
+    const UserKey visitor_key{{}, session, state_.key}, user_key{user, {}, state_.key};
+    const auto before = state_.users.read(visitor_key, [](const User* found) {
+      return found ? std::optional(std::pair(found->events(), found->impressions().size()))
+                   : std::nullopt;
+    });
+    if (!before) return std::nullopt;
+    state_.make_current(visitor_key, lease_);
+    state_.make_current(user_key, lease_);
+    Settle settle{state_.users, user_key, scratch_.grown, gone_};
+    Vector<RememberedEvent>& events = scratch_.events;
+    events.reserve(state_.options.history_length);
+    // Memory first.
+    change_user(user_key, before->first, before->second, true, [](User&) {});
+    const std::uint64_t sequence = state_.note(
+        Entry::merge, scratch_.record, [&](FieldWriter& archive) { archive(session, user); });
+    const User::Owner visitor = state_.users.take(visitor_key);
+    events.clear();
+    visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
+    std::fill(scratch_.gradient.begin(), scratch_.gradient.end(), 0.0f);
+    visitor->add_offset_to(scratch_.gradient);
+    change_user(user_key, events.size(), visitor->impressions().size(), true, [&](User& found) {
+      for (const RememberedEvent& event : events) state_.step(found, event, scratch_, catalogue());
+      found.add_impressions(visitor->impressions());
+      if (visitor->has_offset()) found.move_offset(scratch_.gradient);
+    });
+    return sequence;
+  }
+
+  // Remembers the slate in Scratch::logged, and that its users have asked.
+  void apply(const SlateChange& change) noexcept {
+    const UserKey key{change.user, change.session, state_.key};
+    if (change.number.number != 0)
+      state_.slates.add(change.number, key.text(), scratch_.logged, change.time.now);
+    const auto draw = [](User* user) {
+      if (user) ++user->requests;
+    };
+    if (change.drawn_user) state_.users.use(key, draw);
+    if (change.drawn_session) state_.users.use(UserKey{{}, change.session, state_.key}, draw);
+  }
+  void write(const SlateChange& change, FieldWriter& archive) const {
+    SlateChange::each_field(archive, change);
+    const LoggedSlate& slate = scratch_.logged;
+    archive(static_cast<std::uint64_t>(slate.picks.size()),
+            static_cast<std::uint64_t>(slate.choices.size()), !slate.query.empty());
+    for (const LoggedPick& pick : slate.picks) LoggedPick::each_field(archive, pick);
+    for (const LoggedChoice& choice : slate.choices) LoggedChoice::each_field(archive, choice);
+    archive.bytes(std::as_bytes(std::span(slate.query.data(), slate.query.size())));
+  }
+  void read(SlateChange& change, FieldReader& archive, std::size_t dimension, bool foreign) {
+    SlateChange::each_field(archive, change);
+    const std::size_t items = catalogue().size();
+    LoggedSlate& slate = scratch_.logged;
+    std::uint64_t picks = 0, choices = 0;
+    bool has_query = false;
+    archive(picks, choices, has_query);
+    if (picks > archive.left() / 16 || choices > picks) return archive.fail();
+    slate.timestamp = change.time.timestamp;
+    slate.picks.resize(static_cast<std::size_t>(picks));
+    for (LoggedPick& pick : slate.picks) {
+      LoggedPick::each_field(archive, pick);
+      if (pick.item >= items || !pick.is_finite()) return archive.fail();
+    }
+    slate.choices.resize(static_cast<std::size_t>(choices));
+    for (LoggedChoice& choice : slate.choices) {
+      LoggedChoice::each_field(archive, choice);
+      if (choice.choice.pick.item >= items || choice.choice.best.item >= items)
+        return archive.fail();
+    }
+    slate.query.clear();
+    if (!has_query) return;
+    const auto raw = archive.bytes(dimension * sizeof(float));
+    if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) return;
+    slate.query.resize(catalogue().dimension());
+    std::memcpy(slate.query.data(), raw.data(), raw.size());
+    if (!all_finite(slate.query)) archive.fail();
+  }
+
+ private:
+  UserKey key_of(const EventChange& change) const noexcept {
+    return {change.user, change.session, state_.key};
+  }
+  UserKey session_of(const EventChange& change) const noexcept {
+    return {{}, change.session, state_.key};
+  }
+  static std::optional<std::uint32_t> chosen_by(const EventChange& change) noexcept {
+    return change.positive && change.item != EventChange::no_item ? std::optional(change.item)
+                                                                  : std::nullopt;
+  }
+  std::size_t record_bytes(const EventChange& change) const noexcept {
+    return 256 + change.user.size() + change.session.size() + change.waits_for.size() +
+           change.waiting_type.size() + scratch_.listed.size() * sizeof(ScoredItem) +
+           scratch_.seen.size() * sizeof(SeenPick) + catalogue().dimension() * sizeof(float);
+  }
+  // The picks of Scratch::logged that the event says were seen: those listed, or all where nothing
+  // is listed and the slate was not reported before; and the one that was chosen.
+  void see_slate(bool reported, bool listed, std::optional<std::uint32_t> chosen) {
+    scratch_.seen.reserve(scratch_.logged.picks.size());
+    for (std::uint32_t place = 0; place < scratch_.logged.picks.size(); ++place) {
+      LoggedPick pick = scratch_.logged.picks[place];
+      const bool is_chosen = chosen == pick.item && !pick.positive;
+      const bool is_shown = listed ? scratch_.taken.test(pick.item) : !reported;
+      const bool is_new = (is_shown || is_chosen) && !pick.seen;
+      if (!is_new && !is_chosen) continue;
+      pick.seen = !is_new;  // what was seen before is not counted again
+      pick.positive = is_chosen;
+      scratch_.seen.push_back(
+          {place, pick,
+           scratch_.logged.choices.empty() ? LoggedChoice{} : scratch_.logged.choices[place],
+           true});
+    }
+  }
+
+  // The same without a slate: the listed items; or the chosen one, where an impression of it is
+  // remembered.
+  void see_list(EventChange& change, std::optional<std::uint32_t> chosen) {
+    if (!scratch_.listed.empty()) {
+      if (assessed_ != &catalogue()) assess_list(change);
+      change.has_query = has_query_;
+      for (SeenPick& seen : scratch_.seen) seen.pick.positive = chosen == seen.pick.item;
+      return;
+    }
+    scratch_.seen.clear();
+    if (!chosen || !state_.users.read(key_of(change), [&](const User* user) {
+          return user && std::any_of(user->impressions().begin(), user->impressions().end(),
+                                     [&](const auto& entry) { return entry.item == *chosen; });
+        }))
+      return;
+    Ranking ranking{state_, catalogue(), scratch_};
+    (void)ranking.read_user({.user = change.user, .session = change.session}, key_of(change),
+                            session_of(change), change.time.timestamp);
+    change.has_query = ranking.known;
+    LoggedPick pick;
+    pick.item = *chosen;
+    pick.seen = pick.positive = true;
+    scratch_.seen.push_back({0, pick, {}, true});
+  }
+
+  // Marks the picks of the slate, which tells what was reported before; then the user; then what
+  // all share.
+  void apply_seen(const EventChange& change, const UserKey& key) {
+    const Catalogue& of = catalogue();
+    const std::optional<std::uint32_t> chosen = chosen_by(change);
+    if (change.by_slate) {
+      std::size_t next = 0;
+      state_.slates.mark(change.slate, [&](std::uint32_t place, LoggedPick& pick) {
+        if (next == scratch_.seen.size() || scratch_.seen[next].place != place) return;
+        LoggedPick& seen = scratch_.seen[next++].pick;
+        pick.seen = true;
+        pick.positive = pick.positive || seen.positive;
+      });
+    }
+    if (change.has_query) pull();
+    const std::size_t allowed = change.by_slate ? State::slate_repetitions : 1;
+    change_user(key, 0, scratch_.seen.size(), change.has_query, [&](User& user) {
+      for (SeenPick& seen : scratch_.seen) {
+        const LoggedPick& pick = seen.pick;
+        seen.shared =
+            !user.has_events(pick.item, change.time.timestamp, allowed, Catalogue::half_life) &&
+            (pick.seen ||
+             user.spend(user.spent_impressions, 1, State::most_shown, change.time.now));
+        // What was shown and not chosen is held against the item for this user.
+        if (!pick.seen && chosen != pick.item)
+          user.add_impression(pick.item, change.time.timestamp);
+      }
+      if (chosen) user.remove_impression(*chosen);
+      if (change.has_query) user.move_offset(scratch_.gradient);
+    });
+    const DecayMoment moment = state_.decay.at(change.shared_time);
+    for (const SeenPick& seen : scratch_.seen) of.counters->prefetch(seen.pick.item);
+    const std::span<const float> query(scratch_.query);
+    for (const SeenPick& seen : scratch_.seen) {
+      if (!seen.shared) continue;
+      const LoggedPick& pick = seen.pick;
+      if (!pick.seen) {
+        const auto expected = static_cast<double>(pick.expected);
+        of.counters->add(ItemCounters::Kind::expected, pick.item, expected, moment);
+        if (change.has_query) of.contexts->add_expected(pick.item, query, expected, moment);
+      }
+      if (pick.positive) {
+        of.counters->add(ItemCounters::Kind::positive, pick.item, 1, moment);
+        if (!change.by_slate)
+          of.counters->add(ItemCounters::Kind::unconfirmed, pick.item, 1, moment);
+        if (change.has_query) of.contexts->add_positive(pick.item, query, moment);
+      }
+    }
+    state_.changed.store(1, memory_order_relaxed);
+  }
+
+  // Advances the user's state and memory by an event on an item of the catalogue, and counts it.
+  void apply_event(const EventChange& change, const UserKey& key) {
+    const RememberedEvent event{change.item, change.event_type, change.time.timestamp};
+    const bool shared = change_user(key, 1, 0, false, [&](User& found) {
+      const bool counts = !found.has_events(event.item, event.timestamp, State::slate_repetitions,
+                                            Catalogue::half_life) &&
+                          found.spend(found.spent_events, 1, State::most_events, change.time.now);
+      state_.step(found, event, scratch_, catalogue());
+      return counts;
+    });
+    state_.times.advance(change.time, key.hash());
+    if (!shared) return;
+    catalogue().counters->add(ItemCounters::Kind::interactions, event.item, 1,
+                              state_.decay.at(change.shared_time));
+    state_.changed.store(1, memory_order_relaxed);
+  }
+
+  // Into Scratch::gradient, how these impressions move the user's offset. Of vectors so short that
+  // steps would be out of all proportion, nothing.
+  void pull() noexcept {
+    const Catalogue& of = catalogue();
+    std::fill(scratch_.gradient.begin(), scratch_.gradient.end(), 0.0f);
+    constexpr float least = 1e-8f;
+    if (!(of.mean_square > least)) return;
+    const float gain = offset_gain * of.calibration.slope / of.mean_square;
+    for (const SeenPick& seen : scratch_.seen) {
+      // A choice may be reported after its impression: y and p come apart.
+      const float surprise = (seen.pick.positive ? 1.0f : 0.0f) -
+                             (seen.pick.seen ? 0.0f : std::min(seen.pick.value, 1.0f));
+      of.vectors.row(seen.pick.item, scratch_.vector);
+      for (std::size_t c = 0; c < scratch_.gradient.size(); ++c)
+        scratch_.gradient[c] += gain * surprise * scratch_.vector[c];
+    }
+  }
+
+  State& state_;
+  Scratch& scratch_;
+  ScratchLease& lease_;
+  GoneUsers& gone_;
+  const Catalogue* assessed_ = nullptr;  // by which the list was assessed
+  bool has_query_ = false;               // of the assessed list
+};
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 19: updates. Owns how the next generation comes to be: by what events and impressions taught
+// and what was put and removed, or by another model; and the thread that sees to it. Uses all
+// earlier rooms.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+// The next generation, in three steps, of which the first and the last stop all changes for a
+// moment and stand in the journal: begin() notes what there is, build() makes a catalogue of it
+// while others go on, publish() makes it the present one. Belongs to one thread, which holds
+// State::update_mutex.
+class Update {
+ public:
+  // learn: what events and impressions taught as well.
+  Update(State& state, std::int64_t now, bool learn, Pace& pace)
+      : state_(state), now_(now), learn_(learn), pace_(pace) {
+    report.timestamp = now;
+  }
+  Update(const Update&) = delete;
+  Update& operator=(const Update&) = delete;
+  // One that was not published leaves everything as it was.
+  ~Update() {
+    end_cut();
+    for (const std::uint32_t item : touched_) state_.catalogue->counters->touch(item);
+    if (taught_) state_.changed.store(1);
+  }
+
+  // False where there is nothing new.
+  bool begin() {
+    builder_.emplace(*state_.catalogue, state_.options, state_.table, pace_);
+    const Turns::All turns{state_.turns};
+    bool any = false;
+    items_ = state_.put_items.waiting(version_, [&](const PutItems::Items& items) {
+      taught_ = learn_ && state_.changed.exchange(0) != 0;
+      // Counts fade with time alone.
+      const bool faded = learn_ && state_.learnt_items > 0 &&
+                         elapsed(state_.learnt_at, now_) > Catalogue::half_life / 64;
+      any = !items.empty() || taught_ || faded;
+      learn_ = taught_ || faded;
+      if (!any) return;
+      if (learn_) builder_->take_touched();
+      latest_ = state_.times.latest();
+      ready(Entry::update, [&](FieldWriter& archive) { archive(now_, learn_); });
+    });
+    if (any) begin_cut();
+    return any;
+  }
+
+  // Errors: out of memory.
+  Result<void> build() {
+    take_in();
+    if (learn_) report.items_learnt = builder_->learn(now_, state_.slates, counters_);
+    return finish();
+  }
+
+  void publish() {
+    Lanes::Copies copies = state_.publishing(next_);
+    Vector<std::byte> record;
+    {
+      const Turns::All turns{state_.turns};
+      state_.note(Entry::publish, record, [](FieldWriter&) {});
+      put_in_place(copies);
+    }
+    if (!learn_) return;
+    state_.learnt_at = now_;
+    state_.learnt_items = report.items_learnt;
+  }
+
+  // Another model, in the catalogue's order; `lacking`: items that it has no row for.
+  void begin_swap(std::shared_ptr<const Model> model, Vector<std::uint32_t> lacking) {
+    const Catalogue& old = *state_.catalogue;
+    const Fingerprints &before = old.base->fingerprints(), &after = model->fingerprints();
+    model_ = std::move(model);
+    lacking_ = std::move(lacking);
+    same_space_ = before.items == after.items && old.dimension() == model_->dimension();
+    const Encoder encoder(*model_, state_.table);
+    same_encoder_ =
+        before.encoder == after.encoder && encoder.state_size() == old.encoder->state_size();
+    state_size_ = encoder.state_size();
+    const Turns::All turns{state_.turns};
+    items_ = state_.put_items.taken_in();
+    latest_ = std::max(state_.times.latest(), State::latest_of(*model_));
+    old.counters->take_touched(touched_);
+    ready(Entry::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
+    begin_cut();
+  }
+
+  Result<void> build_swap() {
+    const Catalogue& old = *state_.catalogue;
+    std::shared_ptr<Catalogue> first = CatalogueBuilder::first(model_, state_.options, state_.table,
+                                                               state_.key, now_, latest_, lacking_);
+    first->generation = old.generation + (same_encoder_ && same_space_ ? 0 : 1);
+    first->encoder_since = same_encoder_ ? old.encoder_since : first->generation;
+    first->space_since = same_space_ ? old.space_since : first->generation;
+    first->counters = old.counters;
+    if (first->counters->size() < first->size())
+      first->counters = std::make_shared<ItemCounters>(old.counters->grown(first->size()));
+    first->calibration = old.calibration;
+    first->well_known_prior = old.well_known_prior;
+    first->cold_prior = old.cold_prior;
+    first->active = old.active;
+    if (same_space_) {
+      first->contexts = old.contexts;
+      first->second_moment = old.second_moment;
+    }
+    carry_forgotten(old, *first);
+    // Of interactions that the model was trained on, too, only those since then count, as if they
+    // had come evenly.
+    const std::int64_t until =
+        std::clamp(first->trained_until, old.started, std::max(old.started, now_));
+    const auto fading = [&](std::int64_t from) {
+      return -std::expm1(-static_cast<double>(elapsed(from, now_)) /
+                         static_cast<double>(Catalogue::half_life) * std::log(2.0));
+    };
+    interactions_kept_ = until > old.started ? fading(until) / fading(old.started) : 1.0;
+    counters_ = std::make_shared<ItemCounters>(counters_->scaled(interactions_kept_));
+    builder_.emplace(*first, state_.options, state_.table, pace_);
+    builder_->take_touched(touched_);
+    take_in();
+    report.items_learnt = builder_->learn(now_, state_.slates, counters_);
+    return finish();
+  }
+
+  void publish_swap() {
+    Lanes::Copies copies = state_.publishing(next_);
+    Vector<std::byte> record;
+    const Fingerprints& of = model_->fingerprints();
+    const std::shared_ptr<const Model> old = state_.catalogue->base;
+    const Turns::All turns{state_.turns};
+    state_.note(Entry::model, record, [&](FieldWriter& archive) { archive(of.encoder, of.items); });
+    if (interactions_kept_ < 1)
+      next_->counters->scale(ItemCounters::Kind::interactions, interactions_kept_);
+    state_.users.fit(state_size_, model_->dimension());
+    if (!same_space_) state_.slates.drop_queries(model_->dimension());
+    state_.times.know(
+        std::min(State::latest_of(*model_), now_ + state_.options.clock_skew.count()));
+    put_in_place(copies);
+    state_.retired_models.push_back(old);  // reserved
+    state_.learnt_at = now_;
+    state_.learnt_items = report.items_learnt;
+    if (!same_encoder_ || !same_space_) state_.encoded_shard = state_.encoded_slot = 0;
+  }
+
+  // What waited for the items that have come in. One for which there is no memory is lost, and
+  // counted.
+  void replay_arrived() noexcept;
+
+  std::uint64_t version() const noexcept { return version_; }
+  bool same_encoder() const noexcept { return same_encoder_; }
+  bool same_space() const noexcept { return same_space_; }
+
+  UpdateReport report;
+
+ private:
+  // What can fail, ahead of begin_cut().
+  template <class Write>
+  void ready(Entry entry, Write write) {
+    Vector<std::byte> record;
+    counters_ = std::make_shared<ItemCounters>(state_.catalogue->counters->at_cut());
+    state_.note(entry, record, write);
+  }
+  void begin_cut() noexcept {
+    cut_ = state_.catalogue;
+    cut_->counters->begin_cut();
+    cut_->contexts->begin_cut();
+    state_.slates.begin_cut();
+  }
+  // False where memory ran out for what there was.
+  bool end_cut() noexcept {
+    if (!cut_) return true;
+    const bool counters = cut_->counters->end_cut(), contexts = cut_->contexts->end_cut(),
+               slates = state_.slates.end_cut();
+    cut_.reset();
+    return counters && contexts && slates;
+  }
+
+  void take_in() {
+    constexpr std::size_t most_items = std::size_t{1} << 31, most_told = 100;
+    const ItemIds& ids = *state_.catalogue->ids;
+    const std::size_t size = std::max(ids.size(), model_ ? model_->item_count() : 0);
+    for (const auto& [id, item] : items_) {
+      const auto there = model_ ? model_->find_item(id) : ids.find(id);
+      if (item.removed) {
+        if (there) builder_->remove(*there);
+        report.items_removed += there.has_value();
+      } else if (!there && size + report.items_added >= most_items) {
+        ++report.items_refused;
+        if (report.refused.size() < most_told)
+          report.refused.push_back({id, {Errc::limit, "the catalogue has 2^31 items"}});
+      } else {
+        builder_->put(id, item.created, item.fields, model_ ? !item.fields.empty() : item.given);
+        ++(there ? report.items_changed : report.items_added);
+      }
+    }
+  }
+
+  Result<void> finish() {
+    auto next = builder_->finish(now_, latest_);
+    report.values_unknown = builder_->values_unknown();
+    counters_.reset();
+    if (!end_cut()) return Error{Errc::out_of_memory, "out of memory"};
+    next_ = std::move(next);
+    return {};
+  }
+
+  // While nobody has a turn.
+  void put_in_place(Lanes::Copies& copies) noexcept {
+    for (const std::uint32_t item : builder_->faded()) next_->contexts->forget(item);
+    state_.publish(copies, next_);
+    if (!model_) state_.put_items.settle(items_);
+    taught_ = false;
+  }
+
+  static void carry_forgotten(const Catalogue& old, const Catalogue& next) {
+    const StringTable &users = old.base->parts().user_ids, &others = next.base->parts().user_ids;
+    for (std::size_t w = 0; w < old.forgotten->size(); ++w)
+      for (std::uint64_t bits = (*old.forgotten)[w].load(); bits != 0; bits &= bits - 1) {
+        const std::size_t row = w * 64 + static_cast<std::size_t>(std::countr_zero(bits));
+        if (const auto at = others.find(users[row]))
+          (*next.forgotten)[*at / 64].fetch_or(std::uint64_t{1} << (*at % 64));
+      }
+  }
+
+  State& state_;
+  std::int64_t now_;
+  bool learn_;
+  Pace& pace_;
+  std::optional<CatalogueBuilder> builder_;
+  PutItems::Items items_;
+  std::uint64_t version_ = 0;
+  std::int64_t latest_ = no_timestamp;
+  bool taught_ = false;
+  Vector<std::uint32_t> touched_;                // of a swap, until its builder has them
+  std::shared_ptr<ItemCounters> counters_;       // of the cut
+  std::shared_ptr<const Catalogue> cut_, next_;  // that there is a cut of; that is to be
+  // Of a swap:
+  std::shared_ptr<const Model> model_;
+  Vector<std::uint32_t> lacking_;
+  std::size_t state_size_ = 0;
+  bool same_encoder_ = true, same_space_ = true;
+  double interactions_kept_ = 1;
+};
+
+inline void write_put(const NewItem& item, std::optional<std::int64_t> created,
+                      FieldWriter& archive) {
+  archive(item.item, item.creation_timestamp.value_or(no_timestamp), created.value_or(no_timestamp),
+          static_cast<std::uint64_t>(item.fields.size()));
+  for (const auto& [name, value] : item.fields) archive(name, value);
+}
+
+// Forgets what is known of a user or session, whose turn the caller has. False where there was
+// none.
+inline bool forget(State& state, std::string_view user, const UserKey& key) noexcept {
+  bool forgot = state.users.take(key) != nullptr;
+  if (!user.empty()) {
+    const auto catalogue = state.lanes.current();
+    if (const auto row = catalogue->stored_user(user)) {
+      (*catalogue->forgotten)[*row / 64].fetch_or(std::uint64_t{1} << (*row % 64));
+      forgot = true;
+    }
+  }
+  state.slates.forget(key.text());
+  return forgot;
+}
+
+// An event that has waited for its item, as it is recorded now.
+inline bool record_arrived(State& state, ScratchLease& scratch, const std::string& id) {
+  const auto event = state.put_items.first_arrived(id);
+  if (!event) return false;
+  GoneUsers gone;
+  const UserKey key{event->user, event->session, state.key};
+  Turns::Lock turn{state.turns, key};
+  scratch.use(state.lanes.current());
+  state.make_current(key, scratch);
+  EventChange change;
+  change.user = event->user;
+  change.session = event->session;
+  change.time = {event->timestamp, state.times.now()};
+  change.shared_time = state.times.shared(change.time);
+  change.waits_for = id;
+  change.arrived = true;
+  if (const auto item = scratch.catalogue().find(id)) {
+    change.item = *item;
+    change.event_type = scratch.catalogue()
+                            .base->parts()
+                            .event_types.find(event->event_type)
+                            .value_or(no_event_type);
+  }
+  Changes changes{state, scratch, gone};
+  scratch->seen.clear();
+  changes.prepare(change);
+  state.note(Entry::arrived, scratch->record,
+             [&](FieldWriter& archive) { changes.write(change, archive); });
+  state.put_items.drop_arrived(id);
+  changes.apply(change);
+  return true;
+}
+
+inline void Update::replay_arrived() noexcept {
+  for (const auto& one : items_) {
+    for (bool more = true; more;) {
+      const auto recorded = catching_bad_alloc([&]() -> Result<void> {
+        ScratchLease scratch{state_.lanes};
+        more = record_arrived(state_, scratch, one.first);
+        report.events_replayed += more;
+        return {};
+      });
+      if (recorded) continue;
+      ++report.events_lost;
+      state_.put_items.drop_arrived(one.first);
+    }
+  }
+}
+
+// Who makes updates, and when.
+class Updater {
+ public:
+  explicit Updater(State& state) : state_(state) {}
+
+  bool due() const {
+    return state_.options.update_interval.count() > 0 &&
+           state_.times.now() >= state_.next_update.load() &&
+           (state_.changed.load(memory_order_relaxed) != 0 || state_.put_items.any_waiting());
+  }
+
+  // Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
+  // again.
+  Result<void> update_if_due() {
+    if (state_.options.updates != Updates::in_requests || !due()) return {};
+    const unique_lock lock{state_.update_mutex, try_to_lock};
+    if (!lock || !due()) return {};
+    const std::int64_t now = state_.times.now(), before = state_.next_update.load();
+    state_.next_update.store(now + state_.options.update_interval.count());
+    Pace pace;
+    auto updated = run(now, true, pace);
+    if (!updated) state_.next_update.store(before);
+    encode_some(users_a_time, pace);
+    return updated;
+  }
+
+  // The caller holds update_mutex. learn: what events and impressions taught as well. Where it
+  // fails, everything stays as it was but for the report.
+  Result<void> run(std::int64_t now, bool learn, Pace& pace) {
+    const auto begun = std::chrono::steady_clock::now();
+    UpdateReport report;
+    report.timestamp = now;
+    bool published = false;
+    const auto made = catching_bad_alloc([&]() -> Result<void> {
+      state_.sweep();
+      Update update(state_, now, learn, pace);
+      if (!update.begin()) return {};
+      auto built = update.build();
+      if (built) {
+        update.publish();
+        published = true;
+        update.replay_arrived();
+        {
+          const lock_guard lock{state_.wake_mutex};
+          state_.taken_version = update.version();
+        }
+        state_.taken_in.notify_all();
+      }
+      report = std::move(update.report);
+      return built;
+    });
+    if (!made) report.error = made.error();
+    report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+        std::chrono::steady_clock::now() - begun);
+    if (published || !made) {
+      const lock_guard lock{state_.report_mutex};
+      state_.report = std::move(report);
+    }
+    return made;
+  }
+
+  // Makes the states of so many users, at most, those of the present model; false where none is
+  // left. The caller holds update_mutex.
+  bool encode_some(std::size_t most, Pace& pace) {
+    std::string key;
+    const auto encoded = catching_bad_alloc([&]() -> Result<void> {
+      while (most > 0 && state_.encoded_shard < Users::shard_count) {
+        if (!state_.users.next_older(state_.encoded_shard, state_.catalogue->generation,
+                                     state_.encoded_slot, key)) {
+          ++state_.encoded_shard;
+          state_.encoded_slot = 0;
+          continue;
+        }
+        ScratchLease scratch{state_.lanes};
+        const std::string_view id = std::string_view(key).substr(1);
+        const bool user = key[0] == 'u';
+        state_.bring_up(
+            UserKey{user ? id : std::string_view{}, user ? std::string_view{} : id, state_.key},
+            scratch);
+        --most;
+        pace.step();
+      }
+      return {};
+    });
+    return encoded && state_.encoded_shard < Users::shard_count;
+  }
+
+  Result<SwapReport> swap(const std::shared_ptr<const Model>& model);
+
+  void start() {
+    state_.updater = thread([this_state = &state_] { Updater(*this_state).keep_going(); });
+  }
+
+  static constexpr std::size_t users_a_time = 10'000;
+
+ private:
+  // What was put is taken in at once, but beside requests updates take a sixteenth of the time.
+  void keep_going() {
+    State& state = state_;
+    constexpr auto after_failure = std::chrono::seconds{1};
+    const std::chrono::milliseconds usual{state.options.clock ? 20 : 1000};
+    const auto rest = [&state](Pace::Clock::duration time) {
+      if (!state.lanes.busy()) return;
+      unique_lock lock{state.wake_mutex};
+      state.wake.wait_for(lock, time, [&] { return state.stopping || state.in_a_hurry > 0; });
+    };
+    bool more = false;  // users to encode
+    unique_lock lock{state.wake_mutex};
+    while (!state.stopping) {
+      if (!more) state.wake.wait_for(lock, usual, [&] { return state.stopping || state.woken; });
+      if (state.stopping) return;
+      const bool put = std::exchange(state.woken, false);
+      lock.unlock();
+      bool made = true;
+      const bool is_due = due();
+      unique_lock update_lock{state.update_mutex};
+      Pace pace(rest);  // what the lock took was no work
+      if (put || is_due) {
+        const std::int64_t now = state.times.now();
+        if (is_due) state.next_update.store(now + state.options.update_interval.count());
+        made = run(now, is_due, pace).has_value();
+      } else {
+        state.sweep();
+      }
+      more = encode_some(256, pace);
+      update_lock.unlock();
+      pace.rest();
+      lock.lock();
+      if (!made) state.wake.wait_for(lock, after_failure, [&] { return state.stopping; });
+    }
+  }
+
+  State& state_;
+};
+
+// Where RecommenderOptions wants a thread.
+inline Result<void> start_updater(State& state) {
+  if (state.options.updates != Updates::by_thread || state.options.update_interval.count() == 0)
+    return {};
+#if PERSONALIZE_HAS_EXCEPTIONS
+  try {
+    Updater(state).start();
+  } catch (const std::system_error&) {
+    return Error{Errc::unsupported,
+                 "no thread can be started; set RecommenderOptions::updates to by_caller"};
+  }
+#else
+  Updater(state).start();
+#endif
+  return {};
+}
+
+// The caller holds update_mutex.
+inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& model) {
+  const auto begun = std::chrono::steady_clock::now();
+  state_.sweep();
+  const Catalogue& old = *state_.catalogue;
+  SwapReport report;
+  Vector<std::string_view> items(old.size()), types(old.base->parts().event_types.size());
+  for (std::uint32_t i = 0; i < items.size(); ++i) items[i] = (*old.ids)[i];
+  for (std::size_t t = 0; t < types.size(); ++t) types[t] = old.base->parts().event_types[t];
+  auto ordered = in_order(model, items, types);
+  if (!ordered) return ordered.error();
+  report.items_added = ordered->model->item_count() - items.size();
+  Vector<std::uint32_t> lacking;  // of the items that there are
+  for (const std::uint32_t item : ordered->lacking)
+    if (old.available(item)) lacking.push_back(item);
+  Pace pace;
+  Update update(state_, state_.times.now(), true, pace);
+  update.begin_swap(ordered->model, std::move(ordered->lacking));
+  if (auto built = update.build_swap(); !built) return built.error();
+  update.publish_swap();
+  for (const std::uint32_t item : lacking)
+    ++(state_.catalogue->available(item) ? report.items_put : report.items_dropped);
+  report.states_kept = update.same_encoder();
+  report.sums_kept = update.same_space();
+  report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - begun);
+  return report;
+}
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 21: recommender. Owns Recommender: answers requests and learns from events. The order of the
 // locks stands at the top of room 17, with the locks. Uses all earlier rooms.
 // ============================================================================================
 
@@ -13926,6 +16079,17 @@ class Recommender {
   // stands in the report.
   Result<void> update(std::optional<std::int64_t> now = {});
 
+  // Goes on with another model, newly trained or converted, while requests are under way: none
+  // fails or waits, and those that began with the old model end with it. Users, counts, popularity,
+  // slates and their ids, items that were put or removed go on, and items keep their numbers. What
+  // was learnt in terms of the old model's vectors (users' offsets, taste) goes where the model's
+  // fingerprint differs: the new one was trained on it. Users' states are then made anew from
+  // their remembered events, of each user when next used, and of all by the thread or by update().
+  // Items that the model lacks stay, by the fields that they were put with, or leave. The old model
+  // ends when its last reader is done, at a later update. Errors: invalid_argument (statistics
+  // ahead of the clock), out_of_memory: the old model stays. Cost: as create, and as an update.
+  Result<SwapReport> swap(std::shared_ptr<const Model> model);
+
   // Whether update_interval has passed since the last update and there is something new.
   bool update_due() const;
   UpdateReport update_report() const;
@@ -13966,7 +16130,6 @@ class Recommender {
   using UserKey = detail::UserKey;
   struct Prepared;
 
-  static constexpr float offset_gain = 0.6f;
   static constexpr std::size_t together = 32;  // requests in one pass
   static constexpr std::size_t most_impressions = 10'000;
 
@@ -13978,24 +16141,15 @@ class Recommender {
   static Result<void> check_mask(const Catalogue& catalogue, const Request& request);
 
   void answer(Prepared& prepared, Slate& slate) const;
-  void commit(const Prepared& prepared, Slate& slate) noexcept;
-  void recommend_together(std::span<const Request> requests, std::span<Slate> slates);
+  std::uint64_t commit(Prepared& prepared, Slate& slate);
+  void count_use(const Prepared& prepared) const;
+  std::uint64_t recommend_together(std::span<const Request> requests, std::span<Slate> slates);
   static void clear(Slate& slate) noexcept;
+  Result<void> durable(std::uint64_t sequence, std::span<Slate> slates) const;
 
-  Recorded learn_from(Scratch& scratch, const Catalogue& catalogue, const UserKey& key,
-                      const Impression& shown, const Time& time,
-                      std::optional<std::uint32_t> chosen);
-  static void list(const Catalogue& catalogue, std::span<const std::string_view> items,
-                   Scratch& scratch);
-  static void see_slate(Scratch& scratch, bool reported, bool listed,
-                        std::optional<std::uint32_t> chosen);
-  static void see_list(Ranking& ranking, bool attributed, std::optional<std::uint32_t> chosen);
-  void apply_seen(Scratch& scratch, const Catalogue& catalogue, const UserKey& key,
-                  const Impression& shown, const Time& time, bool has_query,
-                  std::optional<std::uint32_t> chosen, const UserKey* owner);
-  static void pull(const Catalogue& catalogue, Scratch& scratch) noexcept;
-  void write_log(const Catalogue& catalogue, const Impression& shown, const detail::SeenPick& seen,
-                 std::int64_t timestamp, bool positive) const;
+  Result<Recorded> learn(const Interaction& event, const Impression& shown, const Time& time);
+  void write_log(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
+                 std::int64_t timestamp) const;
 
   std::unique_ptr<State> state_;
 };
@@ -14012,14 +16166,23 @@ struct Recommender::Prepared {
         session_key({}, asked.session, of.key),
         scratch(of.lanes) {}
   void read() {
-    Ranking ranking = this->ranking();
-    ranking.read_user(request, key, session_key, time.timestamp);
-    known = ranking.known;
+    for (;;) {
+      Ranking ranking = this->ranking();
+      const bool current = ranking.read_user(request, key, session_key, time.timestamp);
+      known = ranking.known;
+      if (current) break;
+      state.bring_up(key, scratch);
+      if (!request.user.empty() && !request.session.empty()) state.bring_up(session_key, scratch);
+    }
     eligibility = {.eligible = request.eligible};
     if (scratch->interacted.empty()) return;
     for (const std::uint32_t item : scratch->interacted) scratch->excluded.set(item);
     eligibility.excluded = &scratch->excluded;
     eligibility.excluded_count = scratch->interacted.size();
+  }
+  void unread() noexcept {
+    for (const std::uint32_t item : scratch->interacted) scratch->excluded.reset(item);
+    scratch->interacted.clear();
   }
   Ranking ranking() const noexcept { return {state, scratch.catalogue(), *scratch, known}; }
   std::size_t best() const noexcept {
@@ -14059,25 +16222,16 @@ PERSONALIZE_API Result<Recommender> Recommender::create(std::shared_ptr<const Mo
     }
     const auto table = detail::find_kernels(options.instruction_set);
     if (!table) return table.error();
-    Recommender recommender(std::make_unique<State>(model, std::move(chosen), **table));
+    Recommender recommender(std::make_unique<State>(*model, std::move(chosen), **table));
     State& state = *recommender.state_;
     if (auto checked = detail::check_statistics(*model, state); !checked) return checked.error();
     const std::int64_t now = state.times.now();
-    state.publish(detail::CatalogueBuilder::first(model, state.options, state.table, state.key, now,
-                                                  state.times.latest()));
+    const std::shared_ptr<const Catalogue> first = detail::CatalogueBuilder::first(
+        model, state.options, state.table, state.key, now, state.times.latest());
+    detail::Lanes::Copies copies = state.publishing(first);
+    state.publish(copies, first);
     state.next_update = now + state.options.update_interval.count();
-    if (state.options.updates == Updates::by_thread && state.options.update_interval.count() > 0) {
-#if PERSONALIZE_HAS_EXCEPTIONS
-      try {
-        state.start_updater();
-      } catch (const std::system_error&) {
-        return Error{Errc::unsupported,
-                     "no thread can be started; set RecommenderOptions::updates to by_caller"};
-      }
-#else
-      state.start_updater();
-#endif
-    }
+    if (auto started = detail::start_updater(state); !started) return started.error();
     return recommender;
   });
 }
@@ -14121,14 +16275,13 @@ PERSONALIZE_API Result<void> Recommender::recommend(const Request& request, Slat
     if (auto checked = check_request(request); !checked) return checked;
     const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
-    if (auto updated = state_->update_if_due(); !updated) return updated;
+    if (auto updated = detail::Updater(*state_).update_if_due(); !updated) return updated;
     Prepared prepared{*state_, request, *time};
     if (auto checked = check_mask(prepared.scratch.catalogue(), request); !checked) return checked;
     prepared.read();
     prepared.ranking().find_best(prepared.best(), prepared.eligibility);
     answer(prepared, slate);
-    commit(prepared, slate);
-    return {};
+    return durable(commit(prepared, slate), std::span(&slate, 1));
   });
 }
 
@@ -14150,28 +16303,39 @@ PERSONALIZE_API Result<void> Recommender::recommend(std::span<const Request> req
         return time.error();
       if (auto checked = check_mask(*catalogue, request); !checked) return checked;
     }
-    if (auto updated = state_->update_if_due(); !updated) return updated;
+    if (auto updated = detail::Updater(*state_).update_if_due(); !updated) return updated;
     for (std::size_t i = 0; i < requests.size(); ++i) clear(slates[i]);
+    std::uint64_t last = 0;
     for (std::size_t begin = 0; begin < requests.size(); begin += together)
-      recommend_together(requests.subspan(begin, std::min(together, requests.size() - begin)),
-                         slates.subspan(begin));
-    return {};
+      last =
+          recommend_together(requests.subspan(begin, std::min(together, requests.size() - begin)),
+                             slates.subspan(begin));
+    return durable(last, slates.first(requests.size()));
   });
 }
 
-// All of them or, where memory runs out, none.
-PERSONALIZE_API void Recommender::recommend_together(std::span<const Request> requests,
-                                                     std::span<Slate> slates) {
+// All of them or, where memory runs out, none. Returns the last one's place in the journal.
+PERSONALIZE_API std::uint64_t Recommender::recommend_together(std::span<const Request> requests,
+                                                              std::span<Slate> slates) {
   std::array<std::optional<Prepared>, together> all;
   std::array<Scorer::Query, together> queries;
   std::size_t known = 0;
   const std::int64_t now = state_->times.now();
+  for (std::size_t i = 0; i < requests.size(); ++i)
+    all[i].emplace(*state_, requests[i], Time{requests[i].timestamp.value_or(now), now});
+  // One generation for all: scores of several are not compared, but rows are shared.
   for (std::size_t i = 0; i < requests.size(); ++i) {
-    Prepared& prepared =
-        all[i].emplace(*state_, requests[i], Time{requests[i].timestamp.value_or(now), now});
-    // One generation for all: scores of several are not compared, but rows are shared.
+    Prepared& prepared = *all[i];
     if (i > 0) prepared.scratch.use(all[0]->scratch.shared());
     prepared.read();
+    if (&prepared.scratch.catalogue() == &all[0]->scratch.catalogue()) continue;
+    // Another model came, and this user's state is already of it: all begin anew.
+    all[0]->scratch.use(prepared.scratch.shared());
+    for (std::size_t before = 0; before <= i; ++before) all[before]->unread();
+    i = ~std::size_t{0};
+  }
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    Prepared& prepared = *all[i];
     Scratch& scratch = *prepared.scratch;
     // A user who asks twice draws twice.
     for (std::size_t before = 0; before < i; ++before) {
@@ -14187,7 +16351,18 @@ PERSONALIZE_API void Recommender::recommend_together(std::span<const Request> re
   const Catalogue& catalogue = all[0]->scratch.catalogue();
   catalogue.scorer->top_k(std::span(queries).first(known), all[0]->scratch->scoring);
   for (std::size_t i = 0; i < requests.size(); ++i) answer(*all[i], slates[i]);
-  for (std::size_t i = 0; i < requests.size(); ++i) commit(*all[i], slates[i]);
+  std::uint64_t last = 0;
+  for (std::size_t i = 0; i < requests.size(); ++i)
+    last = std::max(last, commit(*all[i], slates[i]));
+  return last;
+}
+
+// Where the journal cannot take them, slates have no ids: one that was given is known again.
+PERSONALIZE_API Result<void> Recommender::durable(std::uint64_t sequence,
+                                                  std::span<Slate> slates) const {
+  if (state_->durable(sequence)) return {};
+  for (Slate& slate : slates) slate.id.clear();
+  return {};
 }
 
 PERSONALIZE_API void Recommender::clear(Slate& slate) noexcept {
@@ -14223,17 +16398,42 @@ PERSONALIZE_API void Recommender::answer(Prepared& prepared, Slate& slate) const
     for (std::size_t place = 0; place < picks; ++place)
       ranking.assess(place, scratch.choices[place]);
     slate.id.reserve(32);
+    if (state_->journal)
+      scratch.record.reserve(1024 + picks * (sizeof(LoggedPick) + sizeof(LoggedChoice)) +
+                             catalogue.dimension() * sizeof(float));
   }
   slate.items.reserve(scratch.choices.size());
 }
 
-// Fills the slate, remembers it and draws its number; takes no memory.
-PERSONALIZE_API void Recommender::commit(const Prepared& prepared, Slate& slate) noexcept {
+// Fills the slate, remembers it and draws its number; takes no memory, but for the journal. Returns
+// its place there.
+PERSONALIZE_API std::uint64_t Recommender::commit(Prepared& prepared, Slate& slate) {
+  State& state = *state_;
   Scratch& scratch = *prepared.scratch;
   const Catalogue& catalogue = prepared.scratch.catalogue();
-  const Ranking ranking = prepared.ranking();
+  detail::SlateChange change;
+  change.user = prepared.request.user;
+  change.session = prepared.request.session;
+  change.time = prepared.time;
+  change.drawn_user = scratch.drawn_user;
+  change.drawn_session = scratch.drawn_session;
+  scratch.logged.timestamp = prepared.time.timestamp;
+  std::uint64_t sequence = 0;
+  if (state.options.feedback || change.drawn_user || change.drawn_session) {
+    const detail::Turns::Lock turn{state.turns, prepared.key,
+                                   change.drawn_session ? prepared.session_key : prepared.key};
+    // Another model came meanwhile: its sums want no queries of the one before.
+    if (!state.is_current_space(catalogue)) scratch.logged.query.clear();
+    if (state.options.feedback) change.number = state.slates.next(prepared.key.text());
+    detail::GoneUsers gone;
+    detail::Changes changes{state, prepared.scratch, gone};
+    sequence = state.note(detail::Entry::slate, scratch.record,
+                          [&](detail::FieldWriter& archive) { changes.write(change, archive); });
+    changes.apply(change);
+  }
   clear(slate);
   slate.ids = catalogue.ids;
+  const Ranking ranking = prepared.ranking();
   for (const SlotChoice& choice : scratch.choices) {
     const Reason reason = choice.explored  ? Reason::exploration
                           : prepared.known ? Reason::relevance
@@ -14242,15 +16442,24 @@ PERSONALIZE_API void Recommender::commit(const Prepared& prepared, Slate& slate)
                            reason, choice.propensity});
     slate.propensity *= static_cast<double>(choice.propensity);
   }
-  if (state_->options.feedback) {
-    scratch.logged.timestamp = prepared.time.timestamp;
-    state_->slates.add(prepared.key.text(), scratch.logged, prepared.time.now, slate.id);
-  }
-  const auto draw = [](User* user) {
-    if (user) ++user->requests;
-  };
-  if (scratch.drawn_user) state_->users.with(prepared.key, draw, false);
-  if (scratch.drawn_session) state_->users.with(prepared.session_key, draw, false);
+  if (change.number.number != 0)
+    state.slates.write_id(change.number.number, prepared.key.text(), slate.id);
+  return sequence;
+}
+
+// Who is asked about counts as used.
+PERSONALIZE_API void Recommender::count_use(const Prepared& prepared) const {
+  State& state = *state_;
+  Scratch& scratch = *prepared.scratch;
+  if (!scratch.drawn_user && !scratch.drawn_session) return;
+  const detail::Turns::Lock turn{state.turns, prepared.key,
+                                 scratch.drawn_session ? prepared.session_key : prepared.key};
+  state.note(detail::Entry::use, scratch.record, [&](detail::FieldWriter& archive) {
+    archive(scratch.drawn_user ? prepared.request.user : std::string_view{},
+            scratch.drawn_session ? prepared.request.session : std::string_view{});
+  });
+  if (scratch.drawn_user) state.users.use(prepared.key, [](User*) {});
+  if (scratch.drawn_session) state.users.use(prepared.session_key, [](User*) {});
 }
 
 PERSONALIZE_API Result<void> Recommender::rank(const Request& request,
@@ -14261,9 +16470,9 @@ PERSONALIZE_API Result<void> Recommender::rank(const Request& request,
     const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
     Prepared prepared{*state_, request, *time};
-    const Catalogue& catalogue = prepared.scratch.catalogue();
-    if (auto checked = check_mask(catalogue, request); !checked) return checked;
+    if (auto checked = check_mask(prepared.scratch.catalogue(), request); !checked) return checked;
     prepared.read();
+    const Catalogue& catalogue = prepared.scratch.catalogue();
     const Ranking ranking = prepared.ranking();
     Scratch& scratch = *prepared.scratch;
     clear(slate);
@@ -14286,6 +16495,7 @@ PERSONALIZE_API Result<void> Recommender::rank(const Request& request,
                              prepared.known ? Reason::relevance : Reason::popular});
     std::rotate(slate.items.begin(), slate.items.begin() + static_cast<std::ptrdiff_t>(last),
                 slate.items.end());
+    count_use(prepared);
     return {};
   });
 }
@@ -14298,11 +16508,11 @@ PERSONALIZE_API Result<Explanation> Recommender::explain(const Request& request,
     const auto time = state_->times.check(request.timestamp, "Request::timestamp");
     if (!time) return time.error();
     Prepared prepared{*state_, request, *time};
+    prepared.read();
     const Catalogue& catalogue = prepared.scratch.catalogue();
     const auto item = catalogue.find(id);
     if (!item)
       return Error{Errc::unknown_item, detail::joined({"'", id, "' is not in the catalogue"})};
-    prepared.read();
     const Ranking ranking = prepared.ranking();
     Scratch& scratch = *prepared.scratch;
     const DecayMoment moment = state_->decay.at(time->timestamp);
@@ -14329,6 +16539,7 @@ PERSONALIZE_API Result<Explanation> Recommender::explain(const Request& request,
         std::any_of(catalogue.pool.begin(), catalogue.pool.end(), [&](const detail::PoolItem& p) {
           return p.item == *item && state_->times.young(p.created);
         });
+    count_use(prepared);
     return parts;
   });
 }
@@ -14347,43 +16558,8 @@ PERSONALIZE_API Result<Recorded> Recommender::record(const Interaction& event) {
       return Error{Errc::invalid_argument, "more than 10000 impressions are given"};
     const auto time = state.times.check(event.timestamp, "Interaction::timestamp");
     if (!time) return time.error();
-    if (auto updated = state.update_if_due(); !updated) return updated.error();
-    const UserKey key{event.user, event.session, state.key};
-    detail::EventIds::Claim claim{state.event_ids, event.event_id, key, state.key};
-    if (claim.is_known()) return Recorded::duplicate;
-    if (!event.user.empty() && !event.session.empty()) state.merge(event.session, event.user);
-
-    detail::ScratchLease scratch{state.lanes};
-    auto item = scratch.catalogue().find(event.item);
-    bool pending = false;
-    if (!item && state.has_pending.load(detail::memory_order_relaxed)) {
-      pending =
-          state.remember_pending(event.item, {std::string(event.user), std::string(event.session),
-                                              std::string(event.event_type), time->timestamp});
-      if (!pending) {  // it may just have come in
-        scratch.use(state.lanes.current());
-        item = scratch.catalogue().find(event.item);
-      }
-    }
-    const Catalogue& catalogue = scratch.catalogue();
-    detail::Settle settle{state.users, key, scratch->grown};
-    Recorded recorded = Recorded::learned;
-    bool reported = false;
-    if (state.options.feedback) {
-      recorded =
-          learn_from(*scratch, catalogue, key,
-                     {event.user, event.session, event.recommendation_id, event.impressions, {}},
-                     *time, state.is_positive(event.event_type) ? item : std::nullopt);
-      reported = !scratch->seen.empty();
-    }
-    if (item) {
-      const auto type = catalogue.base->parts().event_types.find(event.event_type);
-      const detail::RememberedEvent remembered{*item, type.value_or(no_event_type),
-                                               time->timestamp};
-      state.apply_event(key, event.user, remembered, *time, *scratch, catalogue);
-    }
-    if (item || pending || reported) claim.keep();
-    return pending ? Recorded::pending_item : !item ? Recorded::unknown_item : recorded;
+    return learn(event, {event.user, event.session, event.recommendation_id, event.impressions, {}},
+                 *time);
   });
 }
 
@@ -14399,232 +16575,110 @@ PERSONALIZE_API Result<Recorded> Recommender::record_impression(const Impression
                    "record_impression needs a recommendation id or the items shown"};
     const auto time = state.times.check(impression.timestamp, "Impression::timestamp");
     if (!time) return time.error();
-    if (auto updated = state.update_if_due(); !updated) return updated.error();
     if (!state.options.feedback) return Recorded::learned;
-    const UserKey key{impression.user, impression.session, state.key};
-    detail::ScratchLease scratch{state.lanes};
-    detail::Settle settle{state.users, key, scratch->grown};
-    return learn_from(*scratch, scratch.catalogue(), key, impression, *time, std::nullopt);
+    return learn({.user = impression.user, .session = impression.session}, impression, *time);
   });
 }
 
-// Counts what was shown: picks of a remembered slate (all of them where none are listed) or, where
-// there is no slate, the listed items. chosen: the item of a positive event. Ids are resolved and
-// memory is taken first; then nothing can fail. Leaves what was counted in scratch.seen.
-PERSONALIZE_API Recorded Recommender::learn_from(Scratch& scratch, const Catalogue& catalogue,
-                                                 const UserKey& key, const Impression& shown,
-                                                 const Time& time,
-                                                 std::optional<std::uint32_t> chosen) {
+// event: without an item where there is none.
+PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
+                                                    const Impression& shown, const Time& time) {
   State& state = *state_;
-  scratch.seen.clear();
-  bool attributed =
-      chosen && state.users.with(
-                    key,
-                    [&](const User* user) {
-                      return user &&
-                             std::any_of(user->impressions().begin(), user->impressions().end(),
-                                         [&](const auto& entry) { return entry.item == *chosen; });
-                    },
-                    false);
-  if (shown.recommendation_id.empty() && shown.items.empty() && !attributed)
-    return Recorded::learned;
-  list(catalogue, shown.items, scratch);
-  const UserKey session_key{{}, shown.session, state.key};
-  const UserKey* owner = &key;
-  SlateStatus status = SlateStatus::unknown;
-  bool reported = false;
-  if (!shown.recommendation_id.empty()) {
-    const auto read = [&](const UserKey& of) {
-      owner = &of;
-      status = state.slates.read(shown.recommendation_id, of.text(), time.timestamp, time.now,
-                                 scratch.logged, reported);
-    };
-    read(key);
+  const bool impression = event.item.data() == nullptr;
+  if (auto updated = detail::Updater(state).update_if_due(); !updated) return updated.error();
+  const UserKey key{event.user, event.session, state.key},
+      session_key{{}, event.session, state.key};
+  const bool both = !event.user.empty() && !event.session.empty();
+  detail::GoneUsers gone;
+  detail::ScratchLease scratch{state.lanes};
+  detail::Changes changes{state, scratch, gone};
+  detail::EventChange change;
+  change.user = event.user;
+  change.session = event.session;
+  change.time = time;
+  change.event_hash = detail::EventIds::hash_of(event.event_id, key, state.key);
+  change.listed = !shown.items.empty();
+  if (state.options.feedback) {
+    change.learns = true;
+    change.positive = !impression && state.is_positive(event.event_type);
+    auto number = state.slates.number_of(shown.recommendation_id, key.text());
     // A visitor's slate, answered after signing in.
-    if (status == SlateStatus::unknown && !shown.user.empty() && !shown.session.empty())
-      read(session_key);
+    if (!number && both) {
+      number = state.slates.number_of(shown.recommendation_id, session_key.text());
+      change.of_session = number.has_value();
+    }
+    change.slate = number.value_or(0);
   }
-  bool has_query = false;
-  if (status == SlateStatus::found) {
-    has_query = !scratch.logged.query.empty();
-    std::copy(scratch.logged.query.begin(), scratch.logged.query.end(), scratch.query.begin());
-    see_slate(scratch, shown.items.empty() && reported, !shown.items.empty(), chosen);
-  } else {
-    Ranking ranking{state, catalogue, scratch};
-    ranking.read_user({.user = shown.user, .session = shown.session}, key, session_key,
-                      time.timestamp);
-    has_query = ranking.known;
-    see_list(ranking, attributed, chosen);
-  }
-  // Of the listed mask nothing is needed any more.
-  for (const ScoredItem& one : scratch.listed) scratch.taken.reset(one.item);
-  const Recorded recorded = shown.recommendation_id.empty() || status == SlateStatus::found
-                                ? Recorded::learned
-                            : status == SlateStatus::expired ? Recorded::expired_slate
-                                                             : Recorded::unknown_slate;
-  if (scratch.seen.empty()) return recorded;
+  // Marks the items of the list, as long as this lives.
+  struct Listed {
+    detail::Changes& changes;
+    ~Listed() { changes.unlist(); }
+  };
+  changes.list(change.learns ? shown.items : std::span<const std::string_view>{});
+  const Listed listed{changes};
+  // A list without a slate takes a pass over the catalogue, better not in the user's turn.
+  if (change.learns && change.listed && change.slate == 0) changes.assess_list(change);
 
-  if (has_query)
-    for (const detail::SeenPick& seen : scratch.seen) state.contexts.prepare(seen.pick.item);
-  apply_seen(scratch, catalogue, key, shown, time, has_query, chosen,
-             status == SlateStatus::found ? owner : nullptr);
+  Recorded recorded = Recorded::learned;
+  std::uint64_t sequence = 0;
+  std::shared_ptr<const Catalogue> of;
+  {
+    detail::Turns::Lock turn{state.turns, key, both ? session_key : key};
+    detail::EventIds::Claim claim{state.event_ids, change.event_hash};
+    if (claim.is_known()) return Recorded::duplicate;
+    scratch.use(state.lanes.current());
+    if (both && !impression) changes.merge(event.session, event.user);
+    state.make_current(key, scratch);
+    const Catalogue& catalogue = scratch.catalogue();
+    of = scratch.shared();
+    if (const auto item = impression ? std::nullopt : catalogue.find(event.item)) {
+      change.item = *item;
+      change.event_type =
+          catalogue.base->parts().event_types.find(event.event_type).value_or(no_event_type);
+    }
+    change.shared_time = state.times.shared(time);
+    recorded = changes.see(change, false);
+    if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
+      recorded = Recorded::unknown_slate;
+    changes.prepare(change);
+    const auto note = [&] {
+      sequence = state.note(detail::Entry::event, scratch->record,
+                            [&](detail::FieldWriter& archive) { changes.write(change, archive); });
+    };
+    const bool known = change.item != detail::EventChange::no_item;
+    bool pending = false;
+    if (!known && !impression && state.put_items.any_waiting()) {
+      change.waits_for = event.item;
+      change.waiting_type = event.event_type;
+      pending = state.put_items.remember(event.item,
+                                         {std::string(event.user), std::string(event.session),
+                                          std::string(event.event_type), time.timestamp},
+                                         note);
+      if (!pending) change.waits_for = change.waiting_type = {};
+    }
+    if (!pending && (known || !scratch->seen.empty() || change.slate != 0)) note();
+    if (known || pending || !scratch->seen.empty()) claim.keep();
+    changes.apply(change);
+    if (pending)
+      recorded = Recorded::pending_item;
+    else if (!known && !impression)
+      recorded = Recorded::unknown_item;
+  }
+  if (state.options.log && change.by_slate) write_log(*of, shown, *scratch, time.timestamp);
+  if (auto kept = state.durable(sequence); !kept) return kept.error();
   return recorded;
 }
 
-// The items of a list that are in the catalogue, each once, with its place; marked in
-// scratch.taken.
-PERSONALIZE_API void Recommender::list(const Catalogue& catalogue,
-                                       std::span<const std::string_view> items, Scratch& scratch) {
-  scratch.listed.clear();
-  scratch.listed.reserve(items.size());
-  for (std::size_t place = 0; place < items.size(); ++place) {
-    const auto item = catalogue.find(items[place]);
-    if (!item || scratch.taken.test(*item)) continue;
-    scratch.taken.set(*item);
-    scratch.listed.push_back({*item, static_cast<float>(place)});
-  }
-}
-
-// Into scratch.seen, the picks of scratch.logged that the event says were seen: those listed, or
-// all where nothing is listed and the slate was not reported before; and the one that was chosen.
-PERSONALIZE_API void Recommender::see_slate(Scratch& scratch, bool reported, bool listed,
-                                            std::optional<std::uint32_t> chosen) {
-  scratch.seen.reserve(scratch.logged.picks.size());
-  for (std::uint32_t place = 0; place < scratch.logged.picks.size(); ++place) {
-    LoggedPick pick = scratch.logged.picks[place];
-    const bool is_chosen = chosen == pick.item && !pick.positive;
-    const bool is_shown = listed ? scratch.taken.test(pick.item) : !reported;
-    const bool is_new = (is_shown || is_chosen) && !pick.seen;
-    if (!is_new && !is_chosen) continue;
-    pick.seen = !is_new;  // what was seen before is not counted again
-    pick.positive = is_chosen;
-    scratch.seen.push_back(
-        {place, pick,
-         scratch.logged.choices.empty() ? LoggedChoice{} : scratch.logged.choices[place], true});
-  }
-}
-
-// The same without a slate: the listed items, by the user's present state; or the chosen one, where
-// an impression of it is remembered.
-PERSONALIZE_API void Recommender::see_list(Ranking& ranking, bool attributed,
-                                           std::optional<std::uint32_t> chosen) {
-  Scratch& scratch = ranking.scratch;
-  if (!scratch.listed.empty()) {
-    ranking.find_best(Ranking::normalising_items, {});
-    ranking.normalise();
-    scratch.logged.picks.clear();
-    scratch.logged.choices.clear();
-    scratch.seen.reserve(scratch.listed.size());
-    for (const ScoredItem& one : scratch.listed) {
-      const float u = ranking.score(one.item);
-      if (!std::isfinite(u)) continue;
-      SlotChoice choice;
-      choice.pick = choice.best = {one.item, u};
-      const auto place = static_cast<std::uint32_t>(one.score);
-      ranking.assess(place, choice);
-      LoggedPick pick = scratch.logged.picks.back();
-      pick.positive = chosen == one.item;
-      scratch.seen.push_back({place, pick, {}, true});
-    }
-  } else if (attributed) {
-    LoggedPick pick;
-    pick.item = *chosen;
-    pick.seen = pick.positive = true;
-    scratch.seen.push_back({0, pick, {}, true});
-  }
-}
-
-// Marks the picks of the slate, which gives those that another thread has not reported meanwhile;
-// then the user; then what all share. owner: of the slate, or null.
-PERSONALIZE_API void Recommender::apply_seen(Scratch& scratch, const Catalogue& catalogue,
-                                             const UserKey& key, const Impression& shown,
-                                             const Time& time, bool has_query,
-                                             std::optional<std::uint32_t> chosen,
-                                             const UserKey* owner) {
-  State& state = *state_;
-  const std::size_t new_impressions = scratch.seen.size();
-  const auto change = [&](auto apply) {
-    state.users.change(
-        key, 0, new_impressions, has_query,
-        [&](std::span<float> begin) { state.begin(catalogue, shown.user, begin); }, scratch.grown,
-        apply);
-  };
-  change([](User&) {});  // memory first
-  if (owner) {
-    std::size_t next = 0;
-    state.slates.mark(shown.recommendation_id, owner->text(),
-                      [&](std::uint32_t place, LoggedPick& pick) {
-                        if (next == scratch.seen.size() || scratch.seen[next].place != place)
-                          return;
-                        LoggedPick& seen = scratch.seen[next++].pick;
-                        seen.seen = seen.seen || pick.seen;
-                        seen.positive = seen.positive && !pick.positive;
-                        pick.seen = true;
-                        pick.positive = pick.positive || seen.positive;
-                      });
-  }
-  if (has_query) pull(catalogue, scratch);
-  const std::size_t allowed = owner ? State::slate_repetitions : 1;
-  change([&](User& user) {
-    for (detail::SeenPick& seen : scratch.seen) {
-      LoggedPick& pick = seen.pick;
-      seen.shared =
-          !user.has_events(pick.item, time.timestamp, allowed, detail::Catalogue::half_life) &&
-          (pick.seen || user.spend(user.spent_impressions, 1, State::most_shown, time.now));
-      // What was shown and not chosen is held against the item for this user.
-      if (!pick.seen && chosen != pick.item) user.add_impression(pick.item, time.timestamp);
-    }
-    if (chosen) user.remove_impression(*chosen);
-    if (has_query) user.move_offset(scratch.gradient);
-  });
-  const DecayMoment moment = state.decay.at(state.times.shared(time));
-  for (const detail::SeenPick& seen : scratch.seen) catalogue.counters->prefetch(seen.pick.item);
-  const std::span<const float> query(scratch.query);
-  for (const detail::SeenPick& seen : scratch.seen) {
-    if (!seen.shared) continue;
-    const LoggedPick& pick = seen.pick;
-    if (!pick.seen) {
-      const auto expected = static_cast<double>(pick.expected);
-      catalogue.counters->add(ItemCounters::Kind::expected, pick.item, expected, moment);
-      if (has_query) state.contexts.add_expected(pick.item, query, expected, moment);
-    }
-    if (pick.positive) {
-      catalogue.counters->add(ItemCounters::Kind::positive, pick.item, 1, moment);
-      if (!owner) catalogue.counters->add(ItemCounters::Kind::unconfirmed, pick.item, 1, moment);
-      if (has_query) state.contexts.add_positive(pick.item, query, moment);
-    }
-  }
-  state.changed.store(1, detail::memory_order_relaxed);
-  if (!state.options.log || !owner) return;
-  for (const bool positive : {false, true})
-    for (const detail::SeenPick& seen : scratch.seen)
-      if (positive ? seen.pick.positive : !seen.pick.seen)
-        write_log(catalogue, shown, seen, time.timestamp, positive);
-}
-
 PERSONALIZE_API void Recommender::write_log(const Catalogue& catalogue, const Impression& shown,
-                                            const detail::SeenPick& seen, std::int64_t timestamp,
-                                            bool positive) const {
-  state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
-                       shown.recommendation_id, (*catalogue.ids)[seen.pick.item], seen.place + 1,
-                       positive, seen.logged.choice, seen.pick.value, seen.logged.best_value});
-}
-
-// Into scratch.gradient, how these impressions move the user's offset. Of vectors so short that
-// steps would be out of all proportion, nothing.
-PERSONALIZE_API void Recommender::pull(const Catalogue& catalogue, Scratch& scratch) noexcept {
-  std::fill(scratch.gradient.begin(), scratch.gradient.end(), 0.0f);
-  constexpr float least = 1e-8f;
-  if (!(catalogue.mean_square > least)) return;
-  const float gain = offset_gain * catalogue.calibration.slope / catalogue.mean_square;
-  for (const detail::SeenPick& seen : scratch.seen) {
-    // A choice may be reported after its impression: y and p come apart.
-    const float surprise = (seen.pick.positive ? 1.0f : 0.0f) -
-                           (seen.pick.seen ? 0.0f : std::min(seen.pick.value, 1.0f));
-    catalogue.vectors.row(seen.pick.item, scratch.vector);
-    for (std::size_t c = 0; c < scratch.gradient.size(); ++c)
-      scratch.gradient[c] += gain * surprise * scratch.vector[c];
-  }
+                                            const Scratch& scratch, std::int64_t timestamp) const {
+  for (const bool positive : {false, true})
+    for (const detail::SeenPick& seen : scratch.seen) {
+      if (!(positive ? seen.pick.positive : !seen.pick.seen)) continue;
+      state_->options.log({timestamp, shown.user.empty() ? shown.session : shown.user,
+                           shown.recommendation_id, (*catalogue.ids)[seen.pick.item],
+                           seen.place + 1, positive, seen.logged.choice, seen.pick.value,
+                           seen.logged.best_value});
+    }
 }
 
 PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session,
@@ -14632,24 +16686,40 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
   if (session.empty() || user.empty())
     return Error{Errc::invalid_argument, "merge_session needs a session and a user"};
   if (auto checked = check_ids(user, session); !checked) return checked.error();
-  return detail::catching_bad_alloc([&]() -> Result<bool> { return state_->merge(session, user); });
+  return detail::catching_bad_alloc([&]() -> Result<bool> {
+    State& state = *state_;
+    const UserKey visitor{{}, session, state.key}, key{user, {}, state.key};
+    detail::GoneUsers gone;
+    detail::ScratchLease scratch{state.lanes};
+    std::optional<std::uint64_t> merged;
+    {
+      const detail::Turns::Lock turn{state.turns, visitor, key};
+      scratch.use(state.lanes.current());
+      merged = detail::Changes{state, scratch, gone}.merge(session, user);
+    }
+    if (auto kept = state.durable(merged.value_or(0)); !kept) return kept.error();
+    return merged.has_value();
+  });
 }
 
 PERSONALIZE_API bool Recommender::forget(std::string_view user, std::string_view session) {
   if (!check_ids(user, session)) return false;
-  const UserKey key{user, session, state_->key};
-  bool forgot = state_->users.take(key) != nullptr;
-  if (user.empty()) {
-    state_->slates.forget(key.text());
-    return forgot;
-  }
-  const auto catalogue = state_->lanes.current();
-  if (const auto row = state_->stored_user(*catalogue->base, user)) {
-    state_->forgotten[*row / 64].fetch_or(std::uint64_t{1} << (*row % 64));
-    forgot = true;
-  }
-  state_->slates.forget(key.text());
-  return forgot;
+  State& state = *state_;
+  const UserKey key{user, session, state.key};
+  const auto forgot = detail::catching_bad_alloc([&]() -> Result<bool> {
+    Vector<std::byte> record;
+    std::uint64_t sequence = 0;
+    bool there = false;
+    {
+      const detail::Turns::Lock turn{state.turns, key};
+      sequence = state.note(detail::Entry::forget, record,
+                            [&](detail::FieldWriter& archive) { archive(user, session); });
+      there = detail::forget(state, user, key);
+    }
+    if (auto kept = state.durable(sequence); !kept) return kept.error();
+    return there;
+  });
+  return forgot && *forgot;
 }
 
 // --------------------------------------------------------------------------------------------
@@ -14663,18 +16733,39 @@ PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
                    "an item id has 1 to 256 bytes of UTF-8 without control characters"};
     const auto time = state.times.check(item.creation_timestamp, "NewItem::creation_timestamp");
     if (!time) return time.error();
-    if (auto checked = state.check_fields(item); !checked) return checked;
-    if (auto put = state.put(item, *time); !put) return put;
+    const auto catalogue = state.lanes.current();
+    if (auto checked = detail::check_fields(item, *catalogue->base); !checked) return checked;
+    // Of an item that nobody knows yet; one that is there keeps its own.
+    std::optional<std::int64_t> created;
+    if (!catalogue->base->find_item(item.item)) created = time->now;
+    std::uint64_t sequence = 0;
+    Vector<std::byte> record;
+    const auto note = [&] {
+      sequence = state.note(detail::Entry::put, record, [&](detail::FieldWriter& archive) {
+        detail::write_put(item, created, archive);
+      });
+    };
+    if (auto put = state.put_items.put(item, created, *catalogue->base, note); !put) return put;
     state.wake_updater();
-    return {};
+    return state.durable(sequence);
   });
 }
 
 PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
   return detail::catching_bad_alloc([&]() -> Result<bool> {
-    const bool removed = state_->remove(id);
-    if (removed) state_->wake_updater();
-    return removed;
+    State& state = *state_;
+    const bool there = state.lanes.current()->find(id).has_value();
+    std::uint64_t sequence = 0;
+    Vector<std::byte> record;
+    const auto note = [&] {
+      sequence = state.note(detail::Entry::remove, record,
+                            [&](detail::FieldWriter& archive) { archive(id, there); });
+    };
+    const auto removed = state.put_items.remove(id, there, note);
+    if (!removed || !*removed) return removed;
+    state.wake_updater();
+    if (auto kept = state.durable(sequence); !kept) return kept.error();
+    return true;
   });
 }
 
@@ -14685,7 +16776,20 @@ PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now
   const detail::lock_guard lock{state_->update_mutex};
   state_->next_update.store(time->now + state_->options.update_interval.count());
   detail::Pace pace;
-  return state_->run_update(time->timestamp, true, pace);
+  detail::Updater updater(*state_);
+  auto updated = updater.run(time->timestamp, true, pace);
+  updater.encode_some(detail::Updater::users_a_time, pace);
+  return updated;
+}
+
+PERSONALIZE_API Result<SwapReport> Recommender::swap(std::shared_ptr<const Model> model) {
+  return detail::catching_bad_alloc([&]() -> Result<SwapReport> {
+    if (!model) return Error{Errc::invalid_argument, "the model is null"};
+    if (auto checked = detail::check_statistics(*model, *state_); !checked) return checked.error();
+    const State::Hurry hurry(*state_);
+    const detail::lock_guard lock{state_->update_mutex};
+    return detail::Updater(*state_).swap(model);
+  });
 }
 
 PERSONALIZE_API const char* Recommender::instruction_set() const noexcept {
@@ -14695,7 +16799,7 @@ PERSONALIZE_API std::uint64_t Recommender::restarted_states() const noexcept {
   return state_->restarted.load();
 }
 
-PERSONALIZE_API bool Recommender::update_due() const { return state_->due(); }
+PERSONALIZE_API bool Recommender::update_due() const { return detail::Updater(*state_).due(); }
 
 PERSONALIZE_API UpdateReport Recommender::update_report() const {
   const detail::lock_guard lock{state_->report_mutex};
@@ -14721,12 +16825,10 @@ PERSONALIZE_API MemoryUse Recommender::memory() const {
   use.users = state.users.bytes();
   use.event_ids = state.event_ids.bytes();
   use.slates = state.slates.bytes();
-  use.contexts = state.contexts.bytes();
-  {
-    const detail::lock_guard lock{state.pending_mutex};
-    use.pending = state.pending_bytes + state.kept_bytes;
-  }
-  use.catalogue = state.lanes.current()->bytes();
+  const auto catalogue = state.lanes.current();
+  use.contexts = catalogue->contexts->bytes();
+  use.pending = state.put_items.bytes();
+  use.catalogue = catalogue->bytes();
   use.scratch = state.lanes.idle_bytes();
   return use;
 }
@@ -14735,11 +16837,7 @@ PERSONALIZE_API std::shared_ptr<const Model> Recommender::model() const {
   State& state = *state_;
   const State::Hurry hurry(state);
   if (state.updater.joinable()) {
-    std::uint64_t wanted = 0;
-    {
-      const detail::lock_guard lock{state.pending_mutex};
-      wanted = state.put_version;
-    }
+    const std::uint64_t wanted = state.put_items.version();
     detail::unique_lock lock{state.wake_mutex};
     state.taken_in.wait_for(lock, std::chrono::seconds{10},
                             [&] { return state.taken_version >= wanted; });
