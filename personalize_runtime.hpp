@@ -968,6 +968,23 @@ struct RecommenderOptions {
   // Called for every impression and positive event of a remembered slate, on the recording thread,
   // which holds no lock. Must not throw.
   std::function<void(const LogEntry&)> log = {};
+  // With Recommender::open. What an acknowledgement means:
+  Durability durability = Durability::interval;
+  std::chrono::milliseconds sync_interval{10};  // of Durability::interval, [1, 2^22]
+  // The journal may grow to so many bytes before a save begins a new one (by whom updates are run),
+  // [2^16, 2^50]; and so many of it wait in memory while the disk takes none, [2^16, 2^50].
+  std::uint64_t journal_bytes = std::uint64_t{256} << 20;
+  std::uint64_t pending_journal_bytes = std::uint64_t{64} << 20;
+  // A user who leaves memory, user_bytes being used up, as a blob for import_user or find_user: one
+  // of user and session is empty. Called on the thread whose call it was, which holds no lock;
+  // after a crash perhaps once more. Must not throw.
+  std::function<void(std::string_view user, std::string_view session,
+                     std::span<const std::byte> blob)>
+      on_evict = {};
+  // Looks for a user who is not in memory, before a call goes on as with a new one: true, and their
+  // blob. Any thread, no lock; must not throw.
+  std::function<bool(std::string_view user, std::string_view session, std::vector<std::byte>& blob)>
+      find_user = {};
   // Look up what each item contributes to the first GRU's gates: a shorter step for 12 bytes x
   // items x hidden dimension (padded to 16) of memory. See Encoder::looks_up_gates for which
   // programs.
@@ -1011,6 +1028,43 @@ struct SwapReport {
                              // are made anew from remembered events, when next used or before
   bool sums_kept = false;    // so are users' offsets and the sums behind Explanation::taste
   std::chrono::microseconds duration{0};
+  // With a folder: why no state of the new model could be saved. The swap stands, and the journal
+  // goes on.
+  std::optional<Error> save_error = {};
+};
+
+// What Recommender::save did.
+struct SaveReport {
+  std::uint64_t bytes = 0;  // of the state file
+  std::chrono::microseconds duration{0};
+};
+
+// What Recommender::open or restore found.
+struct RecoveryReport {
+  bool found = false;         // a state; else it begins anew
+  bool clean = false;         // the process before ended in peace, or saved last
+  std::size_t users = 0;      // of the state file
+  std::uint64_t records = 0;  // of the journal, that came after it
+  std::uint64_t torn = 0;     // bytes at its end, of a record that was not acknowledged: cut off
+  bool other_model = false;   // the state is of another model, as by swap()
+  bool states_kept = false, sums_kept = false;  // see SwapReport
+  std::chrono::microseconds duration{0};
+};
+
+// How it stands with what is to outlive the process.
+struct PersistenceStatus {
+  bool durable = true;              // all that was acknowledged is as safe as Durability says
+  std::uint64_t journal_bytes = 0;  // of the present journal
+  std::uint64_t pending_bytes = 0;  // of it, that wait in memory for a disk that takes none
+  std::uint64_t saves = 0;          // that were made
+  std::optional<Error> error = {};  // why it is not durable, or why the last save failed
+};
+
+// What Recommender::import_user did.
+struct ImportReport {
+  std::string user, session;       // one of them is empty
+  std::size_t events = 0;          // remembered now
+  std::size_t events_dropped = 0;  // on items that the catalogue does not know
 };
 
 // Why an item stands in a slate.
@@ -1242,6 +1296,12 @@ inline Result<void> check_options(const RecommenderOptions& options) {
     return error("remembered_event_ids is outside [64, 2^28]");
   if (outside(options.context_bytes, 16, 50)) return error("context_bytes is outside [2^16, 2^50]");
   if (outside(options.pending_bytes, 12, 50)) return error("pending_bytes is outside [2^12, 2^50]");
+  if (options.durability > Durability::none) return error("durability is none of the three");
+  if (options.sync_interval.count() < 1 || options.sync_interval.count() > 1 << 22)
+    return error("sync_interval is outside [1, 2^22] milliseconds");
+  if (outside(options.journal_bytes, 16, 50)) return error("journal_bytes is outside [2^16, 2^50]");
+  if (outside(options.pending_journal_bytes, 16, 50))
+    return error("pending_journal_bytes is outside [2^16, 2^50]");
   if (!within(options.clock_skew, 0, std::int64_t{1} << 40))
     return error("clock_skew is outside [0, 2^40] seconds");
   return {};
@@ -1726,13 +1786,14 @@ class MemorySink final : public ByteSink {
 // replaced. What is there and no regular file (a device, a pipe) is written to, at commit().
 class FileSink final : public ByteSink {
  public:
-  explicit FileSink(const std::string& path) : path_(path) {
+  // mode: of a file that is not there yet, less what umask takes.
+  explicit FileSink(const std::string& path, [[maybe_unused]] unsigned mode = 0666) : path_(path) {
 #if PERSONALIZE_HAS_POSIX
     struct stat there {};
     const bool exists = ::stat(path_.c_str(), &there) == 0;
     direct_ = (exists && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode)) || !follow_links();
     if (error_ || direct_) return;
-    create(exists ? there.st_mode & 0777u : 0666u);
+    create(exists ? there.st_mode & 0777u : mode);
     if (file_ && exists && ::fchmod(::fileno(file_.get()), there.st_mode & 0777) != 0)
       error_ = io_error(part_, "cannot give it the mode of the file that it replaces");
 #else
@@ -4701,6 +4762,9 @@ class FileBuilder {
     sections_.back().make = std::move(make);
   }
 
+  // Of the file, once it is finished.
+  std::uint64_t size() const noexcept { return size_; }
+
   // Errors: zstd could not compress (out of memory); those of make. What was written is then no
   // file.
   Result<void> finish() {
@@ -7490,6 +7554,27 @@ class ItemRows {
   void set_row(std::size_t r, std::span<const float> values) {
     assert(r < rows_ && values.size() == columns_);
     own_page(r / page_rows).set_row(r % page_rows, values);
+  }
+  // Row r as stored() and scale() gave it; false where it holds what no row can.
+  bool set_stored(std::size_t r, std::span<const std::byte> values, float scale) {
+    assert(r < rows_ && values.size() == stored(r).size());
+    Matrix& page = own_page(r / page_rows);
+    const std::size_t at = r % page_rows * columns_;
+    if (type_ == ElementType::i8) {
+      std::memcpy(page.i8().data() + at, values.data(), values.size());
+      page.scales()[r % page_rows] = scale;
+      return scale >= 0 && scale <= max_magnitude;
+    }
+    float* const row = page.f32().data() + at;
+    std::memcpy(row, values.data(), values.size());
+    return detail::largest({row, columns_}) <= max_magnitude;
+  }
+  // Rows that lie in pages of their own, to visit(r).
+  template <class Visit>
+  void for_each_moved(Visit visit) const {
+    for (std::size_t p = 0; p < made_.size(); ++p)
+      for (std::size_t r = p * page_rows; made_[p] && r < std::min((p + 1) * page_rows, rows_); ++r)
+        visit(r);
   }
   void push_back(std::span<const float> values) {
     assert(values.size() == columns_);
@@ -10809,7 +10894,9 @@ struct Catalogue {
   // Of the models so far that needed other states or other sums; and since which of them the
   // encoder, and the item vectors, have been the same. A user holds the one that was present last.
   std::uint32_t generation = 1, encoder_since = 1, space_since = 1;
-  std::shared_ptr<const ItemMask> absent;     // items that the model lacks; null: none
+  // Items that the model has no row for, but a place; of those, the ones that have not been put
+  // since. Null: none.
+  std::shared_ptr<const ItemMask> lacking, absent;
   std::int64_t trained_until = no_timestamp;  // the model's latest interaction
   PagedArray<ItemStatistics> statistics;
   ItemRows rows;              // the model's, and those of new items
@@ -10860,6 +10947,11 @@ struct Catalogue {
     const std::size_t at = item * own.columns();
     return own.type() == ElementType::i8 ? rows.i8(item) != own.i8().data() + at
                                          : rows.f32(item) != own.f32().data() + at;
+  }
+  // Whether the model has a row for it, and not only a place.
+  bool is_of_model(std::string_view id) const noexcept {
+    const auto item = base->find_item(id);
+    return item && !(lacking && lacking->test(*item));
   }
   // A user's row among those who came with the model, unless forgotten.
   std::optional<std::uint32_t> stored_user(std::string_view user) const noexcept {
@@ -10955,6 +11047,17 @@ struct Catalogue {
       if (!show(popular_later[later])) return;
   }
 
+  // Vectors and biases of the pool.
+  void fill_pool() {
+    const std::size_t d = dimension();
+    pool_vectors.assign(pool.size() * d + kernels::lanes, 0.0f);
+    pool_biases.resize(pool.size());
+    for (std::size_t j = 0; j < pool.size(); ++j) {
+      vectors.row(pool[j].item, std::span(pool_vectors).subspan(j * d, d));
+      pool_biases[j] = biases[pool[j].item];
+    }
+  }
+
   // The model with the items of this generation, without those removed. O(items x d).
   Result<std::shared_ptr<const Model>> whole_model() const {
     ModelParts parts = base->parts();  // with its fingerprints: what was learnt stays good
@@ -10989,7 +11092,7 @@ struct Catalogue {
 
   std::size_t bytes() const {
     return allocated(sizeof *this + 16) + ids->bytes() + encoder->bytes() + counters->bytes() +
-           (absent ? allocated(absent->size() / 8) : 0) + allocated(forgotten->size() * 8) +
+           (absent ? 2 * allocated(absent->size() / 8) : 0) + allocated(forgotten->size() * 8) +
            scorer->bytes() + statistics.bytes() + rows.bytes() + input_rows.bytes() +
            offsets.bytes() + vectors.bytes(&rows) + biases.bytes() + quality.bytes() +
            correction_of.bytes() + popularity.bytes() +
@@ -11080,7 +11183,7 @@ class CatalogueBuilder {
         c.offsets.edit(item) = c.low_bias;
         c.biases.edit(item) = std::numeric_limits<float>::quiet_NaN();
       }
-      c.absent = std::make_shared<const ItemMask>(std::move(absent));
+      c.lacking = c.absent = std::make_shared<const ItemMask>(std::move(absent));
       c.changed_base = true;
     }
     for (const ItemStatistics& s : parts.statistics) {
@@ -11408,13 +11511,7 @@ class CatalogueBuilder {
       for (std::size_t j = 0; j < newest.size(); ++j) pool[j] = pool[newest[j].index];
       pool.resize(Catalogue::max_pool);
     }
-    const std::size_t d = next.dimension();
-    next.pool_vectors.assign(pool.size() * d + kernels::lanes, 0.0f);
-    next.pool_biases.resize(pool.size());
-    for (std::size_t j = 0; j < pool.size(); ++j) {
-      next.vectors.row(pool[j].item, std::span(next.pool_vectors).subspan(j * d, d));
-      next.pool_biases[j] = next.biases[pool[j].item];
-    }
+    next.fill_pool();
   }
 
   const RecommenderOptions& options_;
@@ -12009,10 +12106,52 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   std::size_t written_bytes() const noexcept {
     return sizeof(User) + key_size_ + state_size_ * sizeof(float) + tail_bytes();
   }
-  // What bounds a user of a file.
+  // What bounds a user of a file. offset_bytes: where there is an offset.
   struct Bounds {
-    std::size_t state_size, dimension, items, event_types, events;
+    std::size_t state_size, offset_bytes, items, event_types, events;
   };
+  static std::size_t offset_size(std::size_t dimension) noexcept {
+    return (dimension * sizeof(std::uint16_t) + 3) / 4 * 4;
+  }
+
+  // What goes with a user wherever they go, beside what they did and saw.
+  struct Personal {
+    std::int64_t last_timestamp = no_timestamp;
+    std::uint64_t requests = 0;
+    float spent_events = 0, spent_impressions = 0, offset_scale = 1;
+    std::uint16_t budget_day = 0;
+
+    template <class Archive, class Self>
+    static void each_field(Archive& archive, Self&& self) {
+      archive(self.last_timestamp, self.requests, self.spent_events, self.spent_impressions,
+              self.offset_scale, self.budget_day);
+    }
+    bool is_sound() const noexcept {
+      return spent_events >= 0 && spent_impressions >= 0 && offset_scale >= 0 &&
+             offset_scale <= 1 && std::isfinite(spent_events + spent_impressions);
+    }
+  };
+  Personal personal() const noexcept {
+    return {last_timestamp, requests, spent_events, spent_impressions, offset_scale_, budget_day_};
+  }
+  void set_personal(const Personal& other) noexcept {
+    last_timestamp = other.last_timestamp;
+    requests = other.requests;
+    spent_events = other.spent_events;
+    spent_impressions = other.spent_impressions;
+    offset_scale_ = has_offset() ? other.offset_scale : 1;
+    budget_day_ = other.budget_day;
+  }
+  // The offset as it lies; of one who has none, and memory for it (tail_for).
+  std::span<const std::byte> offset() const noexcept {
+    return {static_cast<const std::byte*>(tail_), offset_bytes_};
+  }
+  void set_offset(std::span<const std::byte> offset) noexcept {
+    auto* const tail = static_cast<std::byte*>(tail_);
+    std::memmove(tail + offset.size(), tail, tail_bytes());
+    std::memcpy(tail, offset.data(), offset.size());
+    offset_bytes_ = static_cast<std::uint32_t>(offset.size());
+  }
   // Null, and the archive fails, where it holds no user within the bounds. with_state: whether one
   // was written; else it is zero.
   static Owner read(FieldReader& archive, const HashKey& hash_key, const Bounds& bounds,
@@ -12064,14 +12203,14 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   template <class Archive, class Self>
   static void each_field(Archive& archive, Self& self) {
     archive(self.last_timestamp, self.requests, self.used, self.spent_events,
-            self.spent_impressions, self.first_remembered_, self.tail_capacity_, self.offset_bytes_,
-            self.history_bytes_, self.offset_scale_, self.budget_day_, self.history_events_,
-            self.impressions_);
+            self.spent_impressions, self.generation, self.first_remembered_, self.tail_capacity_,
+            self.offset_bytes_, self.history_bytes_, self.offset_scale_, self.budget_day_,
+            self.history_events_, self.impressions_);
   }
   // What was read: numbers that exist, and nothing that would be read beyond its end.
   bool is_sound(const Bounds& bounds) const noexcept {
     if (impressions_ > RecentImpressions::capacity || history_events_ > bounds.events ||
-        (offset_bytes_ != 0 && offset_bytes_ != offset_size(bounds.dimension)) ||
+        (offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
         !(offset_scale_ >= 0 && offset_scale_ <= 1) || !(spent_events >= 0) ||
         !(spent_impressions >= 0) || !std::isfinite(spent_events + spent_impressions))
       return false;
@@ -12096,9 +12235,6 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
 
   static std::size_t size_of(std::size_t state_size, std::size_t key_size) noexcept {
     return sizeof(User) + state_size * sizeof(float) + key_size;
-  }
-  static std::size_t offset_size(std::size_t dimension) noexcept {
-    return (dimension * sizeof(std::uint16_t) + 3) / 4 * 4;
   }
   float* floats() noexcept { return reinterpret_cast<float*>(this + 1); }
   const float* floats() const noexcept { return reinterpret_cast<const float*>(this + 1); }
@@ -12320,12 +12456,12 @@ class Users {
 
   // As ContextSums has it, user by user: who changes one that write_shard() has not come to first
   // keeps what was there.
-  // generation: whose states are written.
-  void begin_cut(std::uint32_t generation) {
+  // encoder_since: of older generations no states are written.
+  void begin_cut(std::uint32_t encoder_since) {
     for (Shard& shard : shards_) {
       auto cut = std::make_unique<Cut>();
       const lock_guard lock{shard.mutex};
-      cut->generation = generation;
+      cut->encoder_since = encoder_since;
       cut->slots = shard.users.size();
       cut->kept.resize((cut->slots + 63) / 64);
       for (std::size_t slot = 0; slot < cut->slots; ++slot)
@@ -12370,7 +12506,7 @@ class Users {
           if (written > 0) break;
           out.reserve(out.size() + 2 * user.written_bytes());
         }
-        user.write(archive, user.generation == cut.generation);
+        user.write(archive, user.generation >= cut.encoder_since);
         ++written;
       }
       more = cut.done < cut.slots;
@@ -12378,10 +12514,10 @@ class Users {
     }
     for (const Vector<std::byte>& image : images) archive.bytes(image);
   }
-  // What write_shard() wrote, into a shard without users. generation: of whose encoder the states
-  // are; those that were not written are older.
+  // What write_shard() wrote, into a shard without users. generation: the present one.
   void read_shard(std::size_t number, FieldReader& archive, const HashKey& key,
-                  const User::Bounds& bounds, std::uint32_t generation) {
+                  const User::Bounds& bounds, std::uint32_t generation,
+                  std::uint32_t encoder_since) {
     Shard& shard = shards_[number];
     std::uint64_t uses = 0, count = 0, index_slots = 0, user_slots = 0, free_slots = 0;
     archive(uses, count, index_slots, user_slots, free_slots);
@@ -12390,25 +12526,26 @@ class Users {
     constexpr std::size_t least = 30;
     const std::uint64_t room = 4096 + 64 * (archive.left() / least);
     if (count > archive.left() / least || index_slots > room || user_slots > room ||
-        free_slots > room || user_slots < count)
+        free_slots > room || user_slots < count || free_slots < count)
       return archive.fail();
     const lock_guard lock{shard.mutex};
-    shard.index = HashIndex::of_capacity(
-        static_cast<std::size_t>(std::max(index_slots, std::bit_ceil(count + count / 2 + 2))));
+    if (index_slots > 0)
+      shard.index = HashIndex::of_capacity(static_cast<std::size_t>(index_slots));
     shard.users.reserve(static_cast<std::size_t>(user_slots));
-    shard.free.reserve(static_cast<std::size_t>(std::max(free_slots, user_slots)));
+    shard.free.reserve(static_cast<std::size_t>(free_slots));
     Vector<Keyed> order;
     order.reserve(static_cast<std::size_t>(count));
     for (std::uint64_t u = 0; u < count; ++u) {
-      bool current = false;
-      User::Owner user = User::read(archive, key, bounds, current);
-      if (!user || shard_of_hash(user->hash) != number || user->used > uses || shard.index.full())
+      bool with_state = false;
+      User::Owner user = User::read(archive, key, bounds, with_state);
+      if (!user || shard_of_hash(user->hash) != number || user->used > uses ||
+          user->generation > generation || with_state != (user->generation >= encoder_since) ||
+          shard.index.full())
         return archive.fail();
       const std::string_view id = user->key();
       if (shard.index.find(user->hash,
                            [&](std::uint32_t n) { return shard.users[n]->key() == id; }))
         return archive.fail();
-      user->generation = current ? generation : 0;
       const auto slot = static_cast<std::uint32_t>(shard.users.size());
       order.push_back({user->used, slot});
       shard.bytes += user->bytes();
@@ -12428,11 +12565,27 @@ class Users {
     const auto number = number_of(shard, key);
     return number ? remove(shard, *number) : nullptr;
   }
-  // One who comes from elsewhere, in the place of a user of the same key.
-  void put(const UserKey& key, User::Owner user, bool& grown) {
-    grown = true;
-    (void)take(key);
-    add(shard_of(key), key, std::move(user));
+  // Memory for put().
+  void make_room(const UserKey& key) {
+    Shard& shard = shard_of(key);
+    for (;;) {
+      std::size_t room = 0;
+      {
+        const lock_guard lock{shard.mutex};
+        if (!shard.index.full() && (!shard.free.empty() || has_room(shard))) return;
+        room = shard.index.full() ? shard.index.capacity() : 0;
+      }
+      grow(shard, room);
+    }
+  }
+  // One who comes from elsewhere, in the place of a user of the same key. Nobody else has added one
+  // since make_room().
+  void put(const UserKey& key, User::Owner user) noexcept {
+    Shard& shard = shard_of(key);
+    User::Owner before;  // freed without the lock
+    const lock_guard lock{shard.mutex};
+    if (const auto number = number_of(shard, key)) before = remove(shard, *number);
+    insert(shard, std::move(user));
   }
 
   std::size_t count() const {
@@ -12458,7 +12611,7 @@ class Users {
   struct Cut {
     std::size_t slots = 0, done = 0, count = 0;
     std::uint64_t uses = 0;
-    std::uint32_t generation = 0;
+    std::uint32_t encoder_since = 0;
     Vector<std::uint64_t> kept;             // a bit a slot: in images, or there was no user
     std::vector<Vector<std::byte>> images;  // as User::write() writes them
     bool lost = false;                      // memory ran out
@@ -12510,7 +12663,7 @@ class Users {
       Vector<std::byte> image;
       image.reserve(user.written_bytes());
       FieldWriter archive{image};
-      user.write(archive, user.generation == cut->generation);
+      user.write(archive, user.generation >= cut->encoder_since);
       cut->images.push_back(std::move(image));
     };
 #if PERSONALIZE_HAS_EXCEPTIONS
@@ -12892,6 +13045,11 @@ class TimeGate {
     one(self.latest_event_);
     one(self.latest_user_);
     one(self.latest_before_);
+  }
+  // Of a state whose clock was ahead.
+  void limit(std::int64_t most) noexcept {
+    for (atomic<std::int64_t>* each : {&latest_, &latest_event_, &latest_before_})
+      each->store(std::min(each->load(), most));
   }
   // Another model's interactions are known of, too.
   void know(std::int64_t latest) noexcept { raise(latest_, latest); }
@@ -13425,6 +13583,20 @@ class JournalReader {
   std::size_t have_ = 0;
 };
 
+// Of a journal whose records are not read yet. Errors: as read_journal_header; io.
+inline Result<JournalHeader> peek_journal_header(const std::string& path,
+                                                 const JournalExpectation& expected) {
+  return catching_bad_alloc([&]() -> Result<JournalHeader> {
+    auto reader = JournalReader::open(path);
+    if (!reader) return reader.error();
+    const std::uint64_t size = reader->size();
+    const auto head =
+        reader->at(0, static_cast<std::size_t>(std::min<std::uint64_t>(size, journal_header_size)));
+    if (!head) return head.error();
+    return read_journal_header(path, *head, size <= journal_header_size, expected);
+  });
+}
+
 struct JournalEnd {
   JournalHeader header;
   std::uint64_t end = 0;            // behind the last sound record
@@ -13774,6 +13946,11 @@ class Journal {
   Result<void> commit(std::uint64_t sequence) {
     Lock lock{mutex_};
     return finish(lock, sequence + 1, settings_.durability == Durability::each_call);
+  }
+  // The same without waiting for a sync, whatever the durability is.
+  Result<void> hand_over(std::uint64_t sequence) {
+    Lock lock{mutex_};
+    return finish(lock, sequence + 1, false);
   }
   // The same for all that was appended, synced whatever the durability is.
   Result<void> sync() {
@@ -14391,13 +14568,10 @@ class PutItems {
     return ids;
   }
 
-  // cut(): called under the lock, where a cut is to begin.
-  template <class Cut>
-  void write(FieldWriter& archive, Cut cut) const {
-    const lock_guard lock{mutex_};
-    cut();
-    each_field(archive, *this);
-  }
+  // Keeps others from putting and removing, until it ends.
+  using Hold = unique_lock<RankedMutex<2>>;
+  Hold hold() const { return Hold{mutex_}; }
+  void write(FieldWriter& archive, const Hold&) const { each_field(archive, *this); }
   void read(FieldReader& archive) {
     const lock_guard lock{mutex_};
     each_field(archive, *this);
@@ -14506,6 +14680,8 @@ class PutItems {
   atomic<bool> any_waiting_{false};
 };
 
+class Keeper;  // room 20
+
 // What a recommender has, for all threads.
 struct State {
   // What one user adds to what all share, in a half-life.
@@ -14573,6 +14749,11 @@ struct State {
   // Returns when the record is as durable as RecommenderOptions::durability says. Holds no lock.
   Result<void> durable(std::uint64_t sequence) {
     return journal && sequence != 0 ? journal->commit(sequence) : Result<void>{};
+  }
+
+  // Of what nobody waits for: a process that ends loses none of it, a power cut may.
+  void hand_over(std::uint64_t sequence) {
+    if (journal && sequence != 0) (void)journal->hand_over(sequence);
   }
 
   // What a new user begins with.
@@ -14690,7 +14871,10 @@ struct State {
   PutItems put_items;
   Decay decay{Catalogue::half_life};
   Lanes lanes;
-  std::unique_ptr<Journal> journal;  // null: none; set while nobody else calls
+  std::shared_ptr<Keeper> keeper;    // null: there is no folder
+  std::unique_ptr<Journal> journal;  // the same; set while nobody else calls
+  // Makes a save where one is due; empty without a journal. The caller holds update_mutex.
+  std::function<void()> save_if_due;
 
   // Events or impressions since the last learning. No bool: RISC-V exchanges no bytes without
   // libatomic (GCC 12).
@@ -14708,8 +14892,12 @@ struct State {
   std::size_t learnt_items = 0;
   std::size_t encoded_shard = Users::shard_count, encoded_slot = 0;  // how far they are current
 
+  atomic<std::uint64_t> saves{0};  // by the keeper
+  RecoveryReport recovery;
+
   mutable RankedMutex<2> report_mutex;
   UpdateReport report;
+  std::optional<Error> save_error;  // of the last save, where it failed
 
   mutex wake_mutex;  // of the update thread alone, and of who wakes it
   condition_variable wake, taken_in;
@@ -15193,7 +15381,7 @@ class Changes {
         std::span(scratch_.query.data(), static_cast<std::size_t>(catalogue().dimension()))));
   }
   // foreign: the record is of another model, whose queries are of no use.
-  void read(EventChange& change, FieldReader& archive, std::size_t dimension, bool foreign) {
+  void read(EventChange& change, FieldReader& archive, bool foreign) {
     EventChange::each_field(archive, change);
     const std::size_t items = catalogue().size();
     scratch_.listed.clear();
@@ -15218,7 +15406,7 @@ class Changes {
       scratch_.seen.push_back(seen);
     }
     if (!change.has_query || count == 0) return;
-    const auto raw = archive.bytes(dimension * sizeof(float));
+    const auto raw = archive.bytes(archive.left());
     if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) {
       change.has_query = false;
       return;
@@ -15287,7 +15475,7 @@ class Changes {
     for (const LoggedChoice& choice : slate.choices) LoggedChoice::each_field(archive, choice);
     archive.bytes(std::as_bytes(std::span(slate.query.data(), slate.query.size())));
   }
-  void read(SlateChange& change, FieldReader& archive, std::size_t dimension, bool foreign) {
+  void read(SlateChange& change, FieldReader& archive, bool foreign) {
     SlateChange::each_field(archive, change);
     const std::size_t items = catalogue().size();
     LoggedSlate& slate = scratch_.logged;
@@ -15309,7 +15497,7 @@ class Changes {
     }
     slate.query.clear();
     if (!has_query) return;
-    const auto raw = archive.bytes(dimension * sizeof(float));
+    const auto raw = archive.bytes(archive.left());
     if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) return;
     slate.query.resize(catalogue().dimension());
     std::memcpy(slate.query.data(), raw.data(), raw.size());
@@ -15470,6 +15658,12 @@ class Changes {
   bool has_query_ = false;               // of the assessed list
 };
 
+// Takes the marks of a list away in the end.
+struct Unlisting {
+  Changes& changes;
+  ~Unlisting() { changes.unlist(); }
+};
+
 }  // namespace detail
 
 #endif  // PERSONALIZE_HAS_BODIES
@@ -15537,24 +15731,26 @@ class Update {
     Vector<std::byte> record;
     {
       const Turns::All turns{state_.turns};
-      state_.note(Entry::publish, record, [](FieldWriter&) {});
+      sequence_ = state_.note(Entry::publish, record, [](FieldWriter&) {});
       put_in_place(copies);
     }
+    state_.hand_over(sequence_);
     if (!learn_) return;
     state_.learnt_at = now_;
     state_.learnt_items = report.items_learnt;
   }
 
-  // Another model, in the catalogue's order; `lacking`: items that it has no row for.
-  void begin_swap(std::shared_ptr<const Model> model, Vector<std::uint32_t> lacking) {
+  // Another model, in the catalogue's order; `lacking`: items that it has no row for. Whether
+  // users' states are good for it, and the sums.
+  void begin_swap(std::shared_ptr<const Model> model, Vector<std::uint32_t> lacking,
+                  bool same_encoder, bool same_space) {
     const Catalogue& old = *state_.catalogue;
-    const Fingerprints &before = old.base->fingerprints(), &after = model->fingerprints();
     model_ = std::move(model);
     lacking_ = std::move(lacking);
-    same_space_ = before.items == after.items && old.dimension() == model_->dimension();
+    same_encoder_ = same_encoder;
+    same_space_ = same_space;
+    const Fingerprints& after = model_->fingerprints();
     const Encoder encoder(*model_, state_.table);
-    same_encoder_ =
-        before.encoder == after.encoder && encoder.state_size() == old.encoder->state_size();
     state_size_ = encoder.state_size();
     const Turns::All turns{state_.turns};
     items_ = state_.put_items.taken_in();
@@ -15606,7 +15802,8 @@ class Update {
     const Fingerprints& of = model_->fingerprints();
     const std::shared_ptr<const Model> old = state_.catalogue->base;
     const Turns::All turns{state_.turns};
-    state_.note(Entry::model, record, [&](FieldWriter& archive) { archive(of.encoder, of.items); });
+    sequence_ = state_.note(Entry::model, record,
+                            [&](FieldWriter& archive) { archive(of.encoder, of.items); });
     if (interactions_kept_ < 1)
       next_->counters->scale(ItemCounters::Kind::interactions, interactions_kept_);
     state_.users.fit(state_size_, model_->dimension());
@@ -15625,8 +15822,6 @@ class Update {
   void replay_arrived() noexcept;
 
   std::uint64_t version() const noexcept { return version_; }
-  bool same_encoder() const noexcept { return same_encoder_; }
-  bool same_space() const noexcept { return same_space_; }
 
   UpdateReport report;
 
@@ -15709,6 +15904,7 @@ class Update {
   std::uint64_t version_ = 0;
   std::int64_t latest_ = no_timestamp;
   bool taught_ = false;
+  std::uint64_t sequence_ = 0;                   // of the record that says it is published
   Vector<std::uint32_t> touched_;                // of a swap, until its builder has them
   std::shared_ptr<ItemCounters> counters_;       // of the cut
   std::shared_ptr<const Catalogue> cut_, next_;  // that there is a cut of; that is to be
@@ -15814,6 +16010,7 @@ class Updater {
     auto updated = run(now, true, pace);
     if (!updated) state_.next_update.store(before);
     encode_some(users_a_time, pace);
+    if (state_.save_if_due) state_.save_if_due();
     return updated;
   }
 
@@ -15916,6 +16113,7 @@ class Updater {
         state.sweep();
       }
       more = encode_some(256, pace);
+      if (state.save_if_due) state.save_if_due();
       update_lock.unlock();
       pace.rest();
       lock.lock();
@@ -15960,16 +16158,1547 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
     if (old.available(item)) lacking.push_back(item);
   Pace pace;
   Update update(state_, state_.times.now(), true, pace);
-  update.begin_swap(ordered->model, std::move(ordered->lacking));
+  const Fingerprints &before = old.base->fingerprints(), &after = model->fingerprints();
+  report.states_kept =
+      before.encoder == after.encoder &&
+      Encoder(*ordered->model, state_.table).state_size() == old.encoder->state_size();
+  report.sums_kept = before.items == after.items && old.dimension() == model->dimension();
+  update.begin_swap(ordered->model, std::move(ordered->lacking), report.states_kept,
+                    report.sums_kept);
   if (auto built = update.build_swap(); !built) return built.error();
   update.publish_swap();
   for (const std::uint32_t item : lacking)
     ++(state_.catalogue->available(item) ? report.items_put : report.items_dropped);
-  report.states_kept = update.same_encoder();
-  report.sums_kept = update.same_space();
   report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
       std::chrono::steady_clock::now() - begun);
   return report;
+}
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 20: persistence. Owns what outlives the process: the state file, written beside traffic and
+// read onto the same or another model; a folder with a state file and the journal of what came
+// after; users as blobs. Uses all earlier rooms.
+//
+// A state file has the outside of room 5. Its sections are bytes (u8), fields back to back as the
+// function each_field of their owner names them, texts behind their u64 size:
+//
+//   tag  index  content
+//   HEAD 0      StateHead: which model, which record of a journal comes next, keys, clocks
+//   ITEM 0      u64 count, then the ids of all items so far; their order is the items' numbers
+//   TYPE 0      u64 count, then the event types so far
+//   FORG 0      u64 count, then users who came with the model and were forgotten
+//   CATL 0      what was learnt of items: catalogue_fields()
+//   CNTR 0      ItemCounters
+//   PUTS 0      PutItems
+//   EVID 0      EventIds
+//   CTXT s      ContextSums, a 64th of them
+//   SLAT s      SlateLog, a part
+//   USER s      Users, a 64th of them
+//
+// A folder has files state-N.pzs and journal-N.pzj. State N is what was known when the journal went
+// over to file N; what came after stands in journal N and those that follow. A save makes journal
+// N + 1, goes over to it, writes state N + 1, and when that is durable removes what was before. So
+// a crash at any moment leaves a state and all that came after it.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+struct StateHead {
+  std::uint64_t lineage = 0, number = 0;  // of the folder's file; 0: of none
+  std::uint64_t next_sequence = 0;        // the first record that is not in it
+  std::int64_t saved_at = 0;              // by the clock
+  HashKey key{};
+  Fingerprints model;
+  std::uint64_t dimension = 0, state_size = 0;
+  std::int64_t learnt_at = no_timestamp, next_update = no_timestamp;
+  std::uint64_t learnt_items = 0, restarted = 0;
+  std::uint32_t changed = 0;
+  std::int64_t latest = no_timestamp, latest_event = no_timestamp, latest_before = no_timestamp;
+
+  template <class Archive, class Self>
+  static void each_field(Archive& archive, Self& self) {
+    archive(self.lineage, self.number, self.next_sequence, self.saved_at, self.key[0], self.key[1],
+            self.model.encoder, self.model.items, self.dimension, self.state_size, self.learnt_at,
+            self.next_update, self.learnt_items, self.restarted, self.changed);
+  }
+};
+
+// All elements; of what is read, those that differ are changed, so that pages stay shared.
+template <class T, class Archive, class Array, class Field>
+void paged_fields(Archive& archive, Array& array, std::size_t size, Field field) {
+  for (std::size_t i = 0; i < size; ++i) {
+    T value = array[i];
+    field(archive, value);
+    if constexpr (Archive::reads) {
+      if (!archive.ok()) return;
+      if (std::memcmp(&value, &std::as_const(array)[i], sizeof value) != 0) array.edit(i) = value;
+    }
+  }
+}
+
+// Rows that lie in pages of their own, as they are stored.
+template <class Archive, class Rows>
+void row_fields(Archive& archive, Rows& rows) {
+  std::uint64_t count = 0;
+  if constexpr (Archive::reads) {
+    archive(count);
+    const std::size_t bytes = rows.empty() ? 0 : rows.stored(0).size();
+    for (std::uint64_t r = 0; r < count && archive.ok(); ++r) {
+      std::uint32_t row = 0;
+      float scale = 0;
+      archive(row, scale);
+      const auto values = archive.bytes(bytes);
+      if (!archive.ok() || row >= rows.rows() || !rows.set_stored(row, values, scale))
+        return archive.fail();
+    }
+  } else {
+    rows.for_each_moved([&](std::size_t) { ++count; });
+    archive(count);
+    rows.for_each_moved([&](std::size_t r) {
+      archive(static_cast<std::uint32_t>(r), rows.scale(r));
+      archive.bytes(rows.stored(r));
+    });
+  }
+}
+
+template <class Archive>
+void mask_fields(Archive& archive, ItemMask& mask) {
+  for (std::size_t w = 0; w < (mask.size() + 63) / 64; ++w) {
+    std::uint64_t word = mask.word(w);
+    archive(word);
+    if constexpr (Archive::reads)
+      for (; word != 0; word &= word - 1)
+        if (!mask.set(
+                static_cast<std::uint32_t>(w * 64 + static_cast<unsigned>(std::countr_zero(word)))))
+          archive.fail();
+  }
+}
+
+// Of all models: what another one goes on from.
+template <class Archive, class Self>
+void lasting_fields(Archive& archive, Self& self) {
+  archive(self.generation, self.encoder_since, self.space_since, self.calibration.slope,
+          self.calibration.intercept, self.well_known_prior.strength, self.well_known_prior.mean,
+          self.cold_prior.strength, self.cold_prior.mean, self.started);
+  bool moments = self.second_moment != nullptr;
+  Vector<std::uint32_t> active = *self.active;
+  Vector<double> moment;
+  if (moments) moment = *self.second_moment;
+  archive(active, moments, moment);
+  if constexpr (Archive::reads) {
+    const auto ascends = [&](const Vector<std::uint32_t>& items) {
+      for (std::size_t i = 0; i < items.size(); ++i)
+        if (items[i] >= self.size() || (i > 0 && items[i] <= items[i - 1])) return false;
+      return true;
+    };
+    const auto within = [](double v, double low, double high) { return v >= low && v <= high; };
+    bool sound = archive.ok() && ascends(active) && self.generation >= self.encoder_since &&
+                 self.generation >= self.space_since && self.encoder_since > 0 &&
+                 self.space_since > 0 &&
+                 within(static_cast<double>(self.calibration.slope), 0.1, 4) &&
+                 within(static_cast<double>(self.calibration.intercept), -20, 20);
+    for (const GammaPrior& prior : {self.well_known_prior, self.cold_prior})
+      sound = sound && within(prior.strength, 0.5, 50) && within(prior.mean, 0.1, 10);
+    for (const double v : moment) sound = sound && std::isfinite(v);
+    if (!sound) return archive.fail();
+    self.active = std::make_shared<const Vector<std::uint32_t>>(std::move(active));
+    self.second_moment.reset();
+    if (moments) self.second_moment = std::make_shared<const Vector<double>>(std::move(moment));
+  }
+}
+
+// Of one model: what was learnt of its items. Of what follows from it nothing is written: biases,
+// corrected vectors, the scorer.
+template <class Archive, class Self>
+void catalogue_fields(Archive& archive, Self& self, std::int64_t most_time) {
+  const std::size_t size = self.size(), d = self.dimension();
+  archive(self.popularity_scale, self.trained_interactions, self.interactions, self.mean_square,
+          self.low_bias, self.unseen_quality, self.changed_base);
+  paged_fields<ItemStatistics>(archive, self.statistics, size, [&](auto& a, auto& s) {
+    a(s.interactions, s.first_timestamp, s.last_timestamp, s.creation_timestamp);
+    // A clock that was ahead when it was saved may have been put right.
+    if constexpr (Archive::reads)
+      for (std::int64_t* t : {&s.first_timestamp, &s.last_timestamp, &s.creation_timestamp})
+        *t = std::min(*t, most_time);
+  });
+  const auto number = [](auto& a, auto& v) {
+    a(v);
+    if constexpr (Archive::reads)
+      if (!(std::abs(v) <= max_magnitude)) a.fail();
+  };
+  paged_fields<float>(archive, self.offsets, size, number);
+  paged_fields<float>(archive, self.popularity, size, number);
+  bool feedback = !self.quality.empty();
+  archive(feedback);
+  if constexpr (Archive::reads) {
+    // Options may say otherwise now; what was learnt of qualities is then left out.
+    if (feedback && self.quality.empty()) {
+      (void)archive.bytes(size * sizeof(float));
+      feedback = false;
+    } else if (feedback) {
+      paged_fields<float>(archive, self.quality, size, number);
+    }
+  } else if (feedback) {
+    paged_fields<float>(archive, self.quality, size, number);
+  }
+  row_fields(archive, self.rows);
+  row_fields(archive, self.input_rows);
+  ItemMask gone(size), absent(size);
+  if constexpr (!Archive::reads) {
+    for (std::uint32_t i = 0; i < size; ++i)
+      if (!self.available(i)) gone.set(i);
+    if (self.absent)
+      for (std::uint32_t i = 0; i < size; ++i)
+        if (self.absent->test(i)) absent.set(i);
+  }
+  mask_fields(archive, gone);
+  mask_fields(archive, absent);
+  Vector<std::uint32_t> corrected = *self.corrected, popular = *self.popular,
+                        popular_later = self.popular_later, later_items = self.later_items;
+  Vector<float> corrections;
+  if (self.corrections) corrections = *self.corrections;
+  archive(corrected, corrections, popular, popular_later, later_items);
+  std::uint64_t pool = self.pool.size();
+  archive(pool);
+  if constexpr (Archive::reads) {
+    ItemMask seen(size);
+    bool sound = archive.ok() && popular.size() <= size &&
+                 corrections.size() == corrected.size() * (d + 1) && all_finite(corrections) &&
+                 popular_later.size() == later_items.size() && pool <= Catalogue::max_pool &&
+                 std::isfinite(self.popularity_scale) && std::isfinite(self.interactions) &&
+                 std::isfinite(self.trained_interactions) && std::isfinite(self.mean_square) &&
+                 std::isfinite(self.low_bias) && std::isfinite(self.unseen_quality);
+    const auto distinct = [&](const Vector<std::uint32_t>& items) {
+      ItemMask those(size);
+      for (const std::uint32_t item : items)
+        if (item >= size || those.test(item) || !those.set(item)) return false;
+      return true;
+    };
+    sound = sound && distinct(corrected) && distinct(popular) && distinct(popular_later) &&
+            distinct(later_items) && std::is_sorted(later_items.begin(), later_items.end(), Less{});
+    for (const std::uint32_t item : later_items) seen.set(item);
+    for (const std::uint32_t item : popular_later) sound = sound && seen.test(item);
+    for (const std::uint32_t item : popular) seen.set(item);
+    // Each item can be popular.
+    sound = sound && seen.count() == size;
+    if (!sound) return archive.fail();
+    self.pool.clear();
+    for (std::uint64_t p = 0; p < pool; ++p) {
+      PoolItem item{};
+      archive(item.item, item.bonus, item.created);
+      if (!archive.ok() || item.item >= size || gone.test(item.item) ||
+          (p > 0 && item.item <= self.pool.back().item) || !std::isfinite(item.bonus))
+        return archive.fail();
+      self.pool.push_back(item);
+    }
+    self.popular = std::make_shared<const Vector<std::uint32_t>>(std::move(popular));
+    self.popular_later = std::move(popular_later);
+    self.later_items = std::move(later_items);
+    self.absent.reset();
+    if (absent.count() > 0) self.absent = std::make_shared<const ItemMask>(std::move(absent));
+    self.vectors = self.rows;
+    Vector<float> row(d);
+    for (std::size_t c = 0; c < corrected.size() && !self.correction_of.empty(); ++c) {
+      const std::uint32_t item = corrected[c];
+      self.correction_of.edit(item) = static_cast<std::uint32_t>(c + 1);
+      self.rows.row(item, row);
+      for (std::size_t i = 0; i < d; ++i) row[i] += corrections[c * (d + 1) + i];
+      self.vectors.set_row(item, row);
+    }
+    if (self.correction_of.empty()) corrected.clear(), corrections.clear();
+    self.corrections = std::make_shared<const Vector<float>>(std::move(corrections));
+    self.corrected = std::make_shared<const Vector<std::uint32_t>>(std::move(corrected));
+    for (std::uint32_t i = 0; i < size; ++i) {
+      const float* const delta = self.correction(i);
+      const float bias = gone.test(i)
+                             ? std::numeric_limits<float>::quiet_NaN()
+                             : self.offsets[i] + self.quality_of(i) + (delta ? delta[d] : 0.0f);
+      if (std::memcmp(&bias, &self.biases[i], sizeof bias) != 0) self.biases.edit(i) = bias;
+    }
+  } else {
+    for (const PoolItem& item : self.pool) archive(item.item, item.bonus, item.created);
+  }
+}
+
+// Writes a state file beside traffic. Belongs to one thread, which holds State::update_mutex.
+class StateWriter {
+ public:
+  explicit StateWriter(State& state) : state_(state) {}
+  StateWriter(const StateWriter&) = delete;
+  StateWriter& operator=(const StateWriter&) = delete;
+  ~StateWriter() { end_cut(); }
+
+  // The moment that is written. at_cut(): called in it, while nothing changes; cannot fail.
+  template <class AtCut>
+  void begin(AtCut at_cut) {
+    catalogue_ = state_.catalogue;
+    counters_ = std::make_shared<ItemCounters>(catalogue_->counters->at_cut());
+    FieldWriter archive{puts_};
+    const auto lock = [&] {
+      const Turns::All turns{state_.turns};
+      begun_ = true;
+      state_.users.begin_cut(catalogue_->encoder_since);
+      catalogue_->counters->begin_cut();
+      catalogue_->contexts->begin_cut();
+      state_.slates.begin_cut();
+      state_.event_ids.begin_cut();
+      head_.changed = state_.changed.load();
+      head_.restarted = state_.restarted.load();
+      FieldWriter times{times_};
+      TimeGate::each_field(times, state_.times);
+      for (std::size_t w = 0; w < catalogue_->forgotten->size(); ++w)
+        forgotten_.push_back((*catalogue_->forgotten)[w].load());
+      auto held = state_.put_items.hold();
+      at_cut();
+      head_.next_sequence = state_.journal ? state_.journal->next_sequence() : 0;
+      return held;
+    };
+    const auto held = lock();
+    state_.put_items.write(archive, held);
+    head_.key = state_.key;
+    head_.model = catalogue_->base->fingerprints();
+    head_.dimension = catalogue_->dimension();
+    head_.state_size = catalogue_->encoder->state_size();
+    head_.saved_at = state_.times.now();
+    head_.learnt_at = state_.learnt_at;
+    head_.learnt_items = state_.learnt_items;
+    head_.next_update = state_.next_update.load();
+  }
+
+  // The bytes written. Errors: out_of_memory; what was written is then no file.
+  Result<std::uint64_t> write(ByteSink& sink, std::uint64_t lineage, std::uint64_t number) {
+    constexpr int zstd_level = 1;
+    constexpr unsigned chunk_log2 = 20;
+    head_.lineage = lineage;
+    head_.number = number;
+    FileBuilder file{sink, state_file, zstd_level, chunk_log2};
+    const Catalogue& of = *catalogue_;
+    const auto add = [&](std::string_view tag, std::size_t index, auto make,
+                         Codec codec = Codec::zstd) {
+      file.add_made(
+          tag, static_cast<std::uint32_t>(index),
+          [make](Vector<std::byte>& bytes) -> Result<void> {
+            FieldWriter archive{bytes};
+            make(archive, bytes);
+            return {};
+          },
+          codec);
+    };
+    using Bytes = Vector<std::byte>;
+    add("HEAD", 0, [&](FieldWriter& archive, Bytes&) {
+      StateHead::each_field(archive, head_);
+      archive.bytes(times_);
+    });
+    add("ITEM", 0, [&](FieldWriter& archive, Bytes&) {
+      archive(static_cast<std::uint64_t>(of.size()));
+      for (std::uint32_t i = 0; i < of.size(); ++i) archive((*of.ids)[i]);
+    });
+    add("TYPE", 0,
+        [&](FieldWriter& archive, Bytes&) { write_names(archive, of.base->parts().event_types); });
+    add("FORG", 0, [&](FieldWriter& archive, Bytes&) {
+      std::uint64_t count = 0;
+      for (const std::uint64_t word : forgotten_)
+        count += static_cast<std::uint64_t>(std::popcount(word));
+      archive(count);
+      for (std::size_t w = 0; w < forgotten_.size(); ++w)
+        for (std::uint64_t bits = forgotten_[w]; bits != 0; bits &= bits - 1)
+          archive(
+              of.base->parts().user_ids[w * 64 + static_cast<std::size_t>(std::countr_zero(bits))]);
+    });
+    add("CATL", 0, [&](FieldWriter& archive, Bytes&) {
+      lasting_fields(archive, of);
+      catalogue_fields(archive, of, 0);
+    });
+    add("CNTR", 0, [&](FieldWriter& archive, Bytes&) {
+      ItemCounters::each_field(archive, std::as_const(*counters_));
+    });
+    add("PUTS", 0, [&](FieldWriter& archive, Bytes&) { archive.bytes(puts_); });
+    add("EVID", 0, [&](FieldWriter& archive, Bytes&) { state_.event_ids.write(archive); });
+    for (std::size_t s = 0; s < ContextSums::stripe_count; ++s)
+      add("CTXT", s,
+          [&, s](FieldWriter& archive, Bytes&) { of.contexts->write_stripe(s, archive); });
+    for (std::size_t s = 0; s < state_.slates.stripe_count(); ++s)
+      add("SLAT", s,
+          [&, s](FieldWriter& archive, Bytes&) { state_.slates.write_stripe(s, archive); });
+    // Two thirds of it are floats, of which zstd makes nothing smaller.
+    for (std::size_t s = 0; s < Users::shard_count; ++s)
+      add(
+          "USER", s, [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes); },
+          Codec::stored);
+    if (auto finished = file.finish(); !finished) return finished.error();
+    if (!end_cut()) return Error{Errc::out_of_memory, "out of memory"};
+    return file.size();
+  }
+
+  static void write_names(FieldWriter& archive, const StringTable& names) {
+    archive(static_cast<std::uint64_t>(names.size()));
+    for (std::size_t i = 0; i < names.size(); ++i) archive(names[i]);
+  }
+
+ private:
+  // False where memory ran out for what there was.
+  bool end_cut() noexcept {
+    if (!std::exchange(begun_, false)) return true;
+    const bool counters = catalogue_->counters->end_cut(),
+               contexts = catalogue_->contexts->end_cut(), slates = state_.slates.end_cut(),
+               ids = state_.event_ids.end_cut(), users = state_.users.end_cut();
+    return counters && contexts && slates && ids && users;
+  }
+
+  State& state_;
+  StateHead head_;
+  std::shared_ptr<const Catalogue> catalogue_;
+  std::shared_ptr<ItemCounters> counters_;  // of the cut
+  Vector<std::byte> puts_, times_;
+  Vector<std::uint64_t> forgotten_;
+  bool begun_ = false;
+};
+
+// Writes a state file at once or not at all. The caller holds update_mutex. at_cut: as
+// StateWriter::begin().
+template <class AtCut>
+Result<SaveReport> save_state(State& state, const std::string& path, std::uint64_t lineage,
+                              std::uint64_t number, AtCut at_cut) {
+  const auto begun = std::chrono::steady_clock::now();
+  FileSink file{path, 0600};
+  SaveReport report;
+  StateWriter writer{state};
+  writer.begin(at_cut);
+  const auto written = writer.write(file, lineage, number);
+  if (!written) return written.error();
+  if (auto committed = file.commit(); !committed) return committed.error();
+  report.bytes = *written;
+  report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - begun);
+  return report;
+}
+
+// Makes a State of a state file and a model, which may be another one.
+class StateReader {
+ public:
+  // model, options and table as Recommender::create has checked them; the key may be missing.
+  StateReader(const std::shared_ptr<const Model>& model, RecommenderOptions options,
+              const kernels::Table& table)
+      : model_(model), options_(std::move(options)), table_(table) {}
+
+  // Errors: those of a file of sections; corrupt, where values contradict one another;
+  // invalid_argument: another recommendation_key than the state's.
+  Result<void> read(ByteSource& source) {
+    // Of a state's size nothing is said but that there is memory for it.
+    LoadOptions options;
+    options.limits.file_bytes = options.limits.raw_bytes = std::uint64_t{1} << 44;
+    auto done = read_each_section(
+        source, state_file, options,
+        [&](const SectionInfo& section, std::span<const std::byte> bytes) -> Result<void> {
+          return visit(section, bytes);
+        });
+    if (!done) return done;
+    if (seen_ < Part::users || users_ != Users::shard_count)
+      return Error{Errc::corrupt, "sections are missing"};
+    return finish();
+  }
+
+  std::unique_ptr<State> state;
+  StateHead head;
+  RecoveryReport report;
+
+ private:
+  enum class Part {
+    none,
+    head,
+    items,
+    types,
+    forgotten,
+    catalogue,
+    counters,
+    puts,
+    ids,
+    contexts,
+    slates,
+    users
+  };
+
+  Result<void> visit(const SectionInfo& section, std::span<const std::byte> bytes) {
+    const std::string_view tag(section.tag.data(), section.tag.size());
+    FieldReader archive{bytes};
+    const auto follows = [&](std::string_view name, Part part, bool repeats = false) {
+      if (tag != name) return false;
+      const auto before = static_cast<int>(part) - 1;
+      const bool first = static_cast<int>(seen_) == before;
+      if (!first && !(repeats && seen_ == part)) archive.fail();
+      seen_ = part;
+      return true;
+    };
+    Result<void> done;
+    if (follows("HEAD", Part::head)) {
+      StateHead::each_field(archive, head);
+      if (archive.ok()) {
+        const auto rest = archive.bytes(archive.left());
+        times_.assign(rest.begin(), rest.end());
+      }
+    } else if (follows("ITEM", Part::items)) {
+      read_names(archive, items_);
+    } else if (follows("TYPE", Part::types)) {
+      read_names(archive, types_);
+      if (archive.at_end()) done = begin();
+    } else if (follows("FORG", Part::forgotten)) {
+      read_forgotten(archive);
+    } else if (follows("CATL", Part::catalogue)) {
+      done = read_catalogue(archive);
+    } else if (follows("CNTR", Part::counters)) {
+      ItemCounters counters;
+      ItemCounters::each_field(archive, counters);
+      if (archive.ok() && counters.size() > catalogue_->size()) archive.fail();
+      if (archive.ok())
+        catalogue_->counters = std::make_shared<ItemCounters>(counters.grown(catalogue_->size()));
+    } else if (follows("PUTS", Part::puts)) {
+      state->put_items.read(archive);
+    } else if (follows("EVID", Part::ids)) {
+      state->event_ids.read(archive);
+    } else if (follows("CTXT", Part::contexts, true)) {
+      if (!same_space_ || section.index >= ContextSums::stripe_count)
+        (void)archive.bytes(archive.left());
+      else
+        catalogue_->contexts->read_stripe(section.index, archive, items_.size());
+    } else if (follows("SLAT", Part::slates, true)) {
+      if (options_.feedback)
+        state->slates.read_stripe(section.index, archive, items_.size());
+      else
+        (void)archive.bytes(archive.left());
+    } else if (follows("USER", Part::users, true)) {
+      if (section.index != users_ || users_ >= Users::shard_count) archive.fail();
+      ++users_;
+      if (archive.ok())
+        state->users.read_shard(section.index, archive, state->key, bounds(),
+                                catalogue_->generation, catalogue_->encoder_since);
+    } else {
+      return {};  // of a later version
+    }
+    if (!done) return done;
+    if (!archive.at_end()) return Error{Errc::corrupt, "its values contradict one another"};
+    return {};
+  }
+
+  static void read_names(FieldReader& archive, StringTable& names) {
+    std::uint64_t count = 0;
+    archive(count);
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i)
+      if (const std::string_view name = archive.text(); archive.ok() && !names.add(name))
+        archive.fail();
+  }
+
+  User::Bounds bounds() const noexcept {
+    return {static_cast<std::size_t>(head.state_size),
+            User::offset_size(static_cast<std::size_t>(head.dimension)), items_.size(),
+            types_.size(), 65'535};
+  }
+
+  // Once names are known: the state, with the model in their order.
+  Result<void> begin() {
+    constexpr std::uint64_t most = std::uint64_t{1} << 24;  // of a user's floats
+    if (head.state_size > most || head.dimension > most)
+      return Error{Errc::corrupt, "section HEAD: a state or a vector is too large"};
+    if (options_.recommendation_key && *options_.recommendation_key != head.key)
+      return Error{Errc::invalid_argument,
+                   "RecommenderOptions::recommendation_key is another than the state's: ids that "
+                   "were given would no longer be known"};
+    options_.recommendation_key = head.key;
+    Vector<std::string_view> items(items_.size()), types(types_.size());
+    for (std::size_t i = 0; i < items.size(); ++i) items[i] = items_[i];
+    for (std::size_t t = 0; t < types.size(); ++t) types[t] = types_[t];
+    auto ordered = in_order(model_, items, types);
+    if (!ordered) return ordered.error();
+    ordered_ = ordered->model;
+    lacking_ = std::move(ordered->lacking);
+    state = std::make_unique<State>(*ordered_, options_, table_);
+    if (auto checked = check_statistics(*ordered_, *state); !checked) return checked;
+    const Fingerprints& model = model_->fingerprints();
+    const Encoder encoder(*ordered_, table_);
+    same_space_ = model.items == head.model.items && ordered_->dimension() == head.dimension;
+    same_encoder_ = model.encoder == head.model.encoder && encoder.state_size() == head.state_size;
+    now_ = state->times.now();
+    catalogue_ = CatalogueBuilder::first(ordered_, state->options, table_, state->key, now_,
+                                         state->times.latest(), lacking_);
+    FieldReader times{times_};
+    TimeGate::each_field(times, state->times);
+    if (!times.at_end()) return Error{Errc::corrupt, "section HEAD: its clocks are missing"};
+    state->times.limit(now_ + state->options.clock_skew.count());
+    state->times.know(State::latest_of(*ordered_));
+    return {};
+  }
+
+  void read_forgotten(FieldReader& archive) {
+    std::uint64_t count = 0;
+    archive(count);
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i)
+      if (const auto row = ordered_->parts().user_ids.find(archive.text()))
+        (*catalogue_->forgotten)[*row / 64].fetch_or(std::uint64_t{1} << (*row % 64));
+  }
+
+  Result<void> read_catalogue(FieldReader& archive) {
+    lasting_fields(archive, *catalogue_);
+    if (!archive.ok() || !same_space_ || !same_encoder_) {
+      if (archive.ok()) (void)archive.bytes(archive.left());
+      return {};
+    }
+    const std::size_t d = catalogue_->dimension();
+    if (catalogue_->second_moment && catalogue_->second_moment->size() != d * d) archive.fail();
+    catalogue_fields(archive, *catalogue_, now_ + state->options.clock_skew.count());
+    if (!archive.ok()) return {};
+    Catalogue& c = *catalogue_;
+    c.scorer =
+        std::make_shared<const Scorer>(c.vectors, c.biases, usual_query_length(*c.base), table_);
+    c.fill_pool();
+    return {};
+  }
+
+  Result<void> finish() {
+    State& of = *state;
+    const std::shared_ptr<const Catalogue> first = catalogue_;
+    Lanes::Copies copies = of.publishing(first);
+    of.publish(copies, first);
+    catalogue_.reset();
+    of.learnt_at = head.learnt_at;
+    of.learnt_items = static_cast<std::size_t>(head.learnt_items);
+    of.restarted = head.restarted;
+    of.changed = head.changed != 0 ? 1 : 0;
+    // A clock that was ahead may have been put right.
+    of.next_update = std::min(head.next_update, now_ + of.options.update_interval.count());
+    if (head.next_update == no_timestamp || of.options.update_interval.count() == 0)
+      of.next_update = now_ + of.options.update_interval.count();
+    of.encoded_shard = of.encoded_slot = 0;
+    GoneUsers gone;
+    for (std::size_t s = 0; s < Users::shard_count; ++s) of.users.settle(s, gone);
+    report.users = of.users.count();
+    report.other_model = !same_space_ || !same_encoder_;
+    report.states_kept = same_encoder_;
+    report.sums_kept = same_space_;
+    if (!report.other_model) return {};
+    Pace pace;
+    Update update(of, now_, true, pace);
+    update.begin_swap(ordered_, lacking_, same_encoder_, same_space_);
+    if (auto built = update.build_swap(); !built) return built;
+    update.publish_swap();
+    return {};
+  }
+
+  std::shared_ptr<const Model> model_, ordered_;
+  RecommenderOptions options_;
+  const kernels::Table& table_;
+  Part seen_ = Part::none;
+  std::size_t users_ = 0;  // shards read
+  StringTable items_, types_;
+  Vector<std::byte> times_;
+  Vector<std::uint32_t> lacking_;
+  std::shared_ptr<Catalogue> catalogue_;
+  bool same_encoder_ = false, same_space_ = false;
+  std::int64_t now_ = 0;
+};
+
+// --------------------------------------------------------------------------------------------
+// Users as blobs. Numbers are those of one recommender, so items and event types go by name:
+//
+//   offset size field
+//        0    4 magic     "PZU" and the version, 1
+//        4    1 codec     0 stored, 1 zstd
+//        5    4 raw size  of the payload, at most 2^24
+//        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
+//       +8    8 checksum  XXH64 of all before
+
+// What a blob says, decoded and checked.
+class Blob {
+ public:
+  // of: whose numbers the user's are.
+  static Result<Vector<std::byte>> write(const User& user, const Catalogue& of) {
+    Vector<std::byte> raw, events;
+    FieldWriter archive{raw};
+    const Fingerprints& model = of.base->fingerprints();
+    archive(model.encoder, model.items);
+    put_text(raw, user.key());
+    User::Personal::each_field(archive, user.personal());
+    Vector<std::uint32_t> items, types;
+    const auto index_in = [](Vector<std::uint32_t>& all, std::uint32_t number) {
+      const std::uint32_t* const at = std::find(all.begin(), all.end(), number);
+      const auto index = static_cast<std::size_t>(at - all.begin());
+      if (index == all.size()) all.push_back(number);
+      return index;
+    };
+    std::int64_t before = 0;
+    user.for_each_event([&](const RememberedEvent& event) {
+      put_number(events, index_in(items, event.item));
+      put_number(events,
+                 event.event_type == no_event_type ? 0 : 1 + index_in(types, event.event_type));
+      const std::uint64_t gap =
+          static_cast<std::uint64_t>(event.timestamp) - static_cast<std::uint64_t>(before);
+      put_number(events, gap << 1 ^ (0 - (gap >> 63)));
+      before = event.timestamp;
+    });
+    for (const RecentImpressions::Entry& entry : user.impressions()) index_in(items, entry.item);
+    put_number(raw, items.size());
+    for (const std::uint32_t item : items) put_text(raw, (*of.ids)[item]);
+    put_number(raw, types.size());
+    for (const std::uint32_t type : types) put_text(raw, of.base->parts().event_types[type]);
+    put_number(raw, user.events());
+    archive.bytes(events);
+    put_number(raw, user.impressions().size());
+    for (const RecentImpressions::Entry& entry : user.impressions()) {
+      put_number(raw, index_in(items, entry.item));
+      archive(entry.count, entry.seconds);
+    }
+    const auto offset =
+        user.generation >= of.space_since ? user.offset() : std::span<const std::byte>{};
+    put_number(raw, offset.size());
+    archive.bytes(offset);
+    const auto state =
+        user.generation >= of.encoder_since ? user.state() : std::span<const float>{};
+    put_number(raw, state.size());
+    archive.bytes(std::as_bytes(state));
+    return packed(raw);
+  }
+
+  // Errors: format, version, checksum, compression, limit, corrupt; unsupported (zstd).
+  static Result<Blob> read(std::span<const std::byte> bytes) {
+    Blob blob;
+    if (bytes.size() < head_size + 8 || std::memcmp(bytes.data(), "PZU", 3) != 0)
+      return Error{Errc::format, "not a user's blob", 0};
+    if (bytes[3] != std::byte{1})
+      return Error{Errc::version,
+                   "a user's blob of a later version; use a newer personalize_runtime.hpp", 3};
+    const auto checked = bytes.first(bytes.size() - 8);
+    if (xxh64(checked) != load_integer<std::uint64_t>(bytes.data() + checked.size()))
+      return Error{Errc::checksum, "the user's blob is damaged"};
+    const auto size = load_integer<std::uint32_t>(bytes.data() + 5);
+    const auto stored = checked.subspan(head_size);
+    if (size > most_bytes) return Error{Errc::limit, "the user's blob is over 16 MiB", 5};
+    if (bytes[4] == std::byte{0})
+      blob.raw_.assign(stored.begin(), stored.end());
+    else if (auto unpacked = unpack(stored, size, blob.raw_); !unpacked)
+      return unpacked.error();
+    if (blob.raw_.size() != size || !blob.parse())
+      return Error{Errc::corrupt, "the user's blob: its values contradict one another"};
+    return blob;
+  }
+
+  std::string_view user() const noexcept {
+    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+  std::string_view session() const noexcept {
+    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+
+  // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
+  // items that it does not know.
+  User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
+                   std::size_t& dropped) const {
+    const Fingerprints& model = of.base->fingerprints();
+    const bool same_state =
+        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
+    const bool same_space =
+        model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
+    User::Owner user = User::make(key, same_state ? state_.size() : 0);
+    if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
+    user->generation = same_state ? of.generation : 0;
+    const std::size_t kept = std::min(events_.size(), limit);
+    const std::size_t tail =
+        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
+    if (tail > 0) {
+      void* memory = ::operator new(tail);
+      user->move_tail(memory, tail);
+    }
+    if (same_space) user->set_offset(offset_);
+    dropped = 0;
+    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
+      RememberedEvent event = events_[e];
+      const auto item = number_of(of, event.item);
+      if (!item) {
+        ++dropped;
+        continue;
+      }
+      event.item = *item;
+      if (event.event_type != no_event_type)
+        event.event_type =
+            of.base->parts().event_types.find(types_[event.event_type]).value_or(no_event_type);
+      user->remember(event, limit);
+    }
+    for (RecentImpressions::Entry entry : impressions_) {
+      const auto item = number_of(of, entry.item);
+      if (!item) continue;
+      entry.item = *item;
+      user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
+    }
+    User::Personal personal = personal_;
+    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
+    user->set_personal(personal);
+    return user;
+  }
+
+ private:
+  static constexpr std::size_t head_size = 9, most_bytes = std::size_t{1} << 24;
+
+  Blob() = default;
+
+  std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
+    const auto item = of.ids->find(items_[index]);
+    return item && *item < of.size() ? item : std::nullopt;
+  }
+
+  static void put_number(Vector<std::byte>& out, std::uint64_t number) {
+    std::array<std::byte, longest_varint> bytes;
+    std::byte* const end = write_varint(bytes.data(), number);
+    out.insert(out.end(), bytes.data(), end);
+  }
+  static void put_text(Vector<std::byte>& out, std::string_view text) {
+    put_number(out, text.size());
+    const auto bytes = text_bytes(text);
+    out.insert(out.end(), bytes.begin(), bytes.end());
+  }
+  static std::uint64_t take_number(FieldReader& archive) noexcept {
+    std::uint64_t number = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+      const auto byte = archive.bytes(1);
+      if (byte.empty()) return 0;
+      number |= (std::to_integer<std::uint64_t>(byte[0]) & 0x7f) << shift;
+      if (std::to_integer<unsigned>(byte[0]) < 0x80) return number;
+    }
+    archive.fail();
+    return 0;
+  }
+  // Of so many of `least` bytes each; more than there can be fails.
+  static std::size_t take_count(FieldReader& archive, std::size_t least) noexcept {
+    const std::uint64_t count = take_number(archive);
+    if (count > archive.left() / least) archive.fail();
+    return archive.ok() ? static_cast<std::size_t>(count) : 0;
+  }
+  static void take_names(FieldReader& archive, std::vector<std::string>& names) {
+    names.resize(take_count(archive, 2));
+    for (std::string& name : names) {
+      const auto raw = archive.bytes(take_number(archive));
+      name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
+      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
+    }
+  }
+
+  bool parse() {
+    FieldReader archive{raw_};
+    archive(model_.encoder, model_.items);
+    const auto key = archive.bytes(take_number(archive));
+    key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
+    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
+        !valid_id(key_))
+      return false;
+    User::Personal::each_field(archive, personal_);
+    take_names(archive, items_);
+    take_names(archive, types_);
+    events_.resize(take_count(archive, 3));
+    std::int64_t before = 0;
+    for (RememberedEvent& event : events_) {
+      const std::uint64_t item = take_number(archive), type = take_number(archive);
+      std::uint64_t gap = take_number(archive);
+      gap = gap >> 1 ^ (0 - (gap & 1));
+      before = static_cast<std::int64_t>(static_cast<std::uint64_t>(before) + gap);
+      if (item >= items_.size() || type > types_.size()) return false;
+      event = {static_cast<std::uint32_t>(item),
+               type == 0 ? no_event_type : static_cast<std::uint32_t>(type - 1), before};
+    }
+    impressions_.resize(take_count(archive, 9));
+    if (impressions_.size() > RecentImpressions::capacity) return false;
+    for (RecentImpressions::Entry& entry : impressions_) {
+      const std::uint64_t item = take_number(archive);
+      archive(entry.count, entry.seconds);
+      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
+      entry.item = static_cast<std::uint32_t>(item);
+    }
+    const auto offset = archive.bytes(take_number(archive));
+    offset_.assign(offset.begin(), offset.end());
+    state_.resize(take_count(archive, sizeof(float)));
+    const auto state = archive.bytes(state_.size() * sizeof(float));
+    if (!state.empty()) std::memcpy(state_.data(), state.data(), state.size());
+    return archive.at_end() && personal_.is_sound() && all_finite(state_);
+  }
+
+  static Result<Vector<std::byte>> packed(const Vector<std::byte>& raw) {
+    if (raw.size() > most_bytes) return Error{Errc::limit, "the user has over 16 MiB"};
+    Vector<std::byte> out;
+    for (const char c : std::string_view("PZU\1")) out.push_back(static_cast<std::byte>(c));
+    out.push_back(std::byte{0});
+    append_integer(out, static_cast<std::uint32_t>(raw.size()));
+#ifndef PERSONALIZE_NO_ZSTD
+    constexpr int level = 3;
+    out.resize(head_size + ZSTD_compressBound(raw.size()));
+    const std::size_t size = ZSTD_compress(out.data() + head_size, out.size() - head_size,
+                                           raw.data(), raw.size(), level);
+    const bool smaller = !ZSTD_isError(size) && size < raw.size();
+    out.resize(head_size + (smaller ? size : 0));
+    if (smaller)
+      out[4] = std::byte{1};
+    else
+      out.insert(out.end(), raw.begin(), raw.end());
+#else
+    out.insert(out.end(), raw.begin(), raw.end());
+#endif
+    append_integer(out, xxh64(out));
+    return out;
+  }
+  static Result<void> unpack([[maybe_unused]] std::span<const std::byte> stored,
+                             [[maybe_unused]] std::size_t size,
+                             [[maybe_unused]] Vector<std::byte>& raw) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (size / most_zstd_ratio > stored.size())
+      return Error{Errc::compression,
+                   "the user's blob is smaller than zstd can make what it claims to hold", 5};
+    raw.resize(size);
+    const std::size_t got = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
+    if (ZSTD_isError(got) || got != size)
+      return Error{Errc::compression, "the user's blob does not decompress to its size", 5};
+    return {};
+#else
+    return Error{Errc::unsupported,
+                 "the user's blob is compressed, and this build has PERSONALIZE_NO_ZSTD"};
+#endif
+  }
+
+  Vector<std::byte> raw_;
+  Fingerprints model_;
+  std::string key_;
+  User::Personal personal_;
+  std::vector<std::string> items_, types_;
+  Vector<RememberedEvent> events_;                // of indices in items_ and types_
+  Vector<RecentImpressions::Entry> impressions_;  // the same
+  Vector<std::byte> offset_;
+  Vector<float> state_;
+};
+
+// Takes in a user of another process, who replaces one of the same id; only_new: unless there is
+// one. The caller has no turn.
+inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
+                                        std::span<const std::byte> bytes, GoneUsers& gone,
+                                        bool only_new, std::uint64_t& sequence) {
+  const auto blob = Blob::read(bytes);
+  if (!blob) return blob.error();
+  ImportReport report;
+  report.user = blob->user();
+  report.session = blob->session();
+  const UserKey key{report.user, report.session, state.key};
+  const Turns::Lock turn{state.turns, key};
+  scratch.use(state.lanes.current());
+  if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
+    return report;
+  Settle settle{state.users, key, scratch->grown, gone};
+  User::Owner user =
+      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
+  report.events = user->events();
+  scratch->grown = true;
+  state.users.make_room(key);
+  sequence = state.note(Entry::import, scratch->record,
+                        [&](FieldWriter& archive) { archive.bytes(bytes); });
+  state.users.put(key, std::move(user));
+  return report;
+}
+
+// A user as a blob, of whom nothing is changed; empty where there is none.
+inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue& of,
+                                             const UserKey& key) {
+  // A copy is made under the lock; the rest without.
+  Vector<std::byte> image;
+  constexpr std::size_t any = std::numeric_limits<std::uint32_t>::max();
+  User::Bounds bounds{0, 0, any, any, any};
+  for (;;) {
+    std::size_t room = 0;
+    const bool copied = state.users.read(key, [&](const User* user) {
+      if (!user) return true;
+      room = user->written_bytes();
+      if (image.capacity() < room) return false;
+      bounds.state_size = user->state().size();
+      bounds.offset_bytes = user->offset().size();
+      FieldWriter archive{image};
+      user->write(archive, true);
+      return true;
+    });
+    if (copied) break;
+    image.reserve(room);
+  }
+  if (image.empty()) return image;
+  FieldReader archive{image};
+  bool with_state = false;
+  const User::Owner user = User::read(archive, state.key, bounds, with_state);
+  if (!user) return Error{Errc::corrupt, "the user's values contradict one another"};
+  return Blob::write(*user, of);
+}
+
+// Users that have left memory, to whoever wants to keep them. Holds no lock.
+inline void tell_gone(const State& state, const Catalogue& of, GoneUsers& gone) {
+  if (gone.empty() || !state.options.on_evict) return;
+  gone.each([&](User& user) {
+    const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
+    const std::string_view id = user.key().substr(1), none;
+    const bool is_user = user.key()[0] == 'u';
+    if (blob) state.options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
+  });
+}
+
+// Asks for a user who is not in memory. Holds no lock. Where what comes is no blob of this user,
+// they begin anew.
+inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
+                           std::string_view session, GoneUsers& gone) {
+  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
+      !valid_id(user) || !valid_id(session))
+    return;
+  const UserKey key{user, session, state.key};
+  if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
+  std::vector<std::byte> blob;
+  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
+                               user.empty() ? session : std::string_view{}, blob))
+    return;
+  std::uint64_t sequence = 0;
+  const auto read = Blob::read(blob);
+  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
+  (void)import_blob(state, scratch, blob, gone, true, sequence);
+}
+
+// Applies the records of a journal to a state that has none yet.
+class Replay {
+ public:
+  explicit Replay(State& state) : state_(state), present_(state.catalogue->base->fingerprints()) {}
+
+  // Records that follow were made with this model.
+  void use_model(const std::array<std::uint64_t, 2>& model) noexcept {
+    foreign_ = present_.encoder != model[0] || present_.items != model[1];
+    other_model = other_model || foreign_;
+  }
+  // Errors: corrupt, where a record says what cannot be; out_of_memory.
+  Result<void> apply(std::uint64_t sequence, std::uint32_t type,
+                     std::span<const std::byte> payload) {
+    FieldReader archive{payload};
+    ++records;
+    closed = false;
+    auto done = catching_bad_alloc([&]() -> Result<void> {
+      switch (static_cast<Entry>(type)) {
+        case Entry::event:
+        case Entry::arrived:
+          return event(archive);
+        case Entry::slate:
+          return slate(archive);
+        case Entry::use:
+          return use(archive);
+        case Entry::merge:
+          return merge(archive);
+        case Entry::forget:
+          return forget(archive);
+        case Entry::put:
+          return put(archive);
+        case Entry::remove:
+          return remove(archive);
+        case Entry::update:
+          return update(archive);
+        case Entry::publish:
+          return publish();
+        case Entry::swap:
+          return swap(archive);
+        case Entry::model:
+          return model(archive);
+        case Entry::encode:
+          return encode(archive);
+        case Entry::import:
+          return import(archive);
+        case Entry::close:
+          closed = true;
+          return {};
+      }
+      return {};  // of a later version
+    });
+    const bool known = type >= static_cast<std::uint32_t>(Entry::event) &&
+                       type <= static_cast<std::uint32_t>(Entry::close);
+    if (done && known && !archive.at_end()) done = contradicts();
+    if (done || done.error().code == Errc::out_of_memory) return done;
+    return Error{done.error().code,
+                 joined({"record ", sequence, " of type ", type, ": ", done.error().message})};
+  }
+  // What was under way when the records ended never came to be.
+  void end() { update_.reset(); }
+
+  std::uint64_t records = 0;
+  bool closed = false;       // the last one says that the process ended in peace
+  bool other_model = false;  // some were made with another model
+
+ private:
+  static Error contradicts() { return {Errc::corrupt, "its values contradict one another"}; }
+  // As the interface takes them.
+  static bool sound_ids(std::string_view user, std::string_view session) noexcept {
+    return !(user.empty() && session.empty()) && user.size() <= max_id_bytes &&
+           session.size() <= max_id_bytes && valid_id(user) && valid_id(session);
+  }
+
+  Result<void> event(FieldReader& archive) {
+    ScratchLease scratch{state_.lanes};
+    GoneUsers gone;
+    Changes changes{state_, scratch, gone};
+    EventChange change;
+    changes.read(change, archive, foreign_);
+    const Unlisting unlisting{changes};
+    if (!archive.at_end() || !sound_ids(change.user, change.session)) return contradicts();
+    const UserKey key{change.user, change.session, state_.key};
+    EventIds::Claim claim{state_.event_ids, change.event_hash};
+    state_.make_current(key, scratch);
+    (void)changes.see(change, true);
+    if (change.item != EventChange::no_item || !scratch->seen.empty()) changes.prepare(change);
+    const bool waits = !change.waits_for.empty() && !change.arrived;
+    if (waits)
+      (void)state_.put_items.remember(change.waits_for,
+                                      {std::string(change.user), std::string(change.session),
+                                       std::string(change.waiting_type), change.time.timestamp},
+                                      [] {});
+    if (change.arrived) state_.put_items.drop_arrived(change.waits_for);
+    if (waits || change.item != EventChange::no_item || !scratch->seen.empty()) claim.keep();
+    changes.apply(change);
+    return {};
+  }
+
+  Result<void> slate(FieldReader& archive) {
+    ScratchLease scratch{state_.lanes};
+    GoneUsers gone;
+    Changes changes{state_, scratch, gone};
+    SlateChange change;
+    changes.read(change, archive, foreign_);
+    if (!archive.at_end() || change.user.size() > max_id_bytes ||
+        change.session.size() > max_id_bytes)
+      return contradicts();
+    changes.apply(change);
+    return {};
+  }
+
+  Result<void> use(FieldReader& archive) {
+    std::string_view user, session;
+    archive(user, session);
+    if (!archive.ok() || user.size() > max_id_bytes || session.size() > max_id_bytes)
+      return contradicts();
+    if (!user.empty()) state_.users.use(UserKey{user, {}, state_.key}, [](User*) {});
+    if (!session.empty()) state_.users.use(UserKey{{}, session, state_.key}, [](User*) {});
+    return {};
+  }
+
+  Result<void> merge(FieldReader& archive) {
+    std::string_view session, user;
+    archive(session, user);
+    if (!archive.ok() || session.empty() || user.empty() || !sound_ids(user, session))
+      return contradicts();
+    ScratchLease scratch{state_.lanes};
+    GoneUsers gone;
+    (void)Changes{state_, scratch, gone}.merge(session, user);
+    return {};
+  }
+
+  Result<void> forget(FieldReader& archive) {
+    std::string_view user, session;
+    archive(user, session);
+    if (!archive.ok() || !sound_ids(user, session)) return contradicts();
+    (void)detail::forget(state_, user, UserKey{user, session, state_.key});
+    return {};
+  }
+
+  Result<void> put(FieldReader& archive) {
+    NewItem item;
+    std::int64_t given = no_timestamp, created = no_timestamp;
+    std::uint64_t fields = 0;
+    archive(item.item, given, created, fields);
+    if (fields > 1000) return contradicts();
+    for (std::uint64_t f = 0; f < fields && archive.ok(); ++f) {
+      const std::string_view name = archive.text(), value = archive.text();
+      item.fields.push_back({name, value});
+    }
+    if (!archive.ok() || item.item.empty() || item.item.size() > max_id_bytes ||
+        !valid_id(item.item))
+      return contradicts();
+    if (given != no_timestamp) item.creation_timestamp = given;
+    const auto when = created == no_timestamp ? std::nullopt : std::optional(created);
+    // What another model cannot take in is left out.
+    (void)state_.put_items.put(item, when, *state_.catalogue->base, [] {});
+    return {};
+  }
+
+  Result<void> remove(FieldReader& archive) {
+    std::string_view id;
+    bool there = false;
+    archive(id, there);
+    if (!archive.ok() || id.empty() || id.size() > max_id_bytes || !valid_id(id))
+      return contradicts();
+    (void)state_.put_items.remove(id, there, [] {});
+    return {};
+  }
+
+  Result<void> update(FieldReader& archive) {
+    std::int64_t now = 0;
+    bool learn = false;
+    archive(now, learn);
+    if (!archive.ok()) return contradicts();
+    update_.reset();
+    state_.next_update = now + state_.options.update_interval.count();
+    return start(now, learn);
+  }
+  // Of another model nothing can be computed; what events taught is learnt for the present one.
+  Result<void> swap(FieldReader& archive) {
+    std::int64_t now = 0;
+    Fingerprints of;
+    archive(now, of.encoder, of.items);
+    if (!archive.ok()) return contradicts();
+    update_.reset();
+    return start(now, true);
+  }
+  Result<void> start(std::int64_t now, bool learn) {
+    state_.sweep();
+    update_.emplace(state_, now, learn, pace_);
+    if (update_->begin()) return update_->build();
+    update_.reset();
+    return {};
+  }
+  Result<void> publish() {
+    if (update_) update_->publish();
+    update_.reset();
+    return {};
+  }
+  Result<void> model(FieldReader& archive) {
+    std::array<std::uint64_t, 2> of{};
+    archive(of[0], of[1]);
+    if (!archive.ok()) return contradicts();
+    use_model(of);
+    return publish();
+  }
+
+  Result<void> encode(FieldReader& archive) {
+    std::string_view key;
+    archive(key);
+    if (!archive.ok() || key.size() < 2 || key.size() > 1 + max_id_bytes ||
+        (key[0] != 'u' && key[0] != 's'))
+      return contradicts();
+    const std::string_view id = key.substr(1), none;
+    ScratchLease scratch{state_.lanes};
+    state_.make_current(UserKey{key[0] == 'u' ? id : none, key[0] == 'u' ? none : id, state_.key},
+                        scratch);
+    return {};
+  }
+
+  Result<void> import(FieldReader& archive) {
+    const auto blob = archive.bytes(archive.left());
+    ScratchLease scratch{state_.lanes};
+    GoneUsers gone;
+    std::uint64_t sequence = 0;
+    const auto imported = import_blob(state_, scratch, blob, gone, false, sequence);
+    return imported ? Result<void>{} : imported.error();
+  }
+
+  State& state_;
+  Fingerprints present_;
+  bool foreign_ = false;
+  Pace pace_;
+  std::optional<Update> update_;
+};
+
+// The folder that a recommender keeps its state in, and what it does there. Its functions are
+// called under State::update_mutex.
+class Keeper {
+ public:
+  static std::string state_name(std::uint64_t number) { return name("state-", number, ".pzs"); }
+  static std::string journal_name(std::uint64_t number) { return name("journal-", number, ".pzj"); }
+  // Of such a name.
+  static std::optional<std::uint64_t> number_of(std::string_view name, std::string_view prefix,
+                                                std::string_view suffix) noexcept {
+    if (!name.starts_with(prefix) || !name.ends_with(suffix)) return std::nullopt;
+    name = name.substr(prefix.size(), name.size() - prefix.size() - suffix.size());
+    std::uint64_t number = 0;
+    if (name.size() != 12) return std::nullopt;
+    for (const char c : name) {
+      if (c < '0' || c > '9') return std::nullopt;
+      number = 10 * number + static_cast<std::uint64_t>(c - '0');
+    }
+    return number;
+  }
+
+  // The numbers of the files in a folder, ascending. Errors: io; truncated: a journal that the
+  // state needs is missing, or there is none of the states.
+  struct Files {
+    std::vector<std::uint64_t> states, journals;  // of journals, those that the last state needs
+    std::vector<std::string> old;                 // of earlier states
+  };
+  static Result<Files> files_in(const Folder& folder) {
+    const auto names = folder.list();
+    if (!names) return names.error();
+    Files files;
+    for (const std::string& name : *names) {
+      if (const auto state = number_of(name, "state-", ".pzs")) files.states.push_back(*state);
+      if (const auto journal = number_of(name, "journal-", ".pzj"))
+        files.journals.push_back(*journal);
+    }
+    if (files.states.empty()) return files;
+    const std::uint64_t last = files.states.back();
+    for (const std::uint64_t state : files.states)
+      if (state < last) files.old.push_back(state_name(state));
+    std::size_t before = 0;
+    for (; before < files.journals.size() && files.journals[before] < last; ++before)
+      files.old.push_back(journal_name(files.journals[before]));
+    files.journals.erase(files.journals.begin(),
+                         files.journals.begin() + static_cast<std::ptrdiff_t>(before));
+    for (std::size_t j = 0; j < std::max<std::size_t>(files.journals.size(), 1); ++j)
+      if (j >= files.journals.size() || files.journals[j] != last + j)
+        return Error{Errc::truncated,
+                     joined({folder.path_of(journal_name(last + j)),
+                             ": is missing, and with it what came after the state"})};
+    return files;
+  }
+
+  Keeper(Folder folder, std::uint64_t lineage, std::uint64_t number)
+      : folder_(std::move(folder)), lineage_(lineage), number_(number) {}
+
+  const Folder& folder() const noexcept { return folder_; }
+
+  // Writes a state file and goes over to a new journal; then the old ones go. Errors: io,
+  // out_of_memory: the old ones stay, and with the journal hold all that there is.
+  Result<SaveReport> save(State& state) {
+    const auto begun = std::chrono::steady_clock::now();
+    const std::uint64_t number = number_ + 1;
+    const Fingerprints& model = state.catalogue->base->fingerprints();
+    JournalHeader header;
+    header.lineage = lineage_;
+    header.number = number;
+    header.first_sequence = state.journal->next_sequence();
+    header.model = {model.encoder, model.items};
+    auto next = JournalFile::create(folder_.path_of(journal_name(number)), header);
+    if (!next) return next.error();
+    number_ = number;
+    // An empty journal may stay: the next one follows it.
+    if (auto synced = folder_.sync(); !synced) return synced.error();
+    auto report = save_state(state, folder_.path_of(state_name(number)), lineage_, number,
+                             [&]() noexcept { state.journal->switch_to(std::move(*next)); });
+    {
+      const lock_guard lock{state.report_mutex};
+      state.save_error.reset();
+      if (!report) state.save_error = report.error();
+    }
+    if (!report) return report;
+    state.journal->forget_before(number);
+    state.saves.fetch_add(1);
+    remove_old();
+    report->duration = std::chrono::duration_cast<std::chrono::microseconds>(
+        std::chrono::steady_clock::now() - begun);
+    return report;
+  }
+
+  // Where the journal has grown, or can only be mended so.
+  void save_if_due(State& state) noexcept {
+    (void)catching_bad_alloc([&]() -> Result<void> {
+      const JournalStatus status = state.journal->status();
+      const auto now = std::chrono::steady_clock::now();
+      if (!status.broken && status.file_bytes <= state.options.journal_bytes) return {};
+      if (failed_ && now - *failed_ < std::chrono::seconds{1}) return {};
+      failed_ = now;
+      if (auto saved = save(state); !saved) return saved.error();
+      failed_.reset();
+      return {};
+    });
+  }
+
+  // Files that are not needed any more. Those that stay are removed at the next save.
+  void remove_old() noexcept {
+    (void)catching_bad_alloc([&]() -> Result<void> {
+      const auto files = files_in(folder_);
+      if (!files) return files.error();
+      for (const std::string& old : files->old) (void)folder_.remove(old);
+      return {};
+    });
+  }
+
+ private:
+  static std::string name(std::string_view prefix, std::uint64_t number, std::string_view suffix) {
+    std::string digits(12, '0');
+    for (std::size_t d = digits.size(); d-- > 0; number /= 10)
+      digits[d] = static_cast<char>('0' + number % 10);
+    return joined({prefix, digits, suffix});
+  }
+
+  Folder folder_;
+  std::uint64_t lineage_, number_;                               // of the last journal's file
+  std::optional<std::chrono::steady_clock::time_point> failed_;  // the last save that was due
+};
+
+// How a folder is opened.
+class Opening {
+ public:
+  // model, options and table as Recommender::create has checked them; the key may be missing.
+  Opening(std::string path, std::shared_ptr<const Model> model, RecommenderOptions options,
+          const kernels::Table& table)
+      : path_(std::move(path)),
+        model_(std::move(model)),
+        options_(std::move(options)),
+        table_(table) {}
+
+  const RecommenderOptions& options() const noexcept { return options_; }
+
+  // What the folder holds, without a journal; null where it holds nothing.
+  Result<std::unique_ptr<State>> read() {
+    const auto begun = std::chrono::steady_clock::now();
+    auto folder = Folder::open(path_);
+    if (!folder) return folder.error();
+    folder_.emplace(std::move(*folder));
+    if (auto removed = folder_->remove_parts(); !removed) return removed.error();
+    auto files = Keeper::files_in(*folder_);
+    if (!files) return files.error();
+    if (files->states.empty()) {
+      if (auto checked = check_empty(files->journals); !checked) return checked.error();
+      return std::unique_ptr<State>{};
+    }
+    const std::uint64_t last = files->states.back();
+    StateReader reader{model_, options_, table_};
+    if (auto read = read_file(folder_->path_of(Keeper::state_name(last)), reader); !read)
+      return read.error();
+    if (reader.head.number != last)
+      return Error{Errc::corrupt, joined({folder_->path_of(Keeper::state_name(last)),
+                                          ": is not the file that it is named after"})};
+    lineage_ = reader.head.lineage;
+    std::unique_ptr<State> state = std::move(reader.state);
+    RecoveryReport& report = state->recovery = reader.report;
+    Replay replay{*state};
+    next_ = reader.head.next_sequence;
+    for (const std::uint64_t number : files->journals)
+      if (auto replayed = read_journal_file(number, replay, report, number == last); !replayed)
+        return replayed.error();
+    replay.end();
+    report.found = true;
+    report.clean = replay.closed;
+    report.records = replay.records;
+    report.other_model = report.other_model || replay.other_model;
+    report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+        std::chrono::steady_clock::now() - begun);
+    return state;
+  }
+
+  // Goes on with the journal, or makes the first one and a state file.
+  Result<void> go_on(State& state) {
+    const JournalSettings settings{options_.durability, options_.sync_interval,
+                                   options_.pending_journal_bytes};
+    const bool found = state.recovery.found;
+    if (!found) {
+      const auto random = random_key();
+      if (!random) return Error{Errc::io, "the system gives no random bytes"};
+      lineage_ = (*random)[0];
+      const Fingerprints& model = state.catalogue->base->fingerprints();
+      number_ = 1;
+      header_.lineage = lineage_;
+      header_.number = number_;
+      header_.first_sequence = 1;
+      header_.model = {model.encoder, model.items};
+    }
+    const std::string path = folder_->path_of(Keeper::journal_name(number_));
+    auto journal = found ? Journal::resume(path, header_, end_, next_, settings)
+                         : Journal::create(path, header_, settings);
+    if (!journal) return journal.error();
+    if (auto synced = folder_->sync(); !synced) return synced;
+    state.journal = std::move(*journal);
+    if (!found)
+      if (auto saved = save_state(state, folder_->path_of(Keeper::state_name(number_)), lineage_,
+                                  number_, []() noexcept {});
+          !saved)
+        return saved.error();
+    state.keeper = std::make_shared<Keeper>(std::move(*folder_), lineage_, number_);
+    state.save_if_due = [&state] { state.keeper->save_if_due(state); };
+    state.keeper->remove_old();
+    // What had come in when the process ended, and was not told its users yet.
+    ScratchLease scratch{state.lanes};
+    for (const std::string& id : state.put_items.with_arrived())
+      while (record_arrived(state, scratch, id)) {
+      }
+    if (!state.recovery.other_model) return {};
+    // What comes from here on is of this model: a state of it is to be there. Where it cannot be
+    // written now, persistence() says so, and what there is stays.
+    const lock_guard lock{state.update_mutex};
+    (void)state.keeper->save(state);
+    return {};
+  }
+
+  // Errors get the file's name.
+  static Result<void> read_file(const std::string& path, StateReader& reader) {
+    auto source = ByteSource::open(path);
+    if (!source) return source.error();
+    auto read = reader.read(*source);
+    if (read || read.error().code == Errc::out_of_memory || read.error().code == Errc::io ||
+        read.error().code == Errc::invalid_argument)
+      return read;
+    Error error = read.error();
+    error.message = joined({path, ": ", error.message});
+    return error;
+  }
+
+ private:
+  // Journals without a state are of a folder that was being made, and hold nothing.
+  Result<void> check_empty(const std::vector<std::uint64_t>& journals) {
+    for (const std::uint64_t number : journals) {
+      const std::string name = Keeper::journal_name(number);
+      bool empty = true;
+      const auto read = read_journal(folder_->path_of(name), {},
+                                     [&](std::uint64_t, std::uint32_t, std::span<const std::byte>) {
+                                       empty = false;
+                                       return Result<void>{};
+                                     });
+      if (!read && read.error().code != Errc::truncated) return read.error();
+      if (!empty)
+        return Error{Errc::truncated, joined({folder_->path_of(name),
+                                              ": the state that it goes on from is missing"})};
+      if (auto removed = folder_->remove(name); !removed) return removed;
+    }
+    return {};
+  }
+
+  Result<void> read_journal_file(std::uint64_t number, Replay& replay, RecoveryReport& report,
+                                 bool first) {
+    const std::string name = Keeper::journal_name(number), path = folder_->path_of(name);
+    const JournalExpectation expected{.lineage = lineage_, .number = number, .first_record = next_};
+    if (const auto header = peek_journal_header(path, expected)) replay.use_model(header->model);
+    const auto read = read_journal(
+        path, expected,
+        [&](std::uint64_t sequence, std::uint32_t type,
+            std::span<const std::byte> payload) -> Result<void> {
+          auto applied = replay.apply(sequence, type, payload);
+          if (applied || applied.error().code == Errc::out_of_memory) return applied;
+          return Error{applied.error().code, joined({path, ": ", applied.error().message})};
+        });
+    if (!read) {
+      // It was being made when the process ended.
+      if (first || read.error().code != Errc::truncated) return read.error();
+      return folder_->remove(name);
+    }
+    header_ = read->header;
+    number_ = number;
+    end_ = read->end;
+    next_ = read->next_sequence;
+    report.torn += read->torn;
+    return {};
+  }
+  std::string path_;
+  std::shared_ptr<const Model> model_;
+  RecommenderOptions options_;
+  const kernels::Table& table_;
+  std::optional<Folder> folder_;
+  std::uint64_t lineage_ = 0;
+  // Of the last journal's file: where it goes on.
+  JournalHeader header_;
+  std::uint64_t number_ = 0, end_ = 0, next_ = 0;
+};
+
+inline Result<std::unique_ptr<State>> restore_state(const std::string& path,
+                                                    const std::shared_ptr<const Model>& model,
+                                                    RecommenderOptions options,
+                                                    const kernels::Table& table) {
+  const auto begun = std::chrono::steady_clock::now();
+  StateReader reader{model, std::move(options), table};
+  if (auto read = Opening::read_file(path, reader); !read) return read.error();
+  RecoveryReport& report = reader.state->recovery = reader.report;
+  report.found = report.clean = true;
+  report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - begun);
+  return std::move(reader.state);
 }
 
 }  // namespace detail
@@ -16023,6 +17752,24 @@ class Recommender {
   // clock. io: no random bytes. unsupported: no thread to be had.
   static Result<Recommender> create(std::shared_ptr<const Model> model,
                                     const RecommenderOptions& options = {});
+
+  // The same with everything it knows kept in a folder, which is made where it is missing (not
+  // those above it) and belongs to one recommender at a time: goes on from what is there, as if the
+  // process had not ended. model may be another one than before, as with swap(). Each call that
+  // changes something is written to a journal before it is acknowledged (Durability); where that
+  // fails, the call has its effect in memory, and record, put_item and so on return the error,
+  // recommend gives a slate without an id; when the disk takes it again, all of it is durable again
+  // (persistence()). Reading a state takes a second for 500,000 users, and replaying a journal
+  // about as long as its calls took. Errors: as create; io, or unsupported where there are no such
+  // files; what a state or journal that was damaged says, with file and offset: `personalize state
+  // repair` keeps what precedes it; invalid_argument: another recommendation_key than before.
+  static Result<Recommender> open(const std::string& folder, std::shared_ptr<const Model> model,
+                                  const RecommenderOptions& options = {});
+
+  // A recommender that knows what a state file holds, without a folder: what save(path) wrote, or a
+  // folder's state-*.pzs.
+  static Result<Recommender> restore(const std::string& path, std::shared_ptr<const Model> model,
+                                     const RecommenderOptions& options = {});
 
   // Advances the user's state by one event; O(1) in the length of the history. With a
   // recommendation id or impressions, also counts what was seen and chosen: O(items shown).
@@ -16090,6 +17837,30 @@ class Recommender {
   // ahead of the clock), out_of_memory: the old model stays. Cost: as create, and as an update.
   Result<SwapReport> swap(std::shared_ptr<const Model> model);
 
+  // Writes all that is known to a state file, beside traffic, which hardly waits for it. Into the
+  // folder: the journal begins anew, and what was before goes once the new file is durable; the
+  // recommender does so by itself when the journal has grown. To a path: a copy, which restore()
+  // reads; `path` is replaced at once or not at all. Users' ids and keys stand in it: it is made
+  // for its owner alone. Errors: io, out_of_memory, and nothing that there was is lost;
+  // invalid_argument: there is no folder. Memory: twice that of slates and contexts, of users what
+  // changes meanwhile.
+  Result<SaveReport> save();
+  Result<SaveReport> save(const std::string& path) const;
+  // O(files) but for `error`.
+  PersistenceStatus persistence() const;
+  // What open() or restore() found.
+  const RecoveryReport& recovery() const noexcept;
+
+  // What is known of a user or, with an empty user, a session, some KiB, for import_user of another
+  // recommender; empty where there is none. Items and event types go by name; the state goes along,
+  // and is good where the model is the same, else it is made anew from the events. Nothing is
+  // forgotten here. Errors: as rank; out_of_memory.
+  Result<std::vector<std::byte>> export_user(std::string_view user,
+                                             std::string_view session = {}) const;
+  // Takes in such a user, in place of one of the same id. Errors: format, version, checksum,
+  // compression, limit, corrupt: nothing is changed. io: as record.
+  Result<ImportReport> import_user(std::span<const std::byte> blob);
+
   // Whether update_interval has passed since the last update and there is something new.
   bool update_due() const;
   UpdateReport update_report() const;
@@ -16135,6 +17906,12 @@ class Recommender {
 
   explicit Recommender(std::unique_ptr<State> state) noexcept;
 
+  static Result<const kernels::Table*> check(const std::shared_ptr<const Model>& model,
+                                             RecommenderOptions& options);
+  static Result<std::unique_ptr<State>> fresh(const std::shared_ptr<const Model>& model,
+                                              RecommenderOptions options,
+                                              const kernels::Table& table);
+
   static Result<void> check_ids(std::string_view user, std::string_view session,
                                 bool recorded = true);
   static Result<void> check_request(const Request& request);
@@ -16164,7 +17941,13 @@ struct Recommender::Prepared {
         time(at),
         key(asked.user, asked.session, of.key),
         session_key({}, asked.session, of.key),
-        scratch(of.lanes) {}
+        scratch(of.lanes) {
+    if (!state.options.find_user) return;
+    detail::GoneUsers gone;
+    if (!asked.user.empty()) detail::find_elsewhere(state, scratch, asked.user, {}, gone);
+    if (!asked.session.empty()) detail::find_elsewhere(state, scratch, {}, asked.session, gone);
+    detail::tell_gone(state, scratch.catalogue(), gone);
+  }
   void read() {
     for (;;) {
       Ranking ranking = this->ranking();
@@ -16204,34 +17987,86 @@ PERSONALIZE_API Recommender::Recommender(Recommender&& other) noexcept = default
 PERSONALIZE_API Recommender& Recommender::operator=(Recommender&& other) noexcept = default;
 PERSONALIZE_API Recommender::~Recommender() = default;
 
+// The options as they are used, and the kernels.
+PERSONALIZE_API Result<const kernels::Table*> Recommender::check(
+    const std::shared_ptr<const Model>& model, RecommenderOptions& options) {
+  if (!model) return Error{Errc::invalid_argument, "the model is null"};
+  if (auto checked = detail::check_options(options); !checked) return checked.error();
+  if (!detail::has_threads && options.updates == Updates::by_thread)
+    options.updates = Updates::in_requests;
+  if (!options.feedback) options.exploration_weight = 0;
+  return detail::find_kernels(options.instruction_set);
+}
+
+// A state that knows nothing but the model.
+PERSONALIZE_API Result<std::unique_ptr<detail::State>> Recommender::fresh(
+    const std::shared_ptr<const Model>& model, RecommenderOptions options,
+    const kernels::Table& table) {
+  if (!options.recommendation_key) {
+    options.recommendation_key = detail::random_key();
+    if (!options.recommendation_key)
+      return Error{Errc::io,
+                   "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
+  }
+  auto state = std::make_unique<State>(*model, std::move(options), table);
+  if (auto checked = detail::check_statistics(*model, *state); !checked) return checked.error();
+  const std::int64_t now = state->times.now();
+  const std::shared_ptr<const Catalogue> first = detail::CatalogueBuilder::first(
+      model, state->options, state->table, state->key, now, state->times.latest());
+  detail::Lanes::Copies copies = state->publishing(first);
+  state->publish(copies, first);
+  state->next_update = now + state->options.update_interval.count();
+  return state;
+}
+
 PERSONALIZE_API Result<Recommender> Recommender::create(std::shared_ptr<const Model> model,
                                                         const RecommenderOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<Recommender> {
-    if (!model) return Error{Errc::invalid_argument, "the model is null"};
-    if (auto checked = detail::check_options(options); !checked) return checked.error();
     RecommenderOptions chosen = options;
-    if (!detail::has_threads && chosen.updates == Updates::by_thread)
-      chosen.updates = Updates::in_requests;
-    if (!chosen.feedback) chosen.exploration_weight = 0;
-    if (!chosen.recommendation_key) {
-      chosen.recommendation_key = detail::random_key();
-      if (!chosen.recommendation_key)
-        return Error{
-            Errc::io,
-            "the system gives no random bytes; set RecommenderOptions::recommendation_key"};
-    }
-    const auto table = detail::find_kernels(options.instruction_set);
+    const auto table = check(model, chosen);
     if (!table) return table.error();
-    Recommender recommender(std::make_unique<State>(*model, std::move(chosen), **table));
-    State& state = *recommender.state_;
-    if (auto checked = detail::check_statistics(*model, state); !checked) return checked.error();
-    const std::int64_t now = state.times.now();
-    const std::shared_ptr<const Catalogue> first = detail::CatalogueBuilder::first(
-        model, state.options, state.table, state.key, now, state.times.latest());
-    detail::Lanes::Copies copies = state.publishing(first);
-    state.publish(copies, first);
-    state.next_update = now + state.options.update_interval.count();
-    if (auto started = detail::start_updater(state); !started) return started.error();
+    auto state = fresh(model, std::move(chosen), **table);
+    if (!state) return state.error();
+    Recommender recommender(std::move(*state));
+    if (auto started = detail::start_updater(*recommender.state_); !started) return started.error();
+    return recommender;
+  });
+}
+
+PERSONALIZE_API Result<Recommender> Recommender::restore(const std::string& path,
+                                                         std::shared_ptr<const Model> model,
+                                                         const RecommenderOptions& options) {
+  return detail::catching_bad_alloc([&]() -> Result<Recommender> {
+    RecommenderOptions chosen = options;
+    const auto table = check(model, chosen);
+    if (!table) return table.error();
+    auto restored = detail::restore_state(path, model, std::move(chosen), **table);
+    if (!restored) return restored.error();
+    Recommender recommender(std::move(*restored));
+    if (auto started = detail::start_updater(*recommender.state_); !started) return started.error();
+    return recommender;
+  });
+}
+
+PERSONALIZE_API Result<Recommender> Recommender::open(const std::string& folder,
+                                                      std::shared_ptr<const Model> model,
+                                                      const RecommenderOptions& options) {
+  return detail::catching_bad_alloc([&]() -> Result<Recommender> {
+    RecommenderOptions chosen = options;
+    const auto table = check(model, chosen);
+    if (!table) return table.error();
+    detail::Opening opening(folder, model, std::move(chosen), **table);
+    auto found = opening.read();
+    if (!found) return found.error();
+    std::unique_ptr<State> state = std::move(*found);
+    if (!state) {
+      auto made = fresh(model, opening.options(), **table);
+      if (!made) return made.error();
+      state = std::move(*made);
+    }
+    if (auto going_on = opening.go_on(*state); !going_on) return going_on.error();
+    Recommender recommender(std::move(state));
+    if (auto started = detail::start_updater(*recommender.state_); !started) return started.error();
     return recommender;
   });
 }
@@ -16452,14 +18287,17 @@ PERSONALIZE_API void Recommender::count_use(const Prepared& prepared) const {
   State& state = *state_;
   Scratch& scratch = *prepared.scratch;
   if (!scratch.drawn_user && !scratch.drawn_session) return;
-  const detail::Turns::Lock turn{state.turns, prepared.key,
-                                 scratch.drawn_session ? prepared.session_key : prepared.key};
-  state.note(detail::Entry::use, scratch.record, [&](detail::FieldWriter& archive) {
-    archive(scratch.drawn_user ? prepared.request.user : std::string_view{},
-            scratch.drawn_session ? prepared.request.session : std::string_view{});
-  });
+  detail::Turns::Lock turn{state.turns, prepared.key,
+                           scratch.drawn_session ? prepared.session_key : prepared.key};
+  const std::uint64_t sequence =
+      state.note(detail::Entry::use, scratch.record, [&](detail::FieldWriter& archive) {
+        archive(scratch.drawn_user ? prepared.request.user : std::string_view{},
+                scratch.drawn_session ? prepared.request.session : std::string_view{});
+      });
   if (scratch.drawn_user) state.users.use(prepared.key, [](User*) {});
   if (scratch.drawn_session) state.users.use(prepared.session_key, [](User*) {});
+  turn.end();
+  state.hand_over(sequence);
 }
 
 PERSONALIZE_API Result<void> Recommender::rank(const Request& request,
@@ -16591,6 +18429,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
   const bool both = !event.user.empty() && !event.session.empty();
   detail::GoneUsers gone;
   detail::ScratchLease scratch{state.lanes};
+  detail::find_elsewhere(state, scratch, event.user, event.session, gone);
   detail::Changes changes{state, scratch, gone};
   detail::EventChange change;
   change.user = event.user;
@@ -16609,13 +18448,8 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     }
     change.slate = number.value_or(0);
   }
-  // Marks the items of the list, as long as this lives.
-  struct Listed {
-    detail::Changes& changes;
-    ~Listed() { changes.unlist(); }
-  };
   changes.list(change.learns ? shown.items : std::span<const std::string_view>{});
-  const Listed listed{changes};
+  const detail::Unlisting unlisting{changes};
   // A list without a slate takes a pass over the catalogue, better not in the user's turn.
   if (change.learns && change.listed && change.slate == 0) changes.assess_list(change);
 
@@ -16640,12 +18474,12 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     recorded = changes.see(change, false);
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
-    changes.prepare(change);
+    const bool known = change.item != detail::EventChange::no_item;
+    if (known || !scratch->seen.empty()) changes.prepare(change);
     const auto note = [&] {
       sequence = state.note(detail::Entry::event, scratch->record,
                             [&](detail::FieldWriter& archive) { changes.write(change, archive); });
     };
-    const bool known = change.item != detail::EventChange::no_item;
     bool pending = false;
     if (!known && !impression && state.put_items.any_waiting()) {
       change.waits_for = event.item;
@@ -16664,6 +18498,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     else if (!known && !impression)
       recorded = Recorded::unknown_item;
   }
+  detail::tell_gone(state, *of, gone);
   if (state.options.log && change.by_slate) write_log(*of, shown, *scratch, time.timestamp);
   if (auto kept = state.durable(sequence); !kept) return kept.error();
   return recorded;
@@ -16691,12 +18526,15 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
     const UserKey visitor{{}, session, state.key}, key{user, {}, state.key};
     detail::GoneUsers gone;
     detail::ScratchLease scratch{state.lanes};
+    detail::find_elsewhere(state, scratch, user, {}, gone);
+    detail::find_elsewhere(state, scratch, {}, session, gone);
     std::optional<std::uint64_t> merged;
     {
       const detail::Turns::Lock turn{state.turns, visitor, key};
       scratch.use(state.lanes.current());
       merged = detail::Changes{state, scratch, gone}.merge(session, user);
     }
+    detail::tell_gone(state, scratch.catalogue(), gone);
     if (auto kept = state.durable(merged.value_or(0)); !kept) return kept.error();
     return merged.has_value();
   });
@@ -16737,7 +18575,7 @@ PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
     if (auto checked = detail::check_fields(item, *catalogue->base); !checked) return checked;
     // Of an item that nobody knows yet; one that is there keeps its own.
     std::optional<std::int64_t> created;
-    if (!catalogue->base->find_item(item.item)) created = time->now;
+    if (!catalogue->is_of_model(item.item)) created = time->now;
     std::uint64_t sequence = 0;
     Vector<std::byte> record;
     const auto note = [&] {
@@ -16779,6 +18617,7 @@ PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now
   detail::Updater updater(*state_);
   auto updated = updater.run(time->timestamp, true, pace);
   updater.encode_some(detail::Updater::users_a_time, pace);
+  if (state_->save_if_due) state_->save_if_due();
   return updated;
 }
 
@@ -16788,7 +18627,11 @@ PERSONALIZE_API Result<SwapReport> Recommender::swap(std::shared_ptr<const Model
     if (auto checked = detail::check_statistics(*model, *state_); !checked) return checked.error();
     const State::Hurry hurry(*state_);
     const detail::lock_guard lock{state_->update_mutex};
-    return detail::Updater(*state_).swap(model);
+    auto swapped = detail::Updater(*state_).swap(model);
+    // What the journal holds from here on is of this model: a state of it is to be there.
+    if (swapped && state_->keeper)
+      if (auto saved = state_->keeper->save(*state_); !saved) swapped->save_error = saved.error();
+    return swapped;
   });
 }
 
@@ -16804,6 +18647,75 @@ PERSONALIZE_API bool Recommender::update_due() const { return detail::Updater(*s
 PERSONALIZE_API UpdateReport Recommender::update_report() const {
   const detail::lock_guard lock{state_->report_mutex};
   return state_->report;
+}
+
+// --------------------------------------------------------------------------------------------
+// What outlives the process
+
+PERSONALIZE_API Result<SaveReport> Recommender::save() {
+  return detail::catching_bad_alloc([&]() -> Result<SaveReport> {
+    State& state = *state_;
+    if (!state.keeper)
+      return Error{Errc::invalid_argument,
+                   "save: there is no folder; use save(path), or Recommender::open"};
+    const State::Hurry hurry(state);
+    const detail::lock_guard lock{state.update_mutex};
+    return state.keeper->save(state);
+  });
+}
+
+PERSONALIZE_API Result<SaveReport> Recommender::save(const std::string& path) const {
+  return detail::catching_bad_alloc([&]() -> Result<SaveReport> {
+    State& state = *state_;
+    const State::Hurry hurry(state);
+    const detail::lock_guard lock{state.update_mutex};
+    return detail::save_state(state, path, 0, 0, []() noexcept {});
+  });
+}
+
+PERSONALIZE_API PersistenceStatus Recommender::persistence() const {
+  const State& state = *state_;
+  PersistenceStatus status;
+  if (!state.keeper) return status;
+  const detail::JournalStatus journal = state.journal->status();
+  status.durable = !journal.error;
+  status.journal_bytes = journal.file_bytes;
+  status.pending_bytes = journal.pending_bytes;
+  status.saves = state.saves.load();
+  status.error = journal.error;
+  const detail::lock_guard lock{state.report_mutex};
+  if (!status.error) status.error = state.save_error;
+  return status;
+}
+
+PERSONALIZE_API const RecoveryReport& Recommender::recovery() const noexcept {
+  return state_->recovery;
+}
+
+PERSONALIZE_API Result<std::vector<std::byte>> Recommender::export_user(
+    std::string_view user, std::string_view session) const {
+  if (auto checked = check_ids(user, session); !checked) return checked.error();
+  return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
+    detail::ScratchLease scratch{state_->lanes};
+    const UserKey key{user, session, state_->key};
+    const auto catalogue = state_->lanes.current();
+    const auto blob = detail::export_blob(*state_, *catalogue, key);
+    if (!blob) return blob.error();
+    return std::vector<std::byte>(blob->begin(), blob->end());
+  });
+}
+
+PERSONALIZE_API Result<ImportReport> Recommender::import_user(std::span<const std::byte> blob) {
+  return detail::catching_bad_alloc([&]() -> Result<ImportReport> {
+    detail::GoneUsers gone;
+    detail::ScratchLease scratch{state_->lanes};
+    std::uint64_t sequence = 0;
+    auto report = detail::import_blob(*state_, scratch, blob, gone, false, sequence);
+    detail::tell_gone(*state_, scratch.catalogue(), gone);
+    if (!report) return report;
+    if (auto kept = state_->durable(sequence); !kept) return kept.error();
+    return report;
+  });
 }
 
 // --------------------------------------------------------------------------------------------
