@@ -532,4 +532,557 @@ TEST_CASE("slates from before a swap are answered after it, whatever the model")
   }
 }
 
+TEST_CASE(
+    "what a user interacted with before a swap is left out after it where that is asked for") {
+  auto shop = make(small_model::model());
+  for (const Event& event : usual_events) learn(shop, "u", event);
+  swap(shop, model_of(reversed(small_model::parts({.items = 60, .seed = 2}))));
+  const auto lines = ranking_of(shop, "u", {}, true);
+  CHECK(lines.size() == 60 - 5);
+  for (const Event& event : usual_events) CHECK_FALSE(holds(lines, event.item));
+  pz::ItemMask eligible(shop.item_count());
+  for (const char* item : {"i7", "i8", "i59"}) eligible.set(*shop.find_item(item));
+  const auto few = slate_of(shop, {.user = "u", .eligible = &eligible});
+  REQUIRE(few.size() == 3);
+  for (const char* item : {"i7", "i8", "i59"}) CHECK(holds(few, item));
+}
+
+TEST_CASE("an impression that names a user and a session counts once after a swap") {
+  auto shop = make(small_model::model());
+  learn(shop, {}, {"i3"}, "visitor");
+  const std::vector<std::string_view> theirs{"i20", "i21", "i22"}, shown{"i30", "i31"};
+  swap(shop, small_model::model({.seed = 2}));
+  REQUIRE(shop.record_impression({.user = "other", .items = theirs}));
+  const double before = explained(shop, "v", "i20").expected;
+  REQUIRE(before > 0);
+  REQUIRE(shop.record_impression({.user = "u", .session = "visitor", .items = shown}));
+  CHECK(explained(shop, "v", "i20").expected == before);
+  CHECK(explained(shop, "v", "i30").expected > 0);
+  CHECK(explained(shop, "v", "i31").expected > 0);
+}
+
+// -------------------------------------------------------------------------------- what is counted
+
+TEST_CASE("counts of feedback go on with another model, and with them what they teach") {
+  auto shop = make(small_model::model());
+  const std::vector<std::string_view> shown{"i5", "i6", "i8"};
+  for (int n = 0; n < 60; ++n) {
+    const std::string user = "u" + std::to_string(n);
+    learn(shop, user, {"i3"});
+    REQUIRE(shop.record({.user = user, .item = "i5", .impressions = shown}));
+  }
+  const auto before = explained(shop, "v", "i5"), ignored = explained(shop, "v", "i6");
+  CHECK(before.positive == doctest::Approx(60).epsilon(1e-3));
+  swap(shop, model_of(without(reversed(small_model::parts({.dimension = 27, .seed = 2})), "i4")));
+  const auto after = explained(shop, "v", "i5");
+  CHECK(after.positive == before.positive);
+  CHECK(after.expected == before.expected);
+  CHECK(explained(shop, "v", "i6").expected == ignored.expected);
+  CHECK(after.quality > 0);
+  CHECK(explained(shop, "v", "i6").quality < 0);
+  REQUIRE(shop.record({.user = "w", .item = "i5", .impressions = shown}));
+  CHECK(explained(shop, "v", "i5").positive == doctest::Approx(before.positive + 1).epsilon(1e-6));
+}
+
+TEST_CASE("interactions that the new model was trained on do not count twice") {
+  for (const std::int64_t until : {now - day, now, now + 5 * day, now + 10 * day, now + 11 * day}) {
+    CAPTURE(until);
+    std::int64_t clock = now;
+    const auto options = usual({.exploration_weight = 0, .clock = [&clock] { return clock; }});
+    auto shop = make(small_model::model(), options);
+    clock = now + day;
+    for (int n = 0; n < 5000; ++n) learn(shop, "u" + std::to_string(n), {"i45", {}, clock});
+    clock = now + 10 * day;
+    auto parts = reversed(small_model::parts({.seed = 2}));
+    parts.statistics[3].last_timestamp = until;
+    const auto next = model_of(std::move(parts));
+    auto fresh = make(next, options);
+    swap(shop, next);
+    const auto of = [](pz::Recommender& r) { return slate_of(r, {.user = "nobody", .count = 50}); };
+    const auto lines = of(shop), trained = of(fresh);
+    if (until >= clock) {
+      CHECK(lines == trained);
+    } else {
+      CHECK(lines[0].item == "i45");
+      CHECK(trained[0].item != "i45");
+    }
+    if (until == now + 5 * day) {
+      // Half of the ten days: a little less than half of what there was, which fades.
+      const double share = static_cast<double>(std::bit_cast<float>(lines[0].score)),
+                   count = share / (1 - share) * 50 * 975;
+      CHECK(count > 1200);
+      CHECK(count < 3300);
+    }
+    // What comes from now on counts in full.
+    for (int n = 0; n < 5000; ++n) learn(shop, "v" + std::to_string(n), {"i44", {}, clock});
+    REQUIRE(shop.update());
+    CHECK(of(shop)[0].item == "i44");
+  }
+}
+
+namespace {
+
+// With what queries of slates teach of i3 and i5, which some like and others do not.
+pz::Recommender with_taste(const ModelPointer& model) {
+  auto shop = make(model);
+  for (int n = 0; n < 80; ++n) {
+    const std::string user = "u" + std::to_string(n);
+    learn(shop, user, {n % 2 == 0 ? "i10" : "i20", "click"});
+    const auto slate = shop.recommend({.user = user, .count = 50});
+    REQUIRE(slate);
+    REQUIRE(shop.record({.user = user,
+                         .item = n % 2 == 0 ? "i3" : "i5",
+                         .event_type = "click",
+                         .recommendation_id = slate->id}));
+  }
+  REQUIRE(shop.update(now));
+  return shop;
+}
+
+}  // namespace
+
+TEST_CASE("taste and users' offsets go with the item space and stay where fingerprints agree") {
+  auto parts = small_model::parts();
+  const auto model = model_of(parts);
+  auto shop = with_taste(model), twin = with_taste(model);
+  REQUIRE(explained(shop, "u0", "i3").taste != 0);
+  for (pz::Recommender* one : {&shop, &twin}) learn(*one, "v", {"i2"});  // a reason to update
+  auto same = reversed(parts);
+  same.fingerprints = model->fingerprints();
+  const auto kept = swap(shop, model_of(same));
+  CHECK(kept.states_kept);
+  CHECK(kept.sums_kept);
+  REQUIRE(twin.update(now));
+  for (const char* user : {"u0", "u1", "u33"})
+    for (const char* item : {"i3", "i5", "i10"}) {
+      CHECK(explained(shop, user, item).taste ==
+            doctest::Approx(static_cast<double>(explained(twin, user, item).taste)).epsilon(1e-4));
+      CHECK(explained(shop, user, item).relevance ==
+            doctest::Approx(static_cast<double>(explained(twin, user, item).relevance))
+                .epsilon(1e-4));
+    }
+  // The same encoder, but items that lie elsewhere.
+  auto moved = same;
+  moved.fingerprints->items ^= 1;
+  const auto gone = swap(shop, model_of(moved));
+  CHECK(gone.states_kept);
+  CHECK_FALSE(gone.sums_kept);
+  for (const char* user : {"u0", "u1", "u33"})
+    for (const char* item : {"i3", "i5", "i10"}) {
+      CHECK(explained(shop, user, item).taste == 0);
+      CHECK(explained(shop, user, item).relevance ==
+            doctest::Approx(static_cast<double>(explained(twin, user, item).relevance))
+                .epsilon(1e-4));
+    }
+  // Another encoder of the same items.
+  auto other = with_taste(model);
+  auto encoder = parts;
+  encoder.fingerprints = model->fingerprints();
+  encoder.fingerprints->encoder ^= 1;
+  const auto again = swap(other, model_of(encoder));
+  CHECK_FALSE(again.states_kept);
+  CHECK(again.sums_kept);
+  CHECK(explained(other, "u0", "i3").taste != 0);
+}
+
+TEST_CASE("taste is learnt anew with a model of another dimension") {
+  for (const std::size_t dimension : {std::size_t{9}, std::size_t{20}, std::size_t{61}}) {
+    CAPTURE(dimension);
+    auto shop = with_taste(small_model::model());
+    swap(shop, small_model::model({.dimension = dimension, .seed = 2}));
+    CHECK(explained(shop, "u0", "i3").taste == 0);
+    for (int round = 0; round < 2; ++round)
+      for (int n = 0; n < 80; ++n) {
+        const std::string user = "u" + std::to_string(n);
+        const auto slate = shop.recommend({.user = user, .count = 50});
+        REQUIRE(slate);
+        REQUIRE(shop.record({.user = user,
+                             .item = n % 2 == 0 ? "i13" : "i15",
+                             .event_type = "click",
+                             .recommendation_id = slate->id}));
+      }
+    REQUIRE(shop.update(now));
+    const auto one = explained(shop, "u0", "i13"), other = explained(shop, "u1", "i13");
+    CHECK(one.taste != 0);
+    CHECK(one.taste != other.taste);
+    CHECK(std::isfinite(one.score));
+  }
+}
+
+// ------------------------------------------------------------------------------------------ items
+
+namespace {
+
+const pz::NewItem put_item{.item = "put",
+                           .creation_timestamp = now - day,
+                           .fields = {{"GENRE", "bow|sword"}, {"PRICE", "2"}}};
+
+}  // namespace
+
+TEST_CASE("an item that was put stays by its fields where the new model lacks it") {
+  auto shop = make(small_model::model());
+  REQUIRE(shop.put_item(put_item));
+  REQUIRE(shop.put_item({.item = "without fields"}));
+  REQUIRE(shop.update());
+  const auto number = shop.find_item("put");
+  const std::vector<Event> events{{"i7", "view", now - day}, {"put", "click"}};
+  for (const Event& event : events) CHECK(learn(shop, "u", event) == pz::Recorded::learned);
+  for (Named& successor : successors()) {
+    CAPTURE(successor.name);
+    const auto next = model_of(std::move(successor.parts));
+    const auto report = swap(shop, next);
+    CHECK(report.items_put == 2);
+    CHECK(shop.find_item("put") == number);
+    auto fresh = make(next);
+    REQUIRE(fresh.put_item(put_item));
+    REQUIRE(fresh.put_item({.item = "without fields"}));
+    REQUIRE(fresh.update());
+    for (const Event& event : events) learn(fresh, "u", event);
+    const auto lines = ranking_of(shop, "u");
+    CHECK(holds(lines, "put"));
+    CHECK(lines == ranking_of(fresh, "u"));
+    CHECK(explained(shop, "u", "put").age == explained(fresh, "u", "put").age);
+  }
+}
+
+TEST_CASE("an item that was put has the model's own vector once a model has it") {
+  auto shop = make(small_model::model());
+  REQUIRE(shop.put_item({.item = "i55", .fields = {{"GENRE", "sword"}}}));
+  REQUIRE(shop.update());
+  const auto number = shop.find_item("i55");
+  learn(shop, "u", {"i55", "click"});
+  const auto next = small_model::model({.items = 60, .seed = 2});
+  const auto report = swap(shop, next);
+  CHECK(report.items_put == 0);
+  CHECK(report.items_added == 9);
+  CHECK(shop.find_item("i55") == number);
+  CHECK(ranking_of(shop, "u") == fresh_ranking(next, {{"i55", "click"}}));
+}
+
+TEST_CASE("an item that the model lacks leaves, keeps its number and comes back with its counts") {
+  auto shop = make(small_model::model());
+  const std::vector<std::string_view> shown{"i5", "i6"};
+  for (int n = 0; n < 20; ++n)
+    REQUIRE(shop.record({.user = "u" + std::to_string(n), .item = "i5", .impressions = shown}));
+  learn(shop, "u", {"i5", "click"});
+  const auto number = shop.find_item("i5");
+  const double positive = explained(shop, "v", "i5").positive;
+  REQUIRE(positive > 10);
+  const auto report = swap(shop, model_of(without(small_model::parts({.seed = 2}), "i5")));
+  CHECK(report.items_dropped == 1);
+  CHECK_FALSE(holds(ranking_of(shop, "u"), "i5"));
+  CHECK_FALSE(holds(ranking_of(shop, "nobody"), "i5"));
+  const auto unknown = shop.explain({.user = "u"}, "i5");
+  REQUIRE_FALSE(unknown);
+  CHECK(unknown.error().code == pz::Errc::unknown_item);
+  CHECK(learn(shop, "u", {"i5"}) == pz::Recorded::unknown_item);
+  CHECK_FALSE(shop.model()->find_item("i5"));
+  REQUIRE(shop.put_item({.item = "another"}));
+  REQUIRE(shop.update());
+  CHECK(*shop.find_item("another") == 50);
+  CHECK(shop.find_item("i5") == number);
+  const auto third = small_model::model({.seed = 3});
+  const auto back = swap(shop, third);
+  CHECK(back.items_added == 0);
+  CHECK(shop.find_item("i5") == number);
+  CHECK(explained(shop, "v", "i5").positive == positive);
+  REQUIRE(shop.remove_item("another"));
+  REQUIRE(shop.update());
+  CHECK(holds(ranking_of(shop, "u"), "i5"));
+}
+
+TEST_CASE("an item that left with its model can be put again, and is as old as that") {
+  std::int64_t clock = now;
+  auto shop =
+      make(small_model::model(), usual({.exploration_weight = 0, .clock = [&] { return clock; }}));
+  swap(shop, model_of(without(small_model::parts({.seed = 2}), "i5")));
+  REQUIRE(shop.put_item({.item = "i5", .fields = {{"GENRE", "bow"}}}));
+  REQUIRE(shop.update());
+  clock += 4 * day;
+  learn(shop, "u", {"i5", {}, clock});
+  CHECK(explained(shop, "u", "i5").age == 4 * day);
+}
+
+TEST_CASE("an item that was removed stays so, whatever the model has") {
+  auto shop = make(small_model::model());
+  REQUIRE(*shop.remove_item("i5"));
+  REQUIRE(shop.put_item(put_item));
+  REQUIRE(shop.update());
+  REQUIRE(*shop.remove_item("put"));
+  REQUIRE(shop.update());
+  for (const std::uint64_t seed : {2u, 3u}) {
+    auto parts = small_model::parts({.items = 51, .seed = seed});
+    const auto last = small_model::parts({.items = 50, .seed = seed});
+    parts.item_ids = {};
+    for (std::uint32_t i = 0; i < 50; ++i) REQUIRE(parts.item_ids.add(last.item_ids[i]));
+    REQUIRE(parts.item_ids.add("put"));
+    swap(shop, model_of(std::move(parts)));
+    for (const char* user : {"u", "nobody"}) {
+      CHECK_FALSE(holds(ranking_of(shop, user), "i5"));
+      CHECK_FALSE(holds(ranking_of(shop, user), "put"));
+    }
+  }
+  REQUIRE(shop.put_item({.item = "i5"}));
+  REQUIRE(shop.update());
+  CHECK(holds(ranking_of(shop, "u"), "i5"));
+}
+
+TEST_CASE("items that wait for an update, and events on them, wait on through a swap") {
+  for (const bool has_it : {false, true}) {
+    CAPTURE(has_it);
+    auto shop = make(small_model::model());
+    REQUIRE(shop.put_item({.item = "i50", .fields = {{"GENRE", "bow"}}}));
+    CHECK(learn(shop, "u", {"i50", "click"}) == pz::Recorded::pending_item);
+    REQUIRE(*shop.remove_item("i7"));
+    swap(shop, small_model::model({.items = has_it ? 51u : 50u, .seed = 2}));
+    CHECK(learn(shop, "v", {"i50", "click"}) ==
+          (has_it ? pz::Recorded::learned : pz::Recorded::pending_item));
+    CHECK(holds(ranking_of(shop, "nobody"), "i7"));
+    REQUIRE(shop.update());
+    CHECK(shop.update_report().events_replayed == (has_it ? 1 : 2));
+    CHECK_FALSE(holds(ranking_of(shop, "nobody"), "i7"));
+    for (const char* user : {"u", "v"}) {
+      CHECK_FALSE(holds(ranking_of(shop, user, {}, true), "i50"));
+      CHECK(holds(ranking_of(shop, user), "i50"));
+      CHECK(ranking_of(shop, user)[0].reason == pz::Reason::relevance);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------- users and errors
+
+TEST_CASE("a user of the old model who was forgotten stays so where the new one has them, too") {
+  auto shop = make(model_of(with_user(small_model::parts(), "stored", 24)));
+  const auto next = model_of(with_user(small_model::parts({.seed = 2}), "stored", 24));
+  CHECK(ranking_of(shop, "stored")[0].reason == pz::Reason::relevance);
+  CHECK(shop.forget("stored"));
+  swap(shop, next);
+  CHECK(ranking_of(shop, "stored")[0].reason == pz::Reason::popular);
+  learn(shop, "stored", {"i3"});
+  CHECK(ranking_of(shop, "stored") == fresh_ranking(next, {{"i3"}}));
+}
+
+TEST_CASE("users who are forgotten while a model comes stay forgotten") {
+  const auto parts = [](std::uint64_t seed) {
+    auto made = small_model::parts({.items = 4000, .seed = seed});
+    small_model::Random random{8};
+    for (int n = 0; n < 2000; ++n) REQUIRE(made.user_ids.add("u" + std::to_string(n)));
+    made.user_states = small_model::random_matrix(random, 2000, 24 + 20, 0.5f);
+    return model_of(std::move(made));
+  };
+  const auto a = parts(1), b = parts(2);
+  auto shop = make(a);
+  std::atomic<bool> stop{false};
+  std::thread forgetting([&] {
+    for (int n = 0; n < 2000 && !stop; ++n) {
+      (void)shop.forget("u" + std::to_string(n));
+      std::this_thread::sleep_for(std::chrono::microseconds{20});
+    }
+    stop = true;
+  });
+  for (int n = 0; !stop; ++n) swap(shop, n % 2 == 0 ? b : a);
+  forgetting.join();
+  swap(shop, b);
+  int remembered = 0;
+  for (int n = 0; n < 2000; ++n) {
+    const auto slate = shop.recommend({.user = "u" + std::to_string(n), .count = 1});
+    REQUIRE(slate);
+    remembered += slate->items[0].reason != pz::Reason::popular;
+  }
+  CHECK(remembered == 0);
+}
+
+TEST_CASE("a model that cannot be taken is an error, and the old one stays") {
+  const auto model = small_model::model();
+  auto shop = make(model);
+  for (const Event& event : usual_events) learn(shop, "u", event);
+  const auto before = ranking_of(shop, "u");
+  const auto none = shop.swap(nullptr);
+  REQUIRE_FALSE(none);
+  CHECK(none.error().code == pz::Errc::invalid_argument);
+  for (int which = 0; which < 3; ++which) {
+    auto parts = small_model::parts({.seed = 2});
+    auto& s = parts.statistics[7];
+    (which == 0   ? s.first_timestamp
+     : which == 1 ? s.last_timestamp
+                  : s.creation_timestamp) = now + 2 * day;
+    const auto ahead = shop.swap(model_of(std::move(parts)));
+    REQUIRE_FALSE(ahead);
+    CHECK(ahead.error().code == pz::Errc::invalid_argument);
+    CHECK(ahead.error().message.find("'i7'") != std::string::npos);
+  }
+  CHECK(shop.model() == model);
+  CHECK(ranking_of(shop, "u") == before);
+}
+
+// ----------------------------------------------------------------------------------------- memory
+
+TEST_CASE("the old model ends when its last reader is done, and no earlier") {
+  auto model = small_model::model();
+  const std::weak_ptr<const pz::Model> old = model;
+  auto shop = make(model);
+  learn(shop, "u", {"i3"});
+  pz::Slate slate;
+  REQUIRE(shop.recommend({.user = "u"}, slate));
+  const auto lines = lines_of(slate);
+  swap(shop, model);  // to itself: it is no other model that ends
+  swap(shop, model);
+  model.reset();
+  swap(shop, small_model::model({.seed = 2}));
+  REQUIRE(shop.update());
+  CHECK_FALSE(old.expired());
+  CHECK(lines_of(slate) == lines);
+  slate = {};
+  REQUIRE(shop.update());
+  CHECK(old.expired());
+}
+
+TEST_CASE("models that come and go in turn end, each once nobody has it") {
+  auto a = small_model::model({.seed = 1}), b = small_model::model({.seed = 2});
+  const std::weak_ptr<const pz::Model> first = a, second = b;
+  auto shop = make(a);
+  for (int n = 0; n < 3; ++n) {
+    swap(shop, b);
+    swap(shop, a);
+  }
+  a.reset();
+  b.reset();
+  swap(shop, small_model::model({.seed = 3}));
+  swap(shop, small_model::model({.seed = 4}));
+  CHECK(first.expired());
+  CHECK(second.expired());
+}
+
+TEST_CASE("a recommender takes no more memory the more often models come") {
+  auto shop = make(small_model::model());
+  const auto a = model_of(reversed(small_model::parts({.items = 300, .seed = 2}))),
+             b = small_model::model({.items = 280, .dimension = 27, .hidden = 9, .seed = 3});
+  for (int n = 0; n < 100; ++n)
+    for (const Event& event : usual_events) learn(shop, "u" + std::to_string(n), event);
+  REQUIRE(shop.put_item(put_item));
+  REQUIRE(shop.update());
+  std::vector<std::size_t> totals;
+  for (int n = 0; n < 20; ++n) {
+    swap(shop, a);
+    swap(shop, b);
+    REQUIRE(shop.update());
+    (void)ranking_of(shop, "u1");
+    totals.push_back(shop.memory().total());
+  }
+  CHECK(totals.back() == totals[1]);
+}
+
+// ---------------------------------------------------------------------------------------- threads
+
+TEST_CASE("no request fails or sees half a model while models come") {
+  const std::array<ModelPointer, 4> models{
+      small_model::model({.items = 80}),
+      model_of(only(reversed(small_model::parts({.items = 90, .dimension = 33, .seed = 2})),
+                    [](std::string_view id) { return id.back() != '6'; })),
+      small_model::model({.items = 85, .hidden = 40, .seed = 3}, true), model_of([] {
+        auto parts = reversed(small_model::parts({.items = 80}));
+        parts.fingerprints = pz::fingerprints_of(small_model::parts({.items = 80}));
+        return parts;
+      }())};
+  for (const auto updates : {pz::Updates::by_caller, pz::Updates::by_thread}) {
+    pz::RecommenderOptions options{.exploration_weight = 0.3f};
+    options.updates = updates;
+    options.clock = [] { return now; };
+    options.log = [](const pz::LogEntry& entry) {
+      if (entry.item.empty()) std::abort();
+    };
+    auto shop = pz::Recommender::create(models[0], options);
+    REQUIRE(shop);
+    std::atomic<const char*> broken{nullptr};
+    std::atomic<bool> stop{false};
+    const auto require = [&](bool kept, const char* promise) {
+      if (!kept) broken = promise;
+    };
+    const auto valid = [&](const pz::Slate& slate, std::size_t least) {
+      std::set<std::string_view> items;
+      for (const pz::Pick& pick : slate.items) {
+        items.insert(pick.item);
+        require(std::isfinite(pick.score), "scores are finite");
+        require(pick.item.starts_with("i") || pick.item == "put", "items have their ids");
+      }
+      require(items.size() == slate.items.size(), "items are distinct");
+      require(items.size() >= least, "a slate is full");
+    };
+    std::vector<std::thread> threads;
+    for (std::uint64_t t = 0; t < 4; ++t)
+      threads.emplace_back([&, t] {
+        small_model::Random random{t};
+        pz::Slate slate, order;
+        std::array<pz::Slate, 3> slates;
+        while (!stop && !broken) {
+          const std::string user = "u" + std::to_string(random.below(12)),
+                            session = "s" + std::to_string(random.below(12)),
+                            item = "i" + std::to_string(random.below(92));
+          const std::array<std::string_view, 3> items{item, "i1", "i2"};
+          const bool exclude = random.below(2) == 0;
+          require(shop->record({.user = user, .item = item, .event_type = "click"}).has_value(),
+                  "events are recorded");
+          require(
+              shop->record({.session = session, .item = "i2", .impressions = items}).has_value(),
+              "events with impressions are recorded");
+          require(shop->recommend({.user = user,
+                                   .session = session,
+                                   .count = 20,
+                                   .exclude_interacted = exclude},
+                                  slate)
+                      .has_value(),
+                  "requests are answered");
+          valid(slate, exclude ? 0 : 20);  // some have seen nearly all
+          if (!slate.items.empty()) {
+            const auto known = shop->record({.user = user,
+                                             .item = slate.items[0].item,
+                                             .event_type = "click",
+                                             .recommendation_id = slate.id});
+            // The user may be forgotten, and the slate with them.
+            require(known.has_value() && *known != pz::Recorded::unknown_slate,
+                    "slates are answered");
+          }
+          const std::array<pz::Request, 3> requests{pz::Request{.user = user, .count = 10},
+                                                    pz::Request{.session = session, .count = 10},
+                                                    pz::Request{.user = "u1", .count = 10}};
+          require(shop->recommend(requests, slates).has_value(), "batches are answered");
+          for (const pz::Slate& one : slates) valid(one, 10);
+          require(shop->rank({.user = user}, items, order).has_value() && order.items.size() == 3,
+                  "items are ranked");
+          const auto explained = shop->explain({.user = user}, item);
+          require(explained ? std::isfinite(explained->score)
+                            : explained.error().code == pz::Errc::unknown_item,
+                  "items are explained");
+          require(shop->record_impression({.user = user, .session = session, .items = items})
+                      .has_value(),
+                  "impressions are recorded");
+          if (random.below(4) == 0)
+            require(shop->merge_session(session, user).has_value(), "sessions are merged");
+          if (random.below(8) == 0) (void)shop->forget(user);
+          if (random.below(8) == 0) require(shop->put_item(put_item).has_value(), "items are put");
+          if (random.below(8) == 0)
+            require(shop->remove_item("put").has_value(), "items are removed");
+        }
+      });
+    std::size_t swaps = 0;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds{600};
+    while (!broken && std::chrono::steady_clock::now() < end) {
+      require(shop->swap(models[++swaps % models.size()]).has_value(), "models come");
+      if (swaps % 3 == 0) require(shop->update().has_value(), "updates are made");
+    }
+    stop = true;
+    for (std::thread& thread : threads) thread.join();
+    const char* promise = broken;
+    CHECK_MESSAGE(!promise, std::string(promise ? promise : ""));
+    CHECK(swaps > 4);
+    CHECK(shop->restarted_states() == 0);
+    // Afterwards all is as it would be had nothing run at the same time.
+    swap(*shop, models[2]);
+    REQUIRE(shop->forget("u3") == true);
+    for (const Event& event : usual_events) learn(*shop, "u3", event);
+    REQUIRE(shop->update());
+    CHECK(slate_of(*shop, {.user = "u3", .count = 5}).size() == 5);
+  }
+}
+
 }  // namespace swap_tests
