@@ -9825,7 +9825,7 @@ class SlateLog {
             std::clamp<std::size_t>(std::min(capacity / 16, budget >> 18), 1, most_stripes))) {
     const std::size_t slots = std::max<std::size_t>(capacity / stripes_.size(), 1);
     const std::size_t bytes = budget / stripes_.size();
-    const std::size_t least = slate_size(1, dimension_ > 0) * slates_a_ring;
+    const std::size_t least = slate_size(1, dimension > 0) * slates_a_ring;
     ring_size_ = std::max(bytes - std::min(bytes, slots * sizeof(Slot)), least);
     for (Stripe& stripe : stripes_) {
       stripe.ring.slots.resize(slots);
@@ -9835,7 +9835,7 @@ class SlateLog {
 
   // Of a slate only so many first places are remembered, so that no slate displaces all others.
   std::size_t most_picks() const noexcept {
-    return (ring_size_ / slates_a_ring - slate_size(0, dimension_ > 0)) / pick_size();
+    return (ring_size_ / slates_a_ring - slate_size(0, true)) / pick_size();
   }
 
   // What tells a slate from all others.
@@ -10021,7 +10021,8 @@ class SlateLog {
   }
 
   // Forgets the queries of all slates, which are those of another model, and goes on with queries
-  // of `dimension`; while nobody else calls.
+  // of `dimension` or, where a slate has no room for one, without; while nobody else calls, but for
+  // most_picks().
   void drop_queries(std::size_t dimension) noexcept {
     for (Stripe& stripe : stripes_) {
       const detail::lock_guard lock{stripe.mutex};
@@ -10032,7 +10033,8 @@ class SlateLog {
         slot.has_query = false;
       }
     }
-    dimension_ = dimension;
+    const bool fits = dimension * sizeof(float) + pick_size() <= ring_size_ / slates_a_ring;
+    dimension_.store(fits ? dimension : 0, detail::memory_order_relaxed);
   }
 
   // The slates of a part, from the oldest on, as of the cut.
@@ -10096,7 +10098,7 @@ class SlateLog {
           return archive.fail();
       }
       if (!archive.ok() || !detail::all_finite(slate.query)) return archive.fail();
-      if (written.dimension != dimension_) slate.query.clear();
+      if (written.dimension != dimension()) slate.query.clear();
       Stripe& stripe = stripes_[stripe_of(slot.number)];
       const detail::lock_guard lock{stripe.mutex};
       if (same) {
@@ -10161,10 +10163,11 @@ class SlateLog {
                 std::is_trivially_copyable_v<LoggedChoice>);
 
   Shape shape() const noexcept {
-    return {stripes_.size(), stripes_[0].ring.slots.size(), ring_size_, dimension_, with_choices_};
+    return {stripes_.size(), stripes_[0].ring.slots.size(), ring_size_, dimension(), with_choices_};
   }
+  std::size_t dimension() const noexcept { return dimension_.load(detail::memory_order_relaxed); }
   std::size_t query_size(bool query) const noexcept {
-    return query ? dimension_ * sizeof(float) : 0;
+    return query ? dimension() * sizeof(float) : 0;
   }
   std::size_t pick_size() const noexcept {
     return sizeof(LoggedPick) + (with_choices_ ? sizeof(LoggedChoice) : 0);
@@ -10230,7 +10233,7 @@ class SlateLog {
     slot.begin = ring.head;
     ring.head += size;
     std::byte* at = bytes_of(ring, slot);
-    at = put(at, slate.query.data(), slot.has_query ? dimension_ : 0);
+    at = put(at, slate.query.data(), slot.has_query ? dimension() : 0);
     at = put(at, slate.picks.data(), picks);
     if (with_choices_) {
       const std::size_t choices = std::min(picks, slate.choices.size());
@@ -10247,11 +10250,12 @@ class SlateLog {
     }
   }
 
-  // Room for the largest slate.
+  // Room for the largest slate, of whatever dimension.
   void reserve(LoggedSlate& slate) const {
-    slate.query.reserve(dimension_);
-    slate.picks.reserve(most_picks());
-    if (with_choices_) slate.choices.reserve(most_picks());
+    const std::size_t picks = ring_size_ / slates_a_ring / pick_size();
+    slate.query.reserve(dimension());
+    slate.picks.reserve(picks);
+    if (with_choices_) slate.choices.reserve(picks);
   }
 
   template <class T>
@@ -10269,7 +10273,7 @@ class SlateLog {
   void copy(const Ring& ring, const Slot& slot, LoggedSlate& slate) const noexcept {
     slate.timestamp = slot.timestamp;
     const std::byte* at = bytes_of(ring, slot);
-    at = take(at, slate.query, slot.has_query ? dimension_ : 0);
+    at = take(at, slate.query, slot.has_query ? dimension() : 0);
     at = take(at, slate.picks, slot.picks);
     take(at, slate.choices, with_choices_ ? slot.picks : 0);
   }
@@ -10284,7 +10288,7 @@ class SlateLog {
 
   detail::HashKey key_;
   std::int64_t expiry_;
-  std::size_t dimension_;
+  detail::atomic<std::size_t> dimension_;  // of queries; 0: they are not kept
   bool with_choices_;
   std::size_t ring_size_ = 0;
   detail::atomic<std::uint64_t> order_{1};
@@ -11138,9 +11142,9 @@ class CatalogueBuilder {
 
   CatalogueBuilder(const CatalogueBuilder&) = delete;
   CatalogueBuilder& operator=(const CatalogueBuilder&) = delete;
-  // Of a generation that was not finished, the counts are left to the next one.
+  // Of a generation that was not published, the counts are left to the next one.
   ~CatalogueBuilder() {
-    if (next_)
+    if (!published_)
       for (const std::uint32_t item : touched_) counters_->touch(item);
   }
   // Items touched since the last time, which are then this builder's to learn of.
@@ -11200,6 +11204,7 @@ class CatalogueBuilder {
     CatalogueBuilder builder(c, options, table, pace);
     builder.sort_popular();
     builder.choose_pool(now, latest);
+    builder.publish();
     return std::move(builder.next_);
   }
 
@@ -11231,15 +11236,17 @@ class CatalogueBuilder {
   }
 
   // Folds the counters into calibration, popularity, quality and corrections. Returns the number of
-  // items that have feedback. counters: those of the moment for which it learns.
+  // items that have feedback. counters: those of the moment for which it learns. own_queries: those
+  // of the slates are of this model's space.
   std::size_t learn(std::int64_t now, const SlateLog& slates,
-                    std::shared_ptr<ItemCounters> counters);
+                    std::shared_ptr<ItemCounters> counters, bool own_queries = true);
   // Of learn(): items whose sums have faded away.
   std::span<const std::uint32_t> faded() const noexcept { return faded_; }
 
   std::size_t values_unknown() const noexcept { return values_unknown_; }
+  void publish() noexcept { published_ = true; }
 
-  // The new generation; nothing of this builder is used afterwards.
+  // The new generation, which may then be published.
   std::shared_ptr<const Catalogue> finish(std::int64_t now, std::int64_t latest) {
     Catalogue& next = *next_;
     if (ids_) next.ids = ids_;
@@ -11414,7 +11421,7 @@ class CatalogueBuilder {
     return nearest;
   }
 
-  void calibrate(const SlateLog& slates);
+  void calibrate(const SlateLog& slates, bool own_queries);
   Vector<std::uint32_t> find_active();
   void learn_popularity(std::span<const std::uint32_t> active, const DecayMoment& moment,
                         std::int64_t now);
@@ -11526,10 +11533,12 @@ class CatalogueBuilder {
   Vector<std::uint32_t> touched_;  // with counts since the generation before
   Vector<std::uint32_t> faded_;
   std::size_t values_unknown_ = 0;
+  bool published_ = false;
 };
 
 inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& slates,
-                                           std::shared_ptr<ItemCounters> counters) {
+                                           std::shared_ptr<ItemCounters> counters,
+                                           bool own_queries) {
   Catalogue& next = *next_;
   next.counters = std::move(counters);
   const DecayMoment moment = Decay(Catalogue::half_life).at(now);
@@ -11539,7 +11548,7 @@ inline std::size_t CatalogueBuilder::learn(std::int64_t now, const SlateLog& sla
     next.active = std::make_shared<const Vector<std::uint32_t>>(std::move(active));
     return next.active->size();
   }
-  calibrate(slates);
+  calibrate(slates, own_queries);
 
   Vector<ItemFeedback> counted(active.size()), well_known_items, cold_items;
   Vector<std::uint8_t> well_known(active.size());
@@ -11608,11 +11617,11 @@ void CatalogueBuilder::settle_unseen(float quality, std::span<const std::uint32_
   }
 }
 
-inline void CatalogueBuilder::calibrate(const SlateLog& slates) {
+inline void CatalogueBuilder::calibrate(const SlateLog& slates, bool own_queries) {
   Catalogue& next = *next_;
   const std::size_t d = next.dimension();
   Vector<CalibrationSample> samples;
-  Vector<double> second_moment(d <= largest_correction ? d * d : 0);
+  Vector<double> second_moment(own_queries && d <= largest_correction ? d * d : 0);
   double queries = 0;
   slates.for_each_reported(calibration_slates, [&](const LoggedSlate& slate) {
     pace_.step();
@@ -11815,6 +11824,7 @@ class ScratchLease {
     const Catalogue& c = *catalogue_;
     Scratch& scratch = *scratch_;
     scratch.query.resize(kernels::padded(c.dimension()));
+    std::fill(scratch.query.begin() + c.dimension(), scratch.query.end(), 0.0f);
     for (Vector<float>* each : {&scratch.offset, &scratch.gradient, &scratch.vector})
       each->resize(c.dimension());
     scratch.input.resize(c.base->parts().inputs().columns());
@@ -12120,11 +12130,12 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     std::uint64_t requests = 0;
     float spent_events = 0, spent_impressions = 0, offset_scale = 1;
     std::uint16_t budget_day = 0;
+    bool encoded = false;
 
     template <class Archive, class Self>
     static void each_field(Archive& archive, Self&& self) {
       archive(self.last_timestamp, self.requests, self.spent_events, self.spent_impressions,
-              self.offset_scale, self.budget_day);
+              self.offset_scale, self.budget_day, self.encoded);
     }
     bool is_sound() const noexcept {
       return spent_events >= 0 && spent_impressions >= 0 && offset_scale >= 0 &&
@@ -12132,7 +12143,8 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     }
   };
   Personal personal() const noexcept {
-    return {last_timestamp, requests, spent_events, spent_impressions, offset_scale_, budget_day_};
+    return {last_timestamp, requests,    spent_events, spent_impressions,
+            offset_scale_,  budget_day_, encoded};
   }
   void set_personal(const Personal& other) noexcept {
     last_timestamp = other.last_timestamp;
@@ -12141,6 +12153,7 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     spent_impressions = other.spent_impressions;
     offset_scale_ = has_offset() ? other.offset_scale : 1;
     budget_day_ = other.budget_day;
+    encoded = other.encoded;
   }
   // The offset as it lies; of one who has none, and memory for it (tail_for).
   std::span<const std::byte> offset() const noexcept {
@@ -12205,7 +12218,7 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     archive(self.last_timestamp, self.requests, self.used, self.spent_events,
             self.spent_impressions, self.generation, self.first_remembered_, self.tail_capacity_,
             self.offset_bytes_, self.history_bytes_, self.offset_scale_, self.budget_day_,
-            self.history_events_, self.impressions_);
+            self.history_events_, self.impressions_, self.encoded);
   }
   // What was read: numbers that exist, and nothing that would be read beyond its end.
   bool is_sound(const Bounds& bounds) const noexcept {
@@ -12300,6 +12313,9 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   std::uint16_t key_size_ = 0;
   std::uint8_t impressions_ = 0;
   static_assert(RecentImpressions::capacity < 256);
+
+ public:
+  bool encoded = false;  // whether an event is in the state
 };
 static_assert(sizeof(User) <= 96);
 static_assert(std::is_trivially_copyable_v<RecentImpressions::Entry>);
@@ -12441,15 +12457,19 @@ class Users {
   // key goes to `key`, and `at` behind them. False where there is none.
   bool next_older(std::size_t number, std::uint32_t generation, std::size_t& at,
                   std::string& key) const {
-    key.reserve(1 + max_id_bytes);  // without the lock
+    constexpr std::size_t together = 1024;  // under one lock
+    key.reserve(1 + max_id_bytes);          // without the lock
     const Shard& shard = shards_[number];
-    const lock_guard lock{shard.mutex};
-    for (; at < shard.users.size(); ++at) {
-      const User* const user = shard.users[at].get();
-      if (!user || user->generation >= generation) continue;
-      ++at;
-      key.assign(user->key().data(), user->key().size());
-      return true;
+    for (bool more = true; more;) {
+      const lock_guard lock{shard.mutex};
+      const std::size_t end = std::min(shard.users.size(), at + together);
+      while (at < end) {
+        const User* const user = shard.users[at++].get();
+        if (!user || user->generation >= generation) continue;
+        key.assign(user->key().data(), user->key().size());
+        return true;
+      }
+      more = at < shard.users.size();
     }
     return false;
   }
@@ -14495,10 +14515,12 @@ class PutItems {
                                  : std::max<std::size_t>(4, events.size() + events.size() / 2);
     const std::size_t more = event.bytes() + allocated(room * sizeof(Event)) - allocated(events);
     if (waiting_bytes_ + more > budget_) return false;
+    const std::size_t held = allocated(events);
     events.reserve(room);
+    waiting_bytes_ += allocated(events) - held;
     note();
+    waiting_bytes_ += event.bytes();
     events.push_back(std::move(event));
-    waiting_bytes_ += more;
     return true;
   }
 
@@ -14769,11 +14791,22 @@ struct State {
   // One event more, under the user's lock; there is memory for it.
   void step(User& user, const RememberedEvent& event, Scratch& scratch,
             const Catalogue& of) noexcept {
-    const auto previous =
-        user.last_timestamp == no_timestamp ? std::nullopt : std::optional(user.last_timestamp);
-    encode(event, previous, user.state(), scratch, of);
+    if (!of.is_absent(event.item)) {
+      encode(event, last_encoded(user, of), user.state(), scratch, of);
+      user.encoded = true;
+    }
     user.fade_offset(1.0f - offset_forgotten);
     user.remember(event, options.history_length);
+  }
+  // When the user's last event was on an item that the model has.
+  static std::optional<std::int64_t> last_encoded(const User& user, const Catalogue& of) noexcept {
+    std::optional<std::int64_t> last;
+    if (!of.absent && user.last_timestamp != no_timestamp) last = user.last_timestamp;
+    if (!of.absent) return last;
+    user.for_each_event([&](const RememberedEvent& event) {
+      if (!of.is_absent(event.item)) last = event.timestamp;
+    });
+    return last;
   }
   void encode(const RememberedEvent& event, std::optional<std::int64_t> previous,
               std::span<float> state, Scratch& scratch, const Catalogue& of) noexcept {
@@ -14933,6 +14966,7 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
       if (present.is_absent(event.item)) continue;
       if (stored && event.timestamp <= present.trained_until) continue;
       encode(event, previous, fresh->state(), *scratch, present);
+      fresh->encoded = true;
       previous = event.timestamp;
     }
   }
@@ -15118,7 +15152,7 @@ inline bool Ranking::read_user(const Request& request, const UserKey& key,
       user->for_each_event([&](const RememberedEvent& event) {
         if (event.item < catalogue.size()) scratch.interacted.push_back(event.item);
       });
-    if (user->last_timestamp == no_timestamp) return false;
+    if (!user->encoded) return false;
     const auto query = catalogue.encoder->query(user->state());
     std::copy(query.begin(), query.end(), scratch.query.begin());
     return true;
@@ -15307,6 +15341,7 @@ class Changes {
 
   // What is expected of listed items, by the user's present state, to Scratch::seen.
   void assess_list(const EventChange& change) {
+    scratch_.seen.clear();
     Ranking ranking{state_, catalogue(), scratch_};
     if (!ranking.read_user({.user = change.user, .session = change.session}, key_of(change),
                            session_of(change), change.time.timestamp))
@@ -15315,7 +15350,6 @@ class Changes {
     ranking.normalise();
     scratch_.logged.picks.clear();
     scratch_.logged.choices.clear();
-    scratch_.seen.clear();
     scratch_.seen.reserve(scratch_.listed.size() + 1);
     for (const ScoredItem& one : scratch_.listed) {
       const float u = ranking.score(one.item);
@@ -15388,8 +15422,13 @@ class Changes {
     scratch_.seen.clear();
     if (change.listed) {
       archive(scratch_.listed);
+      const auto known = [&](const ScoredItem& one) { return one.item < items; };
+      if (!std::all_of(scratch_.listed.begin(), scratch_.listed.end(), known)) {
+        scratch_.listed.clear();  // and nothing to unlist
+        return archive.fail();
+      }
       for (const ScoredItem& one : scratch_.listed) {
-        if (one.item >= items || scratch_.taken.test(one.item)) return archive.fail();
+        if (scratch_.taken.test(one.item)) return archive.fail();
         scratch_.taken.set(one.item);
       }
     }
@@ -15425,7 +15464,7 @@ class Changes {
 
   // Makes a visitor's events the user's, after those that the user has. Nothing where there is no
   // such visitor; else the change's place in the journal. The visitor's events are replayed with
-  // the present catalogue: its items are in it.
+  // the present catalogue.
   std::optional<std::uint64_t> merge(std::string_view session, std::string_view user) {
     const UserKey visitor_key{{}, session, state_.key}, user_key{user, {}, state_.key};
     const auto before = state_.users.read(visitor_key, [](const User* found) {
@@ -15774,11 +15813,11 @@ class Update {
     first->well_known_prior = old.well_known_prior;
     first->cold_prior = old.cold_prior;
     first->active = old.active;
+    carry_ages(old, *first);
     if (same_space_) {
       first->contexts = old.contexts;
       first->second_moment = old.second_moment;
     }
-    carry_forgotten(old, *first);
     // Of interactions that the model was trained on, too, only those since then count, as if they
     // had come evenly.
     const std::int64_t until =
@@ -15792,7 +15831,7 @@ class Update {
     builder_.emplace(*first, state_.options, state_.table, pace_);
     builder_->take_touched(touched_);
     take_in();
-    report.items_learnt = builder_->learn(now_, state_.slates, counters_);
+    report.items_learnt = builder_->learn(now_, state_.slates, counters_, same_space_);
     return finish();
   }
 
@@ -15804,6 +15843,7 @@ class Update {
     const Turns::All turns{state_.turns};
     sequence_ = state_.note(Entry::model, record,
                             [&](FieldWriter& archive) { archive(of.encoder, of.items); });
+    carry_forgotten(*state_.catalogue, *next_);
     if (interactions_kept_ < 1)
       next_->counters->scale(ItemCounters::Kind::interactions, interactions_kept_);
     state_.users.fit(state_size_, model_->dimension());
@@ -15811,7 +15851,9 @@ class Update {
     state_.times.know(
         std::min(State::latest_of(*model_), now_ + state_.options.clock_skew.count()));
     put_in_place(copies);
-    state_.retired_models.push_back(old);  // reserved
+    if (const auto& models = state_.retired_models;
+        old != model_ && std::find(models.begin(), models.end(), old) == models.end())
+      state_.retired_models.push_back(old);  // reserved
     state_.learnt_at = now_;
     state_.learnt_items = report.items_learnt;
     if (!same_encoder_ || !same_space_) state_.encoded_shard = state_.encoded_slot = 0;
@@ -15882,10 +15924,23 @@ class Update {
     for (const std::uint32_t item : builder_->faded()) next_->contexts->forget(item);
     state_.publish(copies, next_);
     if (!model_) state_.put_items.settle(items_);
+    builder_->publish();
     taught_ = false;
   }
 
-  static void carry_forgotten(const Catalogue& old, const Catalogue& next) {
+  // When items came to be of which the model knows nothing; and, of a model that was trained on no
+  // later interactions, when those of its training counted.
+  static void carry_ages(const Catalogue& old, Catalogue& next) {
+    if (next.trained_until <= old.trained_until) next.started = old.started;
+    for (std::uint32_t i = 0; i < old.size(); ++i) {
+      if (Catalogue::creation(next.statistics[i]) != std::numeric_limits<std::int64_t>::max())
+        continue;
+      if (const std::int64_t first = old.statistics[i].first_timestamp; first != no_timestamp)
+        next.statistics.edit(i).first_timestamp = first;
+    }
+  }
+  // While nobody forgets.
+  static void carry_forgotten(const Catalogue& old, const Catalogue& next) noexcept {
     const StringTable &users = old.base->parts().user_ids, &others = next.base->parts().user_ids;
     for (std::size_t w = 0; w < old.forgotten->size(); ++w)
       for (std::uint64_t bits = (*old.forgotten)[w].load(); bits != 0; bits &= bits - 1) {
@@ -16933,6 +16988,7 @@ class Blob {
       user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
     }
     User::Personal personal = personal_;
+    personal.encoded = personal.encoded && same_state;
     if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
     user->set_personal(personal);
     return user;
@@ -18463,6 +18519,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     scratch.use(state.lanes.current());
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
+    if (both && impression) state.make_current(session_key, scratch);
     const Catalogue& catalogue = scratch.catalogue();
     of = scratch.shared();
     if (const auto item = impression ? std::nullopt : catalogue.find(event.item)) {

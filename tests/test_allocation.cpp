@@ -711,6 +711,61 @@ TEST_CASE("a recommender survives the failure of any allocation, and goes on as 
     CHECK(shop.model()->item_count() == 61);
     compare("u");
   }
+  SUBCASE("while another model comes") {
+    for (const char* user : {"u", "v"})
+      for (const char* item : {"i8", "i31", "i5"})
+        both([&](pz::Recommender& r) {
+          return r.record({.user = user, .item = item, .timestamp = now});
+        });
+    const pz::NewItem item{.item = "an item that no model has",
+                           .creation_timestamp = now,
+                           .fields = {{"GENRE", "bow|sword"}, {"PRICE", "2"}}};
+    both([&](pz::Recommender& r) { return r.put_item(item); });
+    both([&](pz::Recommender& r) { return r.update(now); });
+    const auto answer = [&](pz::Recommender& r) {
+      const auto slate = r.recommend({.user = "u", .count = 9, .timestamp = now});
+      REQUIRE(slate);
+      const std::vector<std::string_view> shown{"i1", "i2", "i4"};
+      REQUIRE(r.record({.user = "u",
+                        .item = slate->items[0].item,
+                        .timestamp = now,
+                        .recommendation_id = slate->id}));
+      return r.record({.user = "v", .item = "i4", .timestamp = now, .impressions = shown});
+    };
+    const auto next = small_model::model({.items = 70, .dimension = 27, .hidden = 9, .seed = 4});
+    const auto nothing_came = [&] {
+      REQUIRE(shop.model()->dimension() == model->dimension());
+      REQUIRE(shop.item_count() == 61);
+    };
+    both(answer);
+    CHECK(fail_every_allocation([&] { return shop.swap(next); }, nothing_came) > 100);
+    REQUIRE(twin.swap(next));
+    CHECK(shop.model()->dimension() == 27);
+    compare("u");
+    compare("v");
+    both(answer);
+    // What failed has left no counts behind that nobody learns of.
+    both([&](pz::Recommender& r) { return r.update(now); });
+    for (int i = 0; i < 60; ++i) {
+      const std::string id = "i" + std::to_string(i);
+      const auto a = shop.explain({.user = "w", .timestamp = now}, id),
+                 b = twin.explain({.user = "w", .timestamp = now}, id);
+      REQUIRE(a);
+      REQUIRE(b);
+      CHECK(a->score == b->score);
+      CHECK(a->quality == b->quality);
+    }
+    // Users are given the new model's states where memory runs out, or later.
+    REQUIRE(shop.swap(model));
+    REQUIRE(twin.swap(model));
+    for (int n = 1; n < 20; ++n) {
+      allocations.fail_at = n;
+      (void)shop.update(now);
+      allocations.fail_at = 0;
+    }
+    compare("u");
+    compare("v");
+  }
   SUBCASE("while a session becomes a user's") {
     for (int n = 1; n < 30; ++n) {
       const std::string session = "session " + std::to_string(n), user = "u" + std::to_string(n);

@@ -51,8 +51,9 @@ class Promises {
   std::atomic<const char*> broken_{nullptr};
 };
 
-std::shared_ptr<const pz::Model> young_model() {
-  pz::ModelParts parts = small_model::quantised(small_model::parts({.items = 200, .hidden = 16}));
+std::shared_ptr<const pz::Model> young_model(const small_model::Shape& shape = {.items = 200,
+                                                                                .hidden = 16}) {
+  pz::ModelParts parts = small_model::quantised(small_model::parts(shape));
   for (std::size_t i = 0; i < parts.statistics.size(); ++i)
     parts.statistics[i] = {i % 2 == 0 ? 0u : 100u, start - 86'400, start, start - 86'400};
   auto model = pz::Model::from_parts(std::move(parts));
@@ -60,15 +61,19 @@ std::shared_ptr<const pz::Model> young_model() {
   return *model;
 }
 
+// Of which one follows on another.
+using Models = std::array<std::shared_ptr<const pz::Model>, 3>;
+
 // One thread's calls, drawn at random, some of them dated a little back.
 class Caller {
  public:
-  Caller(pz::Recommender& shop, Clock& clock, Promises& promises, std::uint64_t seed)
-      : shop_(shop), clock_(clock), promises_(promises), random_(seed) {}
+  Caller(pz::Recommender& shop, Clock& clock, Promises& promises, const Models& models,
+         std::uint64_t seed)
+      : shop_(shop), clock_(clock), promises_(promises), models_(models), random_(seed) {}
 
   void call() {
     now_ = clock_.advance(random_.below(20)) - random_.below(60);
-    switch (random_.below(14)) {
+    switch (random_.below(15)) {
       case 0:
       case 1:
       case 2:
@@ -91,6 +96,8 @@ class Caller {
         return update();
       case 12:
         return change_users();
+      case 13:
+        return swap();
       default:
         return look();
     }
@@ -208,6 +215,11 @@ class Caller {
       promises_.require(shop_.item_count() >= 200, "an update loses no item");
   }
 
+  void swap() {
+    if (random_.below(8) != 0) return;
+    promises_.require(shop_.swap(models_[random_.below(3)]).has_value(), "a right model is taken");
+  }
+
   void change_users() {
     const std::string user_id = user(), session_id = session();
     promises_.require(shop_.merge_session(session_id, user_id).has_value(),
@@ -229,6 +241,7 @@ class Caller {
   pz::Recommender& shop_;
   Clock& clock_;
   Promises& promises_;
+  const Models& models_;
   small_model::Random random_;
   std::int64_t now_ = start;
   pz::Slate slate_;
@@ -243,14 +256,16 @@ std::chrono::duration<double> stress_time() {
 void call_from_all_threads(pz::Updates updates) {
   std::atomic<std::uint64_t> logged{0};
   Clock clock;
-  auto shop =
-      pz::Recommender::create(young_model(), {.history_length = 20,
-                                              .max_users = 64,
-                                              .update_interval = std::chrono::minutes{10},
-                                              .updates = updates,
-                                              .remembered_slates = 100,
-                                              .clock = [&] { return clock.now(); },
-                                              .log = [&](const pz::LogEntry&) { ++logged; }});
+  const Models models{young_model(),
+                      young_model({.items = 190, .dimension = 33, .hidden = 9, .seed = 2}),
+                      young_model({.items = 215, .hidden = 16, .seed = 3})};
+  auto shop = pz::Recommender::create(models[0], {.history_length = 20,
+                                                  .max_users = 64,
+                                                  .update_interval = std::chrono::minutes{10},
+                                                  .updates = updates,
+                                                  .remembered_slates = 100,
+                                                  .clock = [&] { return clock.now(); },
+                                                  .log = [&](const pz::LogEntry&) { ++logged; }});
   REQUIRE(shop);
   MESSAGE("instruction set " << std::string(shop->instruction_set()));
 
@@ -260,7 +275,7 @@ void call_from_all_threads(pz::Updates updates) {
   std::vector<std::thread> threads;
   for (std::size_t t = 0; t < thread_count; ++t)
     threads.emplace_back([&, t] {
-      Caller caller(*shop, clock, promises, t);
+      Caller caller(*shop, clock, promises, models, t);
       while (std::chrono::steady_clock::now() < end && !promises.broken()) {
         caller.call();
         ++calls;
