@@ -141,6 +141,23 @@ TEST_CASE("without syncs a commit returns when its record is written, until some
   const int count = syncs.count;
   REQUIRE(journal->commit(append(*journal, "b")));
   CHECK(syncs.count == count);
+  // What is durable elsewhere is durable.
+  journal->switch_to(next_file(folder.file("last"), 5, journal->next_sequence()));
+  CHECK(journal->status().durable < journal->next_sequence());
+  journal->forget_before(5);
+  CHECK(journal->status().durable == journal->next_sequence());
+}
+
+TEST_CASE("a folder that cannot be synced says so, but where its file system syncs none") {
+  const Healthy healthy;
+  const TemporaryFolder above;
+  const auto folder = pz::detail::Folder::open(above.file("state"));
+  REQUIRE(folder);
+  syncs.error = EIO;
+  CHECK(error_of(folder->sync()) ==
+        above.file("state") + ": cannot sync the folder: Input/output error");
+  syncs.error = EINVAL;
+  CHECK(folder->sync());
 }
 
 TEST_CASE("in intervals what was written is synced by itself, and what is idle costs nothing") {
@@ -219,6 +236,7 @@ TEST_CASE("of what a full disk takes in part, whole pieces stay") {
   }
   writes.error = ENOSPC;
   writes.after = 3;
+  CHECK(journal->commit(10));
   CHECK_FALSE(journal->commit(59));
   const auto part = read(path);
   REQUIRE(part.end);
@@ -393,9 +411,14 @@ TEST_CASE("records that wait for a full disk take bounded memory, then the journ
     journal->switch_to(next_file(next, 4, journal->next_sequence()));
     const auto kept = append(*journal, "kept");
     CHECK_FALSE(journal->commit(kept));
+    // A disk that works takes any number of them.
+    const std::string larger(2 * most, 'x');
+    const auto last = append(*journal, larger);
+    CHECK(journal->status().pending_bytes > most);
+    CHECK_FALSE(journal->commit(last));
     journal->forget_before(4);
-    CHECK(journal->commit(kept));
-    CHECK(read(next, {.first_record = kept}).texts == Texts{"kept"});
+    CHECK(journal->commit(last));
+    CHECK(read(next, {.first_record = kept}).texts == Texts{"kept", larger});
     fs::remove(path);
     fs::remove(next);
   }
