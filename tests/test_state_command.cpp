@@ -187,6 +187,11 @@ TEST_CASE("JSON lines name users and sessions; CSV takes sessions along where th
   CHECK(rows_of(folder.file("a.csv")) ==
         std::vector<std::string>{"\"u, \"\"1\"\"\",i1,,1700000000"});
   (void)export_state({.path = folder.file("a"),
+                      .output = folder.file("a.csv"),
+                      .session_prefix = {},
+                      .unknown_type = "none"});
+  CHECK(rows_of(folder.file("a.csv"))[0].ends_with(",i1,none,1700000000"));
+  (void)export_state({.path = folder.file("a"),
                       .output = folder.file("a.jsonl"),
                       .format = EventFormat::jsonl,
                       .session_prefix = {}});

@@ -192,8 +192,12 @@ class Writer {
  public:
   Writer(const StateExport& options, OutputFile& out) : options_(options), out_(out) {}
 
-  void begin() {
-    if (options_.format == EventFormat::csv) out_.append("USER_ID,ITEM_ID,EVENT_TYPE,TIMESTAMP\n");
+  // Where the state knows no event types, there is no column of them.
+  void begin(const StateContents& state) {
+    typed_ = !state.event_types.empty();
+    if (options_.format == EventFormat::csv)
+      out_.append(typed_ ? "USER_ID,ITEM_ID,EVENT_TYPE,TIMESTAMP\n"
+                         : "USER_ID,ITEM_ID,TIMESTAMP\n");
   }
   void write(const JournalUsers& names, std::string_view key, const std::vector<Event>& of) {
     const std::string_view id = key.substr(1);
@@ -233,13 +237,18 @@ class Writer {
       lines_ += ',';
       detail::append_csv_field(names.item(event.item), lines_);
       lines_ += ',';
-      detail::append_csv_field(names.event_type(event.event_type), lines_);
-      lines_ += ',' + std::to_string(event.timestamp) + '\n';
+      if (typed_) {
+        const std::string_view type = names.event_type(event.event_type);
+        detail::append_csv_field(type.empty() ? options_.unknown_type : type, lines_);
+        lines_ += ',';
+      }
+      lines_ += std::to_string(event.timestamp) + '\n';
     }
   }
 
   const StateExport& options_;
   OutputFile& out_;
+  bool typed_ = true;
   std::string lines_;
 };
 
@@ -263,7 +272,7 @@ std::vector<std::string> export_from(const std::string& state_path, const StateF
             }
             after->end();
             begun = true;
-            writer.begin();
+            writer.begin(of);
           },
       .user =
           [&](const StateContents&, const detail::User& user) {

@@ -242,7 +242,7 @@ StateReport inspect_state(const std::string& path) {
     bool closed = false;
     for (const auto& [number, journal] : chain.journals) {
       out["journals"].push_back(describe(journal));
-      if (!journal.never_begun) closed = journal.closed && journal.torn == 0;
+      if (!journal.never_begun) closed = journal.closed;
     }
     out["ended_in_peace"] = closed && !chain.error;
     return chain.error ? fail(*chain.error) : true;

@@ -17,11 +17,12 @@ namespace personalize::tools {
 namespace state_command {
 
 constexpr const char* as_it_lies =
-    "\n\nReads the files as they lie: takes no lock, changes nothing, and works while another "
-    "process has the folder open.";
+    "Reads the files as they lie: takes no lock, changes nothing, and works while another process "
+    "has the folder open.";
 
-CLI::App* add(CLI::App& state, const char* name, const std::string& text) {
+CLI::App* add(CLI::App& state, const char* name, const char* text, const std::string& more) {
   CLI::App* const command = state.add_subcommand(name, text);
+  command->footer(more);
   command->get_formatter()->column_width(36);
   return command;
 }
@@ -73,10 +74,7 @@ void add_state(CLI::App& app) {
   constexpr const char* folder_or_file = "Folder of Recommender::open, or one .pzs or .pzj file";
   const auto inspected = std::make_shared<Report>();
   CLI::App* const inspect =
-      add(*state, "inspect",
-          std::string("Show what is there: which state, of which model, users, items, counters, "
-                      "slates, journal records") +
-              as_it_lies);
+      add(*state, "inspect", "Show what is there, and of which model", as_it_lies);
   add_path(*inspect, inspected->path, folder_or_file);
   add_json(*inspect, inspected->json);
   inspect->callback([inspected] {
@@ -84,13 +82,12 @@ void add_state(CLI::App& app) {
   });
 
   const auto verified = std::make_shared<Report>();
-  CLI::App* const verify = add(
-      *state, "verify",
-      std::string("Read every byte, and name what is damaged, with file and offset; then the "
-                  "exit status is 1. A torn end of the last record, as a crash leaves it, is no "
-                  "damage. What was learnt in terms of a model's vectors is compared with its "
-                  "checksums alone") +
-          as_it_lies);
+  CLI::App* const verify =
+      add(*state, "verify", "Read every byte; name what is damaged, with file and offset",
+          std::string("Exit status 1 where something is damaged. The torn end of a last record, as "
+                      "a crash leaves it, is no damage.\nWhat was learnt in terms of a model's "
+                      "vectors is compared with its checksums alone.\n") +
+              as_it_lies);
   add_path(*verify, verified->path, folder_or_file);
   add_json(*verify, verified->json);
   verify->callback(
@@ -99,11 +96,10 @@ void add_state(CLI::App& app) {
   const auto repaired = std::make_shared<StateRepair>();
   const auto repaired_json = std::make_shared<bool>(false);
   CLI::App* const repair =
-      add(*state, "repair",
-          "Make a damaged folder one that Recommender::open takes: a damaged journal is cut behind "
-          "its last sound record, and what lies behind it is given up. Of each file that is "
-          "changed or given up, the original stays beside it as NAME.damaged. Refuses while a "
-          "process has the folder open");
+      add(*state, "repair", "Make a damaged folder one that Recommender::open takes",
+          "A damaged journal is cut behind the last sound record before the damage; what lies "
+          "behind it is given up.\nOf each file that is changed or given up, the original stays "
+          "beside it as NAME.damaged.\nRefuses while a process has the folder open.");
   add_path(*repair, repaired->folder, "Folder of Recommender::open");
   repair
       ->add_option("--from", repaired->from,
@@ -117,21 +113,26 @@ void add_state(CLI::App& app) {
   });
 
   const auto exported = std::make_shared<StateExport>();
-  CLI::App* const events =
-      add(*state, "export",
-          std::string("Write the users' remembered events, those of the journal included: as an "
-                      "interactions file for personalize train, or a user a line as JSON. Left "
-                      "out: events on items that wait for an update, and those that a journal has "
-                      "on items of a later model") +
-              as_it_lies);
+  CLI::App* const events = add(
+      *state, "export", "Write the users' remembered events, those of the journal included",
+      std::string(
+          "CSV is an interactions file for personalize train, without EVENT_TYPE where the model "
+          "knew none.\nLeft out: events on "
+          "items that wait for an update, and those that a journal has on items of a "
+          "later model.\n") +
+          as_it_lies);
   add_path(*events, exported->path, "Folder of Recommender::open, or one .pzs file");
   add_output(*events, exported->output, "File to write")->default_str("standard output");
   add_choice<EventFormat>(*events, "--format", exported->format,
                           {{"csv", EventFormat::csv}, {"jsonl", EventFormat::jsonl}},
-                          "csv: USER_ID,ITEM_ID,EVENT_TYPE,TIMESTAMP, an event a line; jsonl: a "
-                          "user or session a line");
+                          "USER_ID,ITEM_ID,EVENT_TYPE,TIMESTAMP, or a user or session a line");
   events->add_option("--session-prefix", exported->session_prefix,
                      "With csv: also sessions, as users whose ids begin with this");
+  exported->unknown_type = "unknown";
+  events
+      ->add_option("--unknown-type", exported->unknown_type,
+                   "With csv: EVENT_TYPE of events of no type that the model knew")
+      ->capture_default_str();
   events->callback([exported] {
     if (exported->session_prefix && exported->format != EventFormat::csv)
       throw Usage("--session-prefix has no meaning with --format jsonl, which names sessions");
