@@ -87,14 +87,25 @@
 //   8 encoder           one event in, new user state out
 //   9 filters and rows  which items may be ranked; ids and vectors, shared between generations
 //  10 scorer            exact top-k over the eligible items
-//  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
-//  12 exploration       calibration, posterior, vector correction, slots with propensities; scratch
-//  13 catalogue         the items as feedback has shaped them; how generations are built and read
-//  14 users             users and sessions within a budget in bytes; event ids; the gate of time
-//  15 folder            a folder that one process holds; files that grow at their end
-//  16 journal           records that survive a crash: their format, reading, writing in groups
-//  17 state             what waits for an update, who runs updates; how items rank for a user
-//  18 recommender       Recommender: record, recommend, rank, put_item, update
+//  11 counters          what is counted of items, by whom it was shown to and chosen; cuts
+//  12 slates            recent impressions, the slates behind recommendation ids, the log
+//  13 exploration       calibration, posterior, vector correction, slots with propensities; scratch
+//  14 catalogue         the items as feedback has shaped them; how generations are built
+//  15 lanes             how threads share a generation, each with the memory of its request
+//  16 user              one user or session: state, remembered events and impressions
+//  17 users             all of them, within a budget in bytes
+//  18 gates             the window of event ids; the gate of time
+//  19 folder            a folder that one process holds; files that grow at their end
+//  20 journal           records that survive a crash: their format, reading, writing in groups
+//  21 put items         items that were put and removed, and what waits for an update
+//  22 state             all that a recommender knows, and turns to change it; how items rank
+//  23 events            what events and slates change: resolved, noted in a journal, applied
+//  24 updates           the next generation, by what was learnt or by another model; its thread
+//  25 state file        all that is known, written beside traffic and read onto any model
+//  26 blobs             users that leave and come back, or move
+//  27 persistence       a folder with a state file and a journal: opening, replaying, saving
+//  28 recommender       Recommender: record, recommend, rank, put_item, update, swap, save
+//  29 calls             its bodies
 // clang-format on
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
@@ -4762,11 +4773,9 @@ class FileBuilder {
     sections_.back().make = std::move(make);
   }
 
-  // Of the file, once it is finished.
-  std::uint64_t size() const noexcept { return size_; }
+  std::uint64_t size() const noexcept { return size_; }  // of what was written
 
-  // Errors: zstd could not compress (out of memory); those of make. What was written is then no
-  // file.
+  // Errors: out of memory (zstd's, too); those of make. What was written is then no file.
   Result<void> finish() {
     put(Vector<std::byte>(header_size + sections_.size() * entry_size));
     Vector<std::byte> table;
@@ -8974,12 +8983,12 @@ inline std::size_t Scorer::Workspace::bytes() const noexcept {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
-// contexts in which it was shown and chosen, each user's recent impressions, the slates behind
-// recommendation ids, and the log's entries. Uses rooms 1, 2 and 9.
+// Room 11: counters. Owns what is counted of items: decayed counters, sums of the contexts in which
+// they were shown and chosen, and the entries of a log; and cuts, by which others see what there
+// was at one moment. Uses rooms 1, 2 and 9.
 // ============================================================================================
 
-// One place of a slate and how it came about (room 12).
+// One place of a slate and how it came about (room 13).
 struct SlotChoice {
   ScoredItem pick{};
   ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
@@ -9683,6 +9692,15 @@ class ContextSums {
   std::array<Stripe, stripe_count> stripes_;
 };
 
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 12: slates. Owns each user's recent impressions, the slates behind recommendation ids, and
+// the log's entries as lines. Uses rooms 1, 2 and 11.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
 // What one user was shown lately and did not choose: at most 64 items, the one shown longest ago
 // gives way. The count of an item fades with a half-life of 7 days. Not thread-safe.
 class RecentImpressions {
@@ -9761,7 +9779,7 @@ class RecentImpressions {
 // expected number of positive events.
 struct LoggedPick {
   std::uint32_t item = 0;
-  float relevance = 0;    // S, the model's score less the user's own normaliser (room 12)
+  float relevance = 0;    // S, the model's score less the user's own normaliser (room 13)
   float adjustment = 0;   // what feedback added when served, in log clicks
   float expected = 0;     // positive events expected of the impression by the model alone
   float value = 0;        // the same by all that is known
@@ -10360,9 +10378,9 @@ PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction),
+// Room 13: exploration. Owns what impressions teach (calibration, posterior, vector correction),
 // the random choice of a slate with its probabilities, and the memory in which a request makes it
-// up. Uses rooms 1, 2, 3, 4, 8, 9, 10 and 11.
+// up. Uses rooms 1, 2, 3, 4, 8, 9, 10, 11 and 12.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -10861,7 +10879,7 @@ struct Scratch {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 13: catalogue. Owns the items: one published generation of what is known of them, how the
+// Room 14: catalogue. Owns the items: one published generation of what is known of them, how the
 // next one is built, and how threads share it, each with the memory of its request. Uses all
 // earlier rooms.
 // ============================================================================================
@@ -11721,6 +11739,19 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment) {
   next.corrected = std::make_shared<const Vector<std::uint32_t>>(std::move(corrected));
 }
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 15: lanes. Owns how threads share the published generation, each with the memory of its
+// request. Uses rooms 1, 2, 3, 11, 13 and 14.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // The published generation and the idle memory of requests, in lanes: the threads of a lane share a
 // lock with few others, and count readers on a pointer of their own, which is no traffic between
 // cores. Any number of threads.
@@ -11868,9 +11899,8 @@ class ScratchLease {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
-// within a budget in bytes; the window of event ids, and the gate of time through which events
-// come. Uses rooms 1, 2, 9, 11 and 13.
+// Room 16: user. Owns one user or session: the encoder's state, remembered events and impressions,
+// and how they are written. Uses rooms 1, 2, 11, 12 and 13.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -12355,8 +12385,21 @@ class GoneUsers {
   User* newest_ = nullptr;
 };
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 17: users. Owns all users and sessions, within a budget in bytes. Uses rooms 1, 2, 9, 11 and
+// 16.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // Any number of threads may read. Users are spread over 64 locks by a keyed hash; who changes those
-// of one part has the part's turn (room 17), so that nobody else does. A user's memory is taken and
+// of one part has the part's turn (room 22), so that nobody else does. A user's memory is taken and
 // given back outside of the locks; what is done under one is a look-up and what apply() does.
 class Users {
  public:
@@ -12802,6 +12845,19 @@ class Users {
   std::array<Shard, shard_count> shards_;
 };
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 18: gates. Owns what events have to pass: the window of event ids, and the gate of time.
+// Uses rooms 1, 2, 9, 11, 14 and 16.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // The last event ids of all users, by keyed hashes, spread over 64 locks by the hash, so that no
 // one user fills a part of it alone. Any number of threads may call.
 class EventIds {
@@ -13096,7 +13152,7 @@ class TimeGate {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 15: folder. Owns the folder that holds what outlives a process, and files that grow at their
+// Room 19: folder. Owns the folder that holds what outlives a process, and files that grow at their
 // end: what of it a crash or a power cut leaves. Uses rooms 1 and 2.
 // ============================================================================================
 
@@ -13377,9 +13433,9 @@ class Folder {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 16: journal. Owns what keeps records of bytes through a crash: the format of its files, how
+// Room 20: journal. Owns what keeps records of bytes through a crash: the format of its files, how
 // they are read, and how many threads write them. Knows nothing of what the records say. Uses rooms
-// 1, 2 and 15.
+// 1, 2 and 19.
 //
 // A journal is a row of files in one folder. All integers little-endian. Header, 64 bytes:
 //
@@ -14263,123 +14319,13 @@ class Journal {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 17: state. Owns all that a recommender knows and the turns in which it is changed, what
-// waits for an update, and how items rank for a user. Uses all earlier rooms.
-//
-// Locks, in the order in which a thread may take them (RankedMutex checks it):
-//   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
-//                            Updates::in_requests
-//   1  State::turns          one change at a time to what lies in one 32nd of the users, and all of
-//                            them for a moment, when a generation is published or a cut begins
-//   2  all others            a lane's catalogue and idle memory; a 64th of the users, of the
-//                            event ids, of the slates, of the context sums; what waits for an
-//                            update
-//   3  Journal               what waits to be written
-// Under those of rank 2 and 3 there are look-ups, copies and one step of the encoder: no memory is
-// taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
-// foreign string is hashed. No callback is called under any.
-//
-// A change (rooms 18 and 19) has three parts. It is resolved: ids become numbers, all memory is
-// taken; this may fail. Then State::note() gives its record to the journal, where there is one.
-// Then it is applied, which cannot fail and depends on nothing but the record and what is known.
-// All that lies within the turns of the users concerned, so that the journal's order is that of the
-// changes, and whoever reads it comes to the same end. When the turn is over the caller waits until
-// the record is as durable as was asked for.
+// Room 21: put items. Owns the items that were put and removed: what is known of them, and what
+// waits for an update. Uses rooms 1, 2, 7 and 14.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
 
 namespace detail {
-
-inline std::optional<HashKey> random_key() {
-  HashKey key{};
-#if PERSONALIZE_HAS_POSIX
-  const File file(std::fopen("/dev/urandom", "rb"));
-  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
-#else
-  std::random_device device;
-  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
-#endif
-  return key;
-}
-
-// Turns, each for some shards of the users.
-class Turns {
- public:
-  // ThreadSanitizer follows no more than 64 locks of a thread.
-  static constexpr std::size_t count = Users::shard_count / 2;
-  static std::size_t turn_of(const UserKey& key) noexcept {
-    return Users::shard_of_hash(key.hash()) % count;
-  }
-
-  // Of one user, or of two.
-  class Lock {
-   public:
-    Lock(Turns& turns, const UserKey& key) : Lock(turns, key, key) {}
-    Lock(Turns& turns, const UserKey& key, const UserKey& other) : turns_(&turns) {
-      const std::size_t a = turn_of(key), b = turn_of(other);
-      first_ = std::min(a, b);
-      second_ = std::max(a, b);
-      turns.mutexes_[first_].mutex.lock();
-      if (second_ != first_) turns.mutexes_[second_].mutex.lock_further();
-    }
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-    ~Lock() { end(); }
-    void end() noexcept {
-      if (!turns_) return;
-      if (second_ != first_) turns_->mutexes_[second_].mutex.unlock_further();
-      turns_->mutexes_[first_].mutex.unlock();
-      turns_ = nullptr;
-    }
-
-   private:
-    Turns* turns_;
-    std::size_t first_, second_;
-  };
-
-  class All {
-   public:
-    explicit All(Turns& turns) : turns_(turns) {
-      turns_.mutexes_[0].mutex.lock();
-      for (std::size_t t = 1; t < count; ++t) turns_.mutexes_[t].mutex.lock_further();
-    }
-    All(const All&) = delete;
-    All& operator=(const All&) = delete;
-    ~All() {
-      for (std::size_t t = count; --t > 0;) turns_.mutexes_[t].mutex.unlock_further();
-      turns_.mutexes_[0].mutex.unlock();
-    }
-
-   private:
-    Turns& turns_;
-  };
-
- private:
-  struct alignas(64) One {
-    RankedMutex<1> mutex;
-  };
-  std::array<One, count> mutexes_;
-};
-
-// What a record of the journal is of.
-enum class Entry : std::uint32_t {
-  event = 1,     // record() or record_impression()
-  slate = 2,     // recommend()
-  use = 3,       // rank() or explain(): a user counts as used
-  merge = 4,     // merge_session()
-  forget = 5,    // forget()
-  put = 6,       // put_item()
-  remove = 7,    // remove_item()
-  update = 8,    // an update looks at what there is
-  publish = 9,   // and is published
-  swap = 10,     // another model looks at what there is
-  model = 11,    // and is published
-  encode = 12,   // a user's state, by the present encoder
-  import = 13,   // import_user(), find_user
-  arrived = 14,  // an event that waited for its item
-  close = 15,    // the recommender ended in peace
-};
 
 // Items that were put and removed: what is known of them, and what waits for the next update. Any
 // number of threads.
@@ -14702,7 +14648,139 @@ class PutItems {
   atomic<bool> any_waiting_{false};
 };
 
-class Keeper;  // room 20
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 22: state. Owns all that a recommender knows and the turns in which it is changed, what
+// waits for an update, and how items rank for a user. Uses all earlier rooms.
+//
+// Locks, in the order in which a thread may take them (RankedMutex checks it):
+//   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
+//                            Updates::in_requests
+//   1  State::turns          one change at a time to what lies in one 32nd of the users, and all of
+//                            them for a moment, when a generation is published or a cut begins
+//   2  all others            a lane's catalogue and idle memory; a 64th of the users, of the
+//                            event ids, of the slates, of the context sums; what waits for an
+//                            update
+//   3  Journal               what waits to be written
+// Under those of rank 2 and 3 there are look-ups, copies and one step of the encoder: no memory is
+// taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
+// foreign string is hashed. No callback is called under any.
+//
+// A change (rooms 23 and 24) has three parts. It is resolved: ids become numbers, all memory is
+// taken; this may fail. Then State::note() gives its record to the journal, where there is one.
+// Then it is applied, which cannot fail and depends on nothing but the record and what is known.
+// All that lies within the turns of the users concerned, so that the journal's order is that of the
+// changes, and whoever reads it comes to the same end. When the turn is over the caller waits until
+// the record is as durable as was asked for.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+inline std::optional<HashKey> random_key() {
+  HashKey key{};
+#if PERSONALIZE_HAS_POSIX
+  const File file(std::fopen("/dev/urandom", "rb"));
+  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
+#else
+  std::random_device device;
+  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
+#endif
+  return key;
+}
+
+// Turns, each for some shards of the users.
+class Turns {
+ public:
+  // ThreadSanitizer follows no more than 64 locks of a thread.
+  static constexpr std::size_t count = Users::shard_count / 2;
+  static std::size_t turn_of(const UserKey& key) noexcept {
+    return Users::shard_of_hash(key.hash()) % count;
+  }
+
+  // Of one user, or of two.
+  class Lock {
+   public:
+    Lock(Turns& turns, const UserKey& key) : Lock(turns, key, key) {}
+    Lock(Turns& turns, const UserKey& key, const UserKey& other) : turns_(&turns) {
+      const std::size_t a = turn_of(key), b = turn_of(other);
+      first_ = std::min(a, b);
+      second_ = std::max(a, b);
+      turns.mutexes_[first_].mutex.lock();
+      if (second_ != first_) turns.mutexes_[second_].mutex.lock_further();
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() { end(); }
+    void end() noexcept {
+      if (!turns_) return;
+      if (second_ != first_) turns_->mutexes_[second_].mutex.unlock_further();
+      turns_->mutexes_[first_].mutex.unlock();
+      turns_ = nullptr;
+    }
+
+   private:
+    Turns* turns_;
+    std::size_t first_, second_;
+  };
+
+  class All {
+   public:
+    explicit All(Turns& turns) : turns_(turns) {
+      turns_.mutexes_[0].mutex.lock();
+      for (std::size_t t = 1; t < count; ++t) turns_.mutexes_[t].mutex.lock_further();
+    }
+    All(const All&) = delete;
+    All& operator=(const All&) = delete;
+    ~All() {
+      for (std::size_t t = count; --t > 0;) turns_.mutexes_[t].mutex.unlock_further();
+      turns_.mutexes_[0].mutex.unlock();
+    }
+
+   private:
+    Turns& turns_;
+  };
+
+ private:
+  struct alignas(64) One {
+    RankedMutex<1> mutex;
+  };
+  std::array<One, count> mutexes_;
+};
+
+// What a record of the journal is of.
+enum class RecordOf : std::uint32_t {
+  event = 1,     // record() or record_impression()
+  slate = 2,     // recommend()
+  use = 3,       // rank() or explain(): a user counts as used
+  merge = 4,     // merge_session()
+  forget = 5,    // forget()
+  put = 6,       // put_item()
+  remove = 7,    // remove_item()
+  update = 8,    // an update looks at what there is
+  publish = 9,   // and is published
+  swap = 10,     // another model looks at what there is
+  model = 11,    // and is published
+  encode = 12,   // a user's state, by the present encoder
+  import = 13,   // import_user(), find_user
+  arrived = 14,  // an event that waited for its item
+  close = 15,    // the recommender ended in peace
+};
+
+struct State;
+
+// Who writes state files into a folder. Called under State::update_mutex.
+class Saver {
+ public:
+  virtual ~Saver() = default;
+  virtual Result<SaveReport> save(State& state) = 0;
+  // Where the journal has grown, or can only be mended so.
+  virtual void save_if_due(State& state) noexcept = 0;
+};
 
 // What a recommender has, for all threads.
 struct State {
@@ -14732,7 +14810,7 @@ struct State {
     if (!journal) return;
     (void)catching_bad_alloc([&]() -> Result<void> {
       Vector<std::byte> record;
-      (void)note(Entry::close, record, [](FieldWriter&) {});
+      (void)note(RecordOf::close, record, [](FieldWriter&) {});
       return journal->sync();
     });
   }
@@ -14759,14 +14837,14 @@ struct State {
   // Gives a change's record to the journal; 0 where there is none. write(FieldWriter&): its fields.
   // Whoever calls has the turns that the change needs, and has taken all memory for it.
   template <class Write>
-  std::uint64_t note(Entry entry, Vector<std::byte>& record, Write write) {
+  std::uint64_t note(RecordOf what, Vector<std::byte>& record, Write write) {
     if (!journal) return 0;
     record.clear();
     FieldWriter archive{record};
     write(archive);
     Reservation room = journal->reserve(record.size());
     room.add(record);
-    return journal->append(std::move(room), static_cast<std::uint32_t>(entry));
+    return journal->append(std::move(room), static_cast<std::uint32_t>(what));
   }
   // Returns when the record is as durable as RecommenderOptions::durability says. Holds no lock.
   Result<void> durable(std::uint64_t sequence) {
@@ -14904,10 +14982,8 @@ struct State {
   PutItems put_items;
   Decay decay{Catalogue::half_life};
   Lanes lanes;
-  std::shared_ptr<Keeper> keeper;    // null: there is no folder
+  std::unique_ptr<Saver> keeper;     // null: there is no folder
   std::unique_ptr<Journal> journal;  // the same; set while nobody else calls
-  // Makes a save where one is due; empty without a journal. The caller holds update_mutex.
-  std::function<void()> save_if_due;
 
   // Events or impressions since the last learning. No bool: RISC-V exchanges no bytes without
   // libatomic (GCC 12).
@@ -14970,7 +15046,7 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
       previous = event.timestamp;
     }
   }
-  note(Entry::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
+  note(RecordOf::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
   if (fresh) users.replace(of, std::move(fresh));
   users.use(
       of,
@@ -15240,7 +15316,7 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 18: events. Owns what happens to users: events, impressions and slates, how each is
+// Room 23: events. Owns what happens to users: events, impressions and slates, how each is
 // resolved, written to a journal and applied. Uses all earlier rooms.
 // ============================================================================================
 
@@ -15480,7 +15556,7 @@ class Changes {
     // Memory first.
     change_user(user_key, before->first, before->second, true, [](User&) {});
     const std::uint64_t sequence = state_.note(
-        Entry::merge, scratch_.record, [&](FieldWriter& archive) { archive(session, user); });
+        RecordOf::merge, scratch_.record, [&](FieldWriter& archive) { archive(session, user); });
     const User::Owner visitor = state_.users.take(visitor_key);
     events.clear();
     visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
@@ -15708,7 +15784,7 @@ struct Unlisting {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 19: updates. Owns how the next generation comes to be: by what events and impressions taught
+// Room 24: updates. Owns how the next generation comes to be: by what events and impressions taught
 // and what was put and removed, or by another model; and the thread that sees to it. Uses all
 // earlier rooms.
 // ============================================================================================
@@ -15752,7 +15828,7 @@ class Update {
       if (!any) return;
       if (learn_) builder_->take_touched();
       latest_ = state_.times.latest();
-      ready(Entry::update, [&](FieldWriter& archive) { archive(now_, learn_); });
+      ready(RecordOf::update, [&](FieldWriter& archive) { archive(now_, learn_); });
     });
     if (any) begin_cut();
     return any;
@@ -15770,7 +15846,7 @@ class Update {
     Vector<std::byte> record;
     {
       const Turns::All turns{state_.turns};
-      sequence_ = state_.note(Entry::publish, record, [](FieldWriter&) {});
+      sequence_ = state_.note(RecordOf::publish, record, [](FieldWriter&) {});
       put_in_place(copies);
     }
     state_.hand_over(sequence_);
@@ -15795,7 +15871,7 @@ class Update {
     items_ = state_.put_items.taken_in();
     latest_ = std::max(state_.times.latest(), State::latest_of(*model_));
     old.counters->take_touched(touched_);
-    ready(Entry::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
+    ready(RecordOf::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
     begin_cut();
   }
 
@@ -15841,7 +15917,7 @@ class Update {
     const Fingerprints& of = model_->fingerprints();
     const std::shared_ptr<const Model> old = state_.catalogue->base;
     const Turns::All turns{state_.turns};
-    sequence_ = state_.note(Entry::model, record,
+    sequence_ = state_.note(RecordOf::model, record,
                             [&](FieldWriter& archive) { archive(of.encoder, of.items); });
     carry_forgotten(*state_.catalogue, *next_);
     if (interactions_kept_ < 1)
@@ -15870,10 +15946,10 @@ class Update {
  private:
   // What can fail, ahead of begin_cut().
   template <class Write>
-  void ready(Entry entry, Write write) {
+  void ready(RecordOf what, Write write) {
     Vector<std::byte> record;
     counters_ = std::make_shared<ItemCounters>(state_.catalogue->counters->at_cut());
-    state_.note(entry, record, write);
+    state_.note(what, record, write);
   }
   void begin_cut() noexcept {
     cut_ = state_.catalogue;
@@ -16019,7 +16095,7 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   Changes changes{state, scratch, gone};
   scratch->seen.clear();
   changes.prepare(change);
-  state.note(Entry::arrived, scratch->record,
+  state.note(RecordOf::arrived, scratch->record,
              [&](FieldWriter& archive) { changes.write(change, archive); });
   state.put_items.drop_arrived(id);
   changes.apply(change);
@@ -16065,7 +16141,7 @@ class Updater {
     auto updated = run(now, true, pace);
     if (!updated) state_.next_update.store(before);
     encode_some(users_a_time, pace);
-    if (state_.save_if_due) state_.save_if_due();
+    if (state_.keeper) state_.keeper->save_if_due(state_);
     return updated;
   }
 
@@ -16168,7 +16244,7 @@ class Updater {
         state.sweep();
       }
       more = encode_some(256, pace);
-      if (state.save_if_due) state.save_if_due();
+      if (state.keeper) state.keeper->save_if_due(state);
       update_lock.unlock();
       pace.rest();
       lock.lock();
@@ -16234,9 +16310,8 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 20: persistence. Owns what outlives the process: the state file, written beside traffic and
-// read onto the same or another model; a folder with a state file and the journal of what came
-// after; users as blobs. Uses all earlier rooms.
+// Room 25: state file. Owns how all that a recommender knows is written beside traffic, and read
+// onto the same or another model. Uses all earlier rooms.
 //
 // A state file has the outside of room 5. Its sections are bytes (u8), fields back to back as the
 // function each_field of their owner names them, texts behind their u64 size:
@@ -16253,11 +16328,6 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
 //   CTXT s      ContextSums, a 64th of them
 //   SLAT s      SlateLog, a part
 //   USER s      Users, a 64th of them
-//
-// A folder has files state-N.pzs and journal-N.pzj. State N is what was known when the journal went
-// over to file N; what came after stands in journal N and those that follow. A save makes journal
-// N + 1, goes over to it, writes state N + 1, and when that is durable removes what was before. So
-// a crash at any moment leaves a state and all that came after it.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -16856,8 +16926,15 @@ class StateReader {
   std::int64_t now_ = 0;
 };
 
-// --------------------------------------------------------------------------------------------
-// Users as blobs. Numbers are those of one recommender, so items and event types go by name:
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 26: blobs. Owns users outside of a recommender: how one is written, read and taken in. Uses
+// all earlier rooms.
+//
+// Numbers are those of one recommender, so items and event types go by name:
 //
 //   offset size field
 //        0    4 magic     "PZU" and the version, 1
@@ -16865,6 +16942,11 @@ class StateReader {
 //        5    4 raw size  of the payload, at most 2^24
 //        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
 //       +8    8 checksum  XXH64 of all before
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
 
 // What a blob says, decoded and checked.
 class Blob {
@@ -17151,7 +17233,7 @@ inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
   report.events = user->events();
   scratch->grown = true;
   state.users.make_room(key);
-  sequence = state.note(Entry::import, scratch->record,
+  sequence = state.note(RecordOf::import, scratch->record,
                         [&](FieldWriter& archive) { archive.bytes(bytes); });
   state.users.put(key, std::move(user));
   return report;
@@ -17217,6 +17299,24 @@ inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view
   (void)import_blob(state, scratch, blob, gone, true, sequence);
 }
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 27: persistence. Owns the folder that a recommender keeps its state in: how it is opened,
+// its journal applied, and how saves follow one another. Uses all earlier rooms.
+//
+// A folder has files state-N.pzs and journal-N.pzj. State N is what was known when the journal went
+// over to file N; what came after stands in journal N and those that follow. A save makes journal
+// N + 1, goes over to it, writes state N + 1, and when that is durable removes what was before. So
+// a crash at any moment leaves a state and all that came after it.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // Applies the records of a journal to a state that has none yet.
 class Replay {
  public:
@@ -17234,42 +17334,42 @@ class Replay {
     ++records;
     closed = false;
     auto done = catching_bad_alloc([&]() -> Result<void> {
-      switch (static_cast<Entry>(type)) {
-        case Entry::event:
-        case Entry::arrived:
+      switch (static_cast<RecordOf>(type)) {
+        case RecordOf::event:
+        case RecordOf::arrived:
           return event(archive);
-        case Entry::slate:
+        case RecordOf::slate:
           return slate(archive);
-        case Entry::use:
+        case RecordOf::use:
           return use(archive);
-        case Entry::merge:
+        case RecordOf::merge:
           return merge(archive);
-        case Entry::forget:
+        case RecordOf::forget:
           return forget(archive);
-        case Entry::put:
+        case RecordOf::put:
           return put(archive);
-        case Entry::remove:
+        case RecordOf::remove:
           return remove(archive);
-        case Entry::update:
+        case RecordOf::update:
           return update(archive);
-        case Entry::publish:
+        case RecordOf::publish:
           return publish();
-        case Entry::swap:
+        case RecordOf::swap:
           return swap(archive);
-        case Entry::model:
+        case RecordOf::model:
           return model(archive);
-        case Entry::encode:
+        case RecordOf::encode:
           return encode(archive);
-        case Entry::import:
+        case RecordOf::import:
           return import(archive);
-        case Entry::close:
+        case RecordOf::close:
           closed = true;
           return {};
       }
       return {};  // of a later version
     });
-    const bool known = type >= static_cast<std::uint32_t>(Entry::event) &&
-                       type <= static_cast<std::uint32_t>(Entry::close);
+    const bool known = type >= static_cast<std::uint32_t>(RecordOf::event) &&
+                       type <= static_cast<std::uint32_t>(RecordOf::close);
     if (done && known && !archive.at_end()) done = contradicts();
     if (done || done.error().code == Errc::out_of_memory) return done;
     return Error{done.error().code,
@@ -17456,7 +17556,7 @@ class Replay {
 
 // The folder that a recommender keeps its state in, and what it does there. Its functions are
 // called under State::update_mutex.
-class Keeper {
+class Keeper final : public Saver {
  public:
   static std::string state_name(std::uint64_t number) { return name("state-", number, ".pzs"); }
   static std::string journal_name(std::uint64_t number) { return name("journal-", number, ".pzj"); }
@@ -17513,7 +17613,7 @@ class Keeper {
 
   // Writes a state file and goes over to a new journal; then the old ones go. Errors: io,
   // out_of_memory: the old ones stay, and with the journal hold all that there is.
-  Result<SaveReport> save(State& state) {
+  Result<SaveReport> save(State& state) override {
     const auto begun = std::chrono::steady_clock::now();
     const std::uint64_t number = number_ + 1;
     const Fingerprints& model = state.catalogue->base->fingerprints();
@@ -17543,8 +17643,7 @@ class Keeper {
     return report;
   }
 
-  // Where the journal has grown, or can only be mended so.
-  void save_if_due(State& state) noexcept {
+  void save_if_due(State& state) noexcept override {
     (void)catching_bad_alloc([&]() -> Result<void> {
       const JournalStatus status = state.journal->status();
       const auto now = std::chrono::steady_clock::now();
@@ -17658,9 +17757,9 @@ class Opening {
                                   number_, []() noexcept {});
           !saved)
         return saved.error();
-    state.keeper = std::make_shared<Keeper>(std::move(*folder_), lineage_, number_);
-    state.save_if_due = [&state] { state.keeper->save_if_due(state); };
-    state.keeper->remove_old();
+    auto keeper = std::make_unique<Keeper>(std::move(*folder_), lineage_, number_);
+    keeper->remove_old();
+    state.keeper = std::move(keeper);
     // What had come in when the process ended, and was not told its users yet.
     ScratchLease scratch{state.lanes};
     for (const std::string& id : state.put_items.with_arrived())
@@ -17762,8 +17861,8 @@ inline Result<std::unique_ptr<State>> restore_state(const std::string& path,
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 21: recommender. Owns Recommender: answers requests and learns from events. The order of the
-// locks stands at the top of room 17, with the locks. Uses all earlier rooms.
+// Room 28: recommender. Owns Recommender, the interface: answers requests and learns from events.
+// Uses all earlier rooms.
 // ============================================================================================
 
 namespace detail {
@@ -17784,7 +17883,7 @@ class UserKey;
 // end.
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
-// with feedback on, what impressions taught (room 12) in units of the score. rho = 0.4 (impression
+// with feedback on, what impressions taught (room 13) in units of the score. rho = 0.4 (impression
 // discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's offset
 // g, for the encoder sees what was chosen but not what was passed over: each impression y of an
 // item moves
@@ -17986,6 +18085,12 @@ class Recommender {
 
   std::unique_ptr<State> state_;
 };
+
+// ============================================================================================
+// Room 29: calls. Owns the bodies of Recommender: how each call is checked, resolved, noted,
+// applied and answered. The order of the locks stands at the top of room 22, with the state. Uses
+// all earlier rooms.
+// ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
 
@@ -18318,7 +18423,7 @@ PERSONALIZE_API std::uint64_t Recommender::commit(Prepared& prepared, Slate& sla
     if (state.options.feedback) change.number = state.slates.next(prepared.key.text());
     detail::GoneUsers gone;
     detail::Changes changes{state, prepared.scratch, gone};
-    sequence = state.note(detail::Entry::slate, scratch.record,
+    sequence = state.note(detail::RecordOf::slate, scratch.record,
                           [&](detail::FieldWriter& archive) { changes.write(change, archive); });
     changes.apply(change);
   }
@@ -18346,7 +18451,7 @@ PERSONALIZE_API void Recommender::count_use(const Prepared& prepared) const {
   detail::Turns::Lock turn{state.turns, prepared.key,
                            scratch.drawn_session ? prepared.session_key : prepared.key};
   const std::uint64_t sequence =
-      state.note(detail::Entry::use, scratch.record, [&](detail::FieldWriter& archive) {
+      state.note(detail::RecordOf::use, scratch.record, [&](detail::FieldWriter& archive) {
         archive(scratch.drawn_user ? prepared.request.user : std::string_view{},
                 scratch.drawn_session ? prepared.request.session : std::string_view{});
       });
@@ -18534,7 +18639,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     const bool known = change.item != detail::EventChange::no_item;
     if (known || !scratch->seen.empty()) changes.prepare(change);
     const auto note = [&] {
-      sequence = state.note(detail::Entry::event, scratch->record,
+      sequence = state.note(detail::RecordOf::event, scratch->record,
                             [&](detail::FieldWriter& archive) { changes.write(change, archive); });
     };
     bool pending = false;
@@ -18607,7 +18712,7 @@ PERSONALIZE_API bool Recommender::forget(std::string_view user, std::string_view
     bool there = false;
     {
       const detail::Turns::Lock turn{state.turns, key};
-      sequence = state.note(detail::Entry::forget, record,
+      sequence = state.note(detail::RecordOf::forget, record,
                             [&](detail::FieldWriter& archive) { archive(user, session); });
       there = detail::forget(state, user, key);
     }
@@ -18636,7 +18741,7 @@ PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
     std::uint64_t sequence = 0;
     Vector<std::byte> record;
     const auto note = [&] {
-      sequence = state.note(detail::Entry::put, record, [&](detail::FieldWriter& archive) {
+      sequence = state.note(detail::RecordOf::put, record, [&](detail::FieldWriter& archive) {
         detail::write_put(item, created, archive);
       });
     };
@@ -18653,7 +18758,7 @@ PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
     std::uint64_t sequence = 0;
     Vector<std::byte> record;
     const auto note = [&] {
-      sequence = state.note(detail::Entry::remove, record,
+      sequence = state.note(detail::RecordOf::remove, record,
                             [&](detail::FieldWriter& archive) { archive(id, there); });
     };
     const auto removed = state.put_items.remove(id, there, note);
@@ -18674,7 +18779,7 @@ PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now
   detail::Updater updater(*state_);
   auto updated = updater.run(time->timestamp, true, pace);
   updater.encode_some(detail::Updater::users_a_time, pace);
-  if (state_->save_if_due) state_->save_if_due();
+  if (state_->keeper) state_->keeper->save_if_due(*state_);
   return updated;
 }
 
