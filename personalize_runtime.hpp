@@ -982,8 +982,9 @@ struct RecommenderOptions {
   // With Recommender::open. What an acknowledgement means:
   Durability durability = Durability::interval;
   std::chrono::milliseconds sync_interval{10};  // of Durability::interval, [1, 2^22]
-  // The journal may grow to so many bytes before a save begins a new one (by whom updates are run),
-  // [2^16, 2^50]; and so many of it wait in memory while the disk takes none, [2^16, 2^50].
+  // The journal may grow to so many bytes, or as many as the state file has, before a save begins a
+  // new one (by whom updates are run), [2^16, 2^50]; and so many of it wait in memory while the
+  // disk takes none, [2^16, 2^50].
   std::uint64_t journal_bytes = std::uint64_t{256} << 20;
   std::uint64_t pending_journal_bytes = std::uint64_t{64} << 20;
   // A user who leaves memory, user_bytes being used up, as a blob for import_user or find_user: one
@@ -12218,13 +12219,14 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     const std::uint64_t tail = std::uint64_t{user->offset_bytes_} + user->history_bytes_ +
                                user->impressions_ * sizeof(RecentImpressions::Entry);
     const auto bytes = archive.bytes(tail);
-    // Histories shrink, their memory does not.
-    const bool sized = user->tail_capacity_ >= tail && user->tail_capacity_ <= 16 * tail + 4096;
-    if (!archive.ok() || !sized || !all_finite(user->state())) {
-      user->tail_capacity_ = 0;
+    // Histories shrink, their memory does not; but a file is not believed more than so.
+    const std::uint64_t capacity = user->tail_capacity_;
+    user->tail_capacity_ = 0;
+    if (!archive.ok() || capacity < tail || !all_finite(user->state())) {
       archive.fail();
       return nullptr;
     }
+    user->tail_capacity_ = static_cast<std::uint32_t>(capacity <= 2 * tail + 256 ? capacity : tail);
     if (user->tail_capacity_ > 0) user->tail_ = ::operator new(user->tail_capacity_);
     if (!bytes.empty()) std::memcpy(user->tail_, bytes.data(), bytes.size());
     if (!user->is_sound(bounds)) {
@@ -12584,13 +12586,17 @@ class Users {
     Shard& shard = shards_[number];
     std::uint64_t uses = 0, count = 0, index_slots = 0, user_slots = 0, free_slots = 0;
     archive(uses, count, index_slots, user_slots, free_slots);
-    // Of what is not there no memory is taken: tables are at most some times as large as their
-    // contents were, and users some 30 bytes at least.
-    constexpr std::size_t least = 30;
-    const std::uint64_t room = 4096 + 64 * (archive.left() / least);
-    if (count > archive.left() / least || index_slots > room || user_slots > room ||
-        free_slots > room || user_slots < count || free_slots < count)
-      return archive.fail();
+    // Tables as large as they were, so that budgets are used up as they would be; of such as no
+    // budget allows, as large as they must be.
+    constexpr std::size_t least = 70;  // bytes of a user
+    constexpr std::uint64_t most = std::uint64_t{1} << 40;
+    if (count > archive.left() / least) return archive.fail();
+    if (index_slots > most || user_slots > most || free_slots > most || user_slots < count ||
+        free_slots < count || index_slots * 3 < count * 4 ||
+        (index_slots + user_slots) * sizeof(void*) > budget_ + (std::size_t{1} << 16)) {
+      index_slots = count == 0 ? 0 : std::bit_ceil(count * 4 / 3 + 2);
+      user_slots = free_slots = count;
+    }
     const lock_guard lock{shard.mutex};
     if (index_slots > 0)
       shard.index = HashIndex::of_capacity(static_cast<std::size_t>(index_slots));
@@ -14537,7 +14543,18 @@ class PutItems {
   }
 
   // Keeps others from putting and removing, until it ends.
-  using Hold = unique_lock<RankedMutex<2>>;
+  class Hold {
+   public:
+    explicit Hold(RankedMutex<2>& held) : mutex_(&held) { mutex_->lock(); }
+    Hold(Hold&& other) noexcept : mutex_(std::exchange(other.mutex_, nullptr)) {}
+    Hold& operator=(Hold&&) = delete;
+    ~Hold() {
+      if (mutex_) mutex_->unlock();
+    }
+
+   private:
+    RankedMutex<2>* mutex_;
+  };
   Hold hold() const { return Hold{mutex_}; }
   void write(FieldWriter& archive, const Hold&) const { each_field(archive, *this); }
   void read(FieldReader& archive) {
@@ -14563,7 +14580,8 @@ class PutItems {
       std::int64_t created = item.created.value_or(no_timestamp);
       archive(id, item.waiting, item.given, item.removed, item.version, created, fields, events);
       if constexpr (Archive::reads) {
-        if (fields > 1000 || events > archive.left()) return archive.fail();
+        // Of what is not there no memory is taken.
+        if (fields > 1000 || events > archive.left() / 32) return archive.fail();
         if (created != no_timestamp) item.created = created;
         item.fields.resize(static_cast<std::size_t>(fields));
         item.events.resize(static_cast<std::size_t>(events));
@@ -17635,6 +17653,7 @@ class Keeper final : public Saver {
       if (!report) state.save_error = report.error();
     }
     if (!report) return report;
+    saved_bytes_ = report->bytes;
     state.journal->forget_before(number);
     state.saves.fetch_add(1);
     remove_old();
@@ -17647,7 +17666,9 @@ class Keeper final : public Saver {
     (void)catching_bad_alloc([&]() -> Result<void> {
       const JournalStatus status = state.journal->status();
       const auto now = std::chrono::steady_clock::now();
-      if (!status.broken && status.file_bytes <= state.options.journal_bytes) return {};
+      // What a save costs grows with the state.
+      const std::uint64_t most = std::max(state.options.journal_bytes, saved_bytes_);
+      if (!status.broken && status.file_bytes <= most) return {};
       if (failed_ && now - *failed_ < std::chrono::seconds{1}) return {};
       failed_ = now;
       if (auto saved = save(state); !saved) return saved.error();
@@ -17676,6 +17697,7 @@ class Keeper final : public Saver {
 
   Folder folder_;
   std::uint64_t lineage_, number_;                               // of the last journal's file
+  std::uint64_t saved_bytes_ = 0;                                // of the last state, once known
   std::optional<std::chrono::steady_clock::time_point> failed_;  // the last save that was due
 };
 
@@ -17915,9 +17937,12 @@ class Recommender {
   // fails, the call has its effect in memory, and record, put_item and so on return the error,
   // recommend gives a slate without an id; when the disk takes it again, all of it is durable again
   // (persistence()). Reading a state takes a second for 500,000 users, and replaying a journal
-  // about as long as its calls took. Errors: as create; io, or unsupported where there are no such
-  // files; what a state or journal that was damaged says, with file and offset: `personalize state
-  // repair` keeps what precedes it; invalid_argument: another recommendation_key than before.
+  // about as long as its calls took. With one thread that makes the calls, slates are then bit for
+  // bit those of a process that never ended; with several, users and counts are, and the sums
+  // behind Explanation::taste within rounding. Errors: as create; io, or unsupported where there
+  // are no such files; what a state or journal that was damaged says, with file and offset:
+  // `personalize state repair` keeps what precedes it; invalid_argument: another recommendation_key
+  // than before.
   static Result<Recommender> open(const std::string& folder, std::shared_ptr<const Model> model,
                                   const RecommenderOptions& options = {});
 
