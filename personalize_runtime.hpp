@@ -94,15 +94,16 @@
 //  15 lanes             how threads share a generation, each with the memory of its request
 //  16 user              one user or session: state, remembered events and impressions
 //  17 users             all of them, within a budget in bytes
-//  18 gates             the window of event ids; the gate of time
-//  19 folder            a folder that one process holds; files that grow at their end
-//  20 journal           records that survive a crash: their format, reading, writing in groups
-//  21 put items         items that were put and removed, and what waits for an update
-//  22 state             all that a recommender knows, and turns to change it; how items rank
-//  23 events            what events and slates change: resolved, noted in a journal, applied
-//  24 updates           the next generation, by what was learnt or by another model; its thread
-//  25 state file        all that is known, written beside traffic and read onto any model
-//  26 blobs             users that leave and come back, or move
+//  18 blobs             users outside of a recommender, by names
+//  19 gates             the window of event ids; the gate of time
+//  20 folder            a folder that one process holds; files that grow at their end
+//  21 journal           records that survive a crash: their format, reading, writing in groups
+//  22 put items         items that were put and removed, and what waits for an update
+//  23 state             all that a recommender knows, and turns to change it; how items rank
+//  24 events            what events and slates change: resolved, noted in a journal, applied; users
+//                       who leave, come back or move
+//  25 updates           the next generation, by what was learnt or by another model; its thread
+//  26 state file        all that is known, written beside traffic and read onto any model
 //  27 persistence       a folder with a state file and a journal: opening, replaying, saving
 //  28 recommender       Recommender: record, recommend, rank, put_item, update, swap, save
 //  29 calls             its bodies
@@ -12401,7 +12402,7 @@ class GoneUsers {
 namespace detail {
 
 // Any number of threads may read. Users are spread over 64 locks by a keyed hash; who changes those
-// of one part has the part's turn (room 22), so that nobody else does. A user's memory is taken and
+// of one part has the part's turn (room 23), so that nobody else does. A user's memory is taken and
 // given back outside of the locks; what is done under one is a look-up and what apply() does.
 class Users {
  public:
@@ -12856,7 +12857,293 @@ class Users {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 18: gates. Owns what events have to pass: the window of event ids, and the gate of time.
+// Room 18: blobs. Owns a user outside of a recommender: how one is written, and read into the
+// numbers of another. Uses rooms 1, 2, 5, 6, 7, 8, 12, 13, 14 and 16.
+//
+// Numbers are those of one recommender, so items and event types go by name:
+//
+//   offset size field
+//        0    4 magic     "PZU" and the version, 1
+//        4    1 codec     0 stored, 1 zstd
+//        5    4 raw size  of the payload, at most 2^24
+//        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
+//       +8    8 checksum  XXH64 of all before
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+// What a blob says, decoded and checked.
+class Blob {
+ public:
+  // of: whose numbers the user's are.
+  static Result<Vector<std::byte>> write(const User& user, const Catalogue& of) {
+    Vector<std::byte> raw, events;
+    FieldWriter archive{raw};
+    const Fingerprints& model = of.base->fingerprints();
+    archive(model.encoder, model.items);
+    put_text(raw, user.key());
+    User::Personal::each_field(archive, user.personal());
+    Vector<std::uint32_t> items, types;
+    const auto index_in = [](Vector<std::uint32_t>& all, std::uint32_t number) {
+      const std::uint32_t* const at = std::find(all.begin(), all.end(), number);
+      const auto index = static_cast<std::size_t>(at - all.begin());
+      if (index == all.size()) all.push_back(number);
+      return index;
+    };
+    std::int64_t before = 0;
+    user.for_each_event([&](const RememberedEvent& event) {
+      put_number(events, index_in(items, event.item));
+      put_number(events,
+                 event.event_type == no_event_type ? 0 : 1 + index_in(types, event.event_type));
+      const std::uint64_t gap =
+          static_cast<std::uint64_t>(event.timestamp) - static_cast<std::uint64_t>(before);
+      put_number(events, gap << 1 ^ (0 - (gap >> 63)));
+      before = event.timestamp;
+    });
+    for (const RecentImpressions::Entry& entry : user.impressions()) index_in(items, entry.item);
+    put_number(raw, items.size());
+    for (const std::uint32_t item : items) put_text(raw, (*of.ids)[item]);
+    put_number(raw, types.size());
+    for (const std::uint32_t type : types) put_text(raw, of.base->parts().event_types[type]);
+    put_number(raw, user.events());
+    archive.bytes(events);
+    put_number(raw, user.impressions().size());
+    for (const RecentImpressions::Entry& entry : user.impressions()) {
+      put_number(raw, index_in(items, entry.item));
+      archive(entry.count, entry.seconds);
+    }
+    const auto offset =
+        user.generation >= of.space_since ? user.offset() : std::span<const std::byte>{};
+    put_number(raw, offset.size());
+    archive.bytes(offset);
+    const auto state =
+        user.generation >= of.encoder_since ? user.state() : std::span<const float>{};
+    put_number(raw, state.size());
+    archive.bytes(std::as_bytes(state));
+    return packed(raw);
+  }
+
+  // Errors: format, version, checksum, compression, limit, corrupt; unsupported (zstd).
+  static Result<Blob> read(std::span<const std::byte> bytes) {
+    Blob blob;
+    if (bytes.size() < head_size + 8 || std::memcmp(bytes.data(), "PZU", 3) != 0)
+      return Error{Errc::format, "not a user's blob", 0};
+    if (bytes[3] != std::byte{1})
+      return Error{Errc::version,
+                   "a user's blob of a later version; use a newer personalize_runtime.hpp", 3};
+    const auto checked = bytes.first(bytes.size() - 8);
+    if (xxh64(checked) != load_integer<std::uint64_t>(bytes.data() + checked.size()))
+      return Error{Errc::checksum, "the user's blob is damaged"};
+    const auto size = load_integer<std::uint32_t>(bytes.data() + 5);
+    const auto stored = checked.subspan(head_size);
+    if (size > most_bytes) return Error{Errc::limit, "the user's blob is over 16 MiB", 5};
+    if (bytes[4] == std::byte{0})
+      blob.raw_.assign(stored.begin(), stored.end());
+    else if (auto unpacked = unpack(stored, size, blob.raw_); !unpacked)
+      return unpacked.error();
+    if (blob.raw_.size() != size || !blob.parse())
+      return Error{Errc::corrupt, "the user's blob: its values contradict one another"};
+    return blob;
+  }
+
+  std::string_view user() const noexcept {
+    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+  std::string_view session() const noexcept {
+    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+
+  // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
+  // items that it does not know.
+  User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
+                   std::size_t& dropped) const {
+    const Fingerprints& model = of.base->fingerprints();
+    const bool same_state =
+        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
+    const bool same_space =
+        model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
+    User::Owner user = User::make(key, same_state ? state_.size() : 0);
+    if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
+    user->generation = same_state ? of.generation : 0;
+    const std::size_t kept = std::min(events_.size(), limit);
+    const std::size_t tail =
+        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
+    if (tail > 0) {
+      void* memory = ::operator new(tail);
+      user->move_tail(memory, tail);
+    }
+    if (same_space) user->set_offset(offset_);
+    dropped = 0;
+    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
+      RememberedEvent event = events_[e];
+      const auto item = number_of(of, event.item);
+      if (!item) {
+        ++dropped;
+        continue;
+      }
+      event.item = *item;
+      if (event.event_type != no_event_type)
+        event.event_type =
+            of.base->parts().event_types.find(types_[event.event_type]).value_or(no_event_type);
+      user->remember(event, limit);
+    }
+    for (RecentImpressions::Entry entry : impressions_) {
+      const auto item = number_of(of, entry.item);
+      if (!item) continue;
+      entry.item = *item;
+      user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
+    }
+    User::Personal personal = personal_;
+    personal.encoded = personal.encoded && same_state;
+    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
+    user->set_personal(personal);
+    return user;
+  }
+
+ private:
+  static constexpr std::size_t head_size = 9, most_bytes = std::size_t{1} << 24;
+
+  Blob() = default;
+
+  std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
+    const auto item = of.ids->find(items_[index]);
+    return item && *item < of.size() ? item : std::nullopt;
+  }
+
+  static void put_number(Vector<std::byte>& out, std::uint64_t number) {
+    std::array<std::byte, longest_varint> bytes;
+    std::byte* const end = write_varint(bytes.data(), number);
+    out.insert(out.end(), bytes.data(), end);
+  }
+  static void put_text(Vector<std::byte>& out, std::string_view text) {
+    put_number(out, text.size());
+    const auto bytes = text_bytes(text);
+    out.insert(out.end(), bytes.begin(), bytes.end());
+  }
+  static std::uint64_t take_number(FieldReader& archive) noexcept {
+    std::uint64_t number = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+      const auto byte = archive.bytes(1);
+      if (byte.empty()) return 0;
+      number |= (std::to_integer<std::uint64_t>(byte[0]) & 0x7f) << shift;
+      if (std::to_integer<unsigned>(byte[0]) < 0x80) return number;
+    }
+    archive.fail();
+    return 0;
+  }
+  // Of so many of `least` bytes each; more than there can be fails.
+  static std::size_t take_count(FieldReader& archive, std::size_t least) noexcept {
+    const std::uint64_t count = take_number(archive);
+    if (count > archive.left() / least) archive.fail();
+    return archive.ok() ? static_cast<std::size_t>(count) : 0;
+  }
+  static void take_names(FieldReader& archive, std::vector<std::string>& names) {
+    names.resize(take_count(archive, 2));
+    for (std::string& name : names) {
+      const auto raw = archive.bytes(take_number(archive));
+      name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
+      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
+    }
+  }
+
+  bool parse() {
+    FieldReader archive{raw_};
+    archive(model_.encoder, model_.items);
+    const auto key = archive.bytes(take_number(archive));
+    key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
+    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
+        !valid_id(key_))
+      return false;
+    User::Personal::each_field(archive, personal_);
+    take_names(archive, items_);
+    take_names(archive, types_);
+    events_.resize(take_count(archive, 3));
+    std::int64_t before = 0;
+    for (RememberedEvent& event : events_) {
+      const std::uint64_t item = take_number(archive), type = take_number(archive);
+      std::uint64_t gap = take_number(archive);
+      gap = gap >> 1 ^ (0 - (gap & 1));
+      before = static_cast<std::int64_t>(static_cast<std::uint64_t>(before) + gap);
+      if (item >= items_.size() || type > types_.size()) return false;
+      event = {static_cast<std::uint32_t>(item),
+               type == 0 ? no_event_type : static_cast<std::uint32_t>(type - 1), before};
+    }
+    impressions_.resize(take_count(archive, 9));
+    if (impressions_.size() > RecentImpressions::capacity) return false;
+    for (RecentImpressions::Entry& entry : impressions_) {
+      const std::uint64_t item = take_number(archive);
+      archive(entry.count, entry.seconds);
+      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
+      entry.item = static_cast<std::uint32_t>(item);
+    }
+    const auto offset = archive.bytes(take_number(archive));
+    offset_.assign(offset.begin(), offset.end());
+    state_.resize(take_count(archive, sizeof(float)));
+    const auto state = archive.bytes(state_.size() * sizeof(float));
+    if (!state.empty()) std::memcpy(state_.data(), state.data(), state.size());
+    return archive.at_end() && personal_.is_sound() && all_finite(state_);
+  }
+
+  static Result<Vector<std::byte>> packed(const Vector<std::byte>& raw) {
+    if (raw.size() > most_bytes) return Error{Errc::limit, "the user has over 16 MiB"};
+    Vector<std::byte> out;
+    for (const char c : std::string_view("PZU\1")) out.push_back(static_cast<std::byte>(c));
+    out.push_back(std::byte{0});
+    append_integer(out, static_cast<std::uint32_t>(raw.size()));
+#ifndef PERSONALIZE_NO_ZSTD
+    constexpr int level = 3;
+    out.resize(head_size + ZSTD_compressBound(raw.size()));
+    const std::size_t size = ZSTD_compress(out.data() + head_size, out.size() - head_size,
+                                           raw.data(), raw.size(), level);
+    const bool smaller = !ZSTD_isError(size) && size < raw.size();
+    out.resize(head_size + (smaller ? size : 0));
+    if (smaller)
+      out[4] = std::byte{1};
+    else
+      out.insert(out.end(), raw.begin(), raw.end());
+#else
+    out.insert(out.end(), raw.begin(), raw.end());
+#endif
+    append_integer(out, xxh64(out));
+    return out;
+  }
+  static Result<void> unpack([[maybe_unused]] std::span<const std::byte> stored,
+                             [[maybe_unused]] std::size_t size,
+                             [[maybe_unused]] Vector<std::byte>& raw) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (size / most_zstd_ratio > stored.size())
+      return Error{Errc::compression,
+                   "the user's blob is smaller than zstd can make what it claims to hold", 5};
+    raw.resize(size);
+    const std::size_t got = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
+    if (ZSTD_isError(got) || got != size)
+      return Error{Errc::compression, "the user's blob does not decompress to its size", 5};
+    return {};
+#else
+    return Error{Errc::unsupported,
+                 "the user's blob is compressed, and this build has PERSONALIZE_NO_ZSTD"};
+#endif
+  }
+
+  Vector<std::byte> raw_;
+  Fingerprints model_;
+  std::string key_;
+  User::Personal personal_;
+  std::vector<std::string> items_, types_;
+  Vector<RememberedEvent> events_;                // of indices in items_ and types_
+  Vector<RecentImpressions::Entry> impressions_;  // the same
+  Vector<std::byte> offset_;
+  Vector<float> state_;
+};
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 19: gates. Owns what events have to pass: the window of event ids, and the gate of time.
 // Uses rooms 1, 2, 9, 11, 14 and 16.
 // ============================================================================================
 
@@ -13158,7 +13445,7 @@ class TimeGate {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 19: folder. Owns the folder that holds what outlives a process, and files that grow at their
+// Room 20: folder. Owns the folder that holds what outlives a process, and files that grow at their
 // end: what of it a crash or a power cut leaves. Uses rooms 1 and 2.
 // ============================================================================================
 
@@ -13439,9 +13726,9 @@ class Folder {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 20: journal. Owns what keeps records of bytes through a crash: the format of its files, how
+// Room 21: journal. Owns what keeps records of bytes through a crash: the format of its files, how
 // they are read, and how many threads write them. Knows nothing of what the records say. Uses rooms
-// 1, 2 and 19.
+// 1, 2 and 20.
 //
 // A journal is a row of files in one folder. All integers little-endian. Header, 64 bytes:
 //
@@ -14325,7 +14612,7 @@ class Journal {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 21: put items. Owns the items that were put and removed: what is known of them, and what
+// Room 22: put items. Owns the items that were put and removed: what is known of them, and what
 // waits for an update. Uses rooms 1, 2, 7 and 14.
 // ============================================================================================
 
@@ -14671,7 +14958,7 @@ class PutItems {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 22: state. Owns all that a recommender knows and the turns in which it is changed, what
+// Room 23: state. Owns all that a recommender knows and the turns in which it is changed, what
 // waits for an update, and how items rank for a user. Uses all earlier rooms.
 //
 // Locks, in the order in which a thread may take them (RankedMutex checks it):
@@ -14687,7 +14974,7 @@ class PutItems {
 // taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
 // foreign string is hashed. No callback is called under any.
 //
-// A change (rooms 23 and 24) has three parts. It is resolved: ids become numbers, all memory is
+// A change (rooms 24 and 25) has three parts. It is resolved: ids become numbers, all memory is
 // taken; this may fail. Then State::note() gives its record to the journal, where there is one.
 // Then it is applied, which cannot fail and depends on nothing but the record and what is known.
 // All that lies within the turns of the users concerned, so that the journal's order is that of the
@@ -14914,6 +15201,17 @@ struct State {
       return;
     std::fill(state.begin(), state.end(), 0.0f);
     restarted.fetch_add(1, memory_order_relaxed);
+  }
+
+  // Users that have left memory, to whoever wants to keep them. Holds no lock.
+  void tell(GoneUsers& gone, const Catalogue& of) const {
+    gone.each([&](User& user) {
+      if (!options.on_evict) return;
+      const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
+      const std::string_view id = user.key().substr(1), none;
+      const bool is_user = user.key()[0] == 'u';
+      if (blob) options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
+    });
   }
 
   // Whether queries of the catalogue's model are good for the present one's sums.
@@ -15334,7 +15632,7 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 23: events. Owns what happens to users: events, impressions and slates, how each is
+// Room 24: events. Owns what happens to users: events, impressions and slates, how each is
 // resolved, written to a journal and applied. Uses all earlier rooms.
 // ============================================================================================
 
@@ -15797,12 +16095,88 @@ struct Unlisting {
   ~Unlisting() { changes.unlist(); }
 };
 
+// Takes in a user of another process, who replaces one of the same id; only_new: unless there is
+// one. The caller has no turn.
+inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
+                                        std::span<const std::byte> bytes, GoneUsers& gone,
+                                        bool only_new, std::uint64_t& sequence) {
+  const auto blob = Blob::read(bytes);
+  if (!blob) return blob.error();
+  ImportReport report;
+  report.user = blob->user();
+  report.session = blob->session();
+  const UserKey key{report.user, report.session, state.key};
+  const Turns::Lock turn{state.turns, key};
+  scratch.use(state.lanes.current());
+  if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
+    return report;
+  Settle settle{state.users, key, scratch->grown, gone};
+  User::Owner user =
+      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
+  report.events = user->events();
+  scratch->grown = true;
+  state.users.make_room(key);
+  sequence = state.note(RecordOf::import, scratch->record,
+                        [&](FieldWriter& archive) { archive.bytes(bytes); });
+  state.users.put(key, std::move(user));
+  return report;
+}
+
+// A user as a blob, of whom nothing is changed; empty where there is none.
+inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue& of,
+                                             const UserKey& key) {
+  // A copy is made under the lock; the rest without.
+  Vector<std::byte> image;
+  constexpr std::size_t any = std::numeric_limits<std::uint32_t>::max();
+  User::Bounds bounds{0, 0, any, any, any};
+  for (;;) {
+    std::size_t room = 0;
+    const bool copied = state.users.read(key, [&](const User* user) {
+      if (!user) return true;
+      room = user->written_bytes();
+      if (image.capacity() < room) return false;
+      bounds.state_size = user->state().size();
+      bounds.offset_bytes = user->offset().size();
+      FieldWriter archive{image};
+      user->write(archive, true);
+      return true;
+    });
+    if (copied) break;
+    image.reserve(room);
+  }
+  if (image.empty()) return image;
+  FieldReader archive{image};
+  bool with_state = false;
+  const User::Owner user = User::read(archive, state.key, bounds, with_state);
+  if (!user) return Error{Errc::corrupt, "the user's values contradict one another"};
+  return Blob::write(*user, of);
+}
+
+// Asks for a user who is not in memory. Holds no lock. Where what comes is no blob of this user,
+// they begin anew.
+inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
+                           std::string_view session, GoneUsers& gone) {
+  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
+      !valid_id(user) || !valid_id(session))
+    return;
+  const UserKey key{user, session, state.key};
+  if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
+  std::vector<std::byte> blob;
+  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
+                               user.empty() ? session : std::string_view{}, blob))
+    return;
+  std::uint64_t sequence = 0;
+  const auto read = Blob::read(blob);
+  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
+  (void)import_blob(state, scratch, blob, gone, true, sequence);
+}
+
 }  // namespace detail
 
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 24: updates. Owns how the next generation comes to be: by what events and impressions taught
+// Room 25: updates. Owns how the next generation comes to be: by what events and impressions taught
 // and what was put and removed, or by another model; and the thread that sees to it. Uses all
 // earlier rooms.
 // ============================================================================================
@@ -16117,6 +16491,8 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
              [&](FieldWriter& archive) { changes.write(change, archive); });
   state.put_items.drop_arrived(id);
   changes.apply(change);
+  turn.end();
+  state.tell(gone, scratch.catalogue());
   return true;
 }
 
@@ -16328,7 +16704,7 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 25: state file. Owns how all that a recommender knows is written beside traffic, and read
+// Room 26: state file. Owns how all that a recommender knows is written beside traffic, and read
 // onto the same or another model. Uses all earlier rooms.
 //
 // A state file has the outside of room 5. Its sections are bytes (u8), fields back to back as the
@@ -16918,6 +17294,7 @@ class StateReader {
     of.encoded_shard = of.encoded_slot = 0;
     GoneUsers gone;
     for (std::size_t s = 0; s < Users::shard_count; ++s) of.users.settle(s, gone);
+    of.tell(gone, *of.catalogue);
     report.users = of.users.count();
     report.other_model = !same_space_ || !same_encoder_;
     report.states_kept = same_encoder_;
@@ -16943,379 +17320,6 @@ class StateReader {
   bool same_encoder_ = false, same_space_ = false;
   std::int64_t now_ = 0;
 };
-
-}  // namespace detail
-
-#endif  // PERSONALIZE_HAS_BODIES
-
-// ============================================================================================
-// Room 26: blobs. Owns users outside of a recommender: how one is written, read and taken in. Uses
-// all earlier rooms.
-//
-// Numbers are those of one recommender, so items and event types go by name:
-//
-//   offset size field
-//        0    4 magic     "PZU" and the version, 1
-//        4    1 codec     0 stored, 1 zstd
-//        5    4 raw size  of the payload, at most 2^24
-//        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
-//       +8    8 checksum  XXH64 of all before
-// ============================================================================================
-
-#if PERSONALIZE_HAS_BODIES
-
-namespace detail {
-
-// What a blob says, decoded and checked.
-class Blob {
- public:
-  // of: whose numbers the user's are.
-  static Result<Vector<std::byte>> write(const User& user, const Catalogue& of) {
-    Vector<std::byte> raw, events;
-    FieldWriter archive{raw};
-    const Fingerprints& model = of.base->fingerprints();
-    archive(model.encoder, model.items);
-    put_text(raw, user.key());
-    User::Personal::each_field(archive, user.personal());
-    Vector<std::uint32_t> items, types;
-    const auto index_in = [](Vector<std::uint32_t>& all, std::uint32_t number) {
-      const std::uint32_t* const at = std::find(all.begin(), all.end(), number);
-      const auto index = static_cast<std::size_t>(at - all.begin());
-      if (index == all.size()) all.push_back(number);
-      return index;
-    };
-    std::int64_t before = 0;
-    user.for_each_event([&](const RememberedEvent& event) {
-      put_number(events, index_in(items, event.item));
-      put_number(events,
-                 event.event_type == no_event_type ? 0 : 1 + index_in(types, event.event_type));
-      const std::uint64_t gap =
-          static_cast<std::uint64_t>(event.timestamp) - static_cast<std::uint64_t>(before);
-      put_number(events, gap << 1 ^ (0 - (gap >> 63)));
-      before = event.timestamp;
-    });
-    for (const RecentImpressions::Entry& entry : user.impressions()) index_in(items, entry.item);
-    put_number(raw, items.size());
-    for (const std::uint32_t item : items) put_text(raw, (*of.ids)[item]);
-    put_number(raw, types.size());
-    for (const std::uint32_t type : types) put_text(raw, of.base->parts().event_types[type]);
-    put_number(raw, user.events());
-    archive.bytes(events);
-    put_number(raw, user.impressions().size());
-    for (const RecentImpressions::Entry& entry : user.impressions()) {
-      put_number(raw, index_in(items, entry.item));
-      archive(entry.count, entry.seconds);
-    }
-    const auto offset =
-        user.generation >= of.space_since ? user.offset() : std::span<const std::byte>{};
-    put_number(raw, offset.size());
-    archive.bytes(offset);
-    const auto state =
-        user.generation >= of.encoder_since ? user.state() : std::span<const float>{};
-    put_number(raw, state.size());
-    archive.bytes(std::as_bytes(state));
-    return packed(raw);
-  }
-
-  // Errors: format, version, checksum, compression, limit, corrupt; unsupported (zstd).
-  static Result<Blob> read(std::span<const std::byte> bytes) {
-    Blob blob;
-    if (bytes.size() < head_size + 8 || std::memcmp(bytes.data(), "PZU", 3) != 0)
-      return Error{Errc::format, "not a user's blob", 0};
-    if (bytes[3] != std::byte{1})
-      return Error{Errc::version,
-                   "a user's blob of a later version; use a newer personalize_runtime.hpp", 3};
-    const auto checked = bytes.first(bytes.size() - 8);
-    if (xxh64(checked) != load_integer<std::uint64_t>(bytes.data() + checked.size()))
-      return Error{Errc::checksum, "the user's blob is damaged"};
-    const auto size = load_integer<std::uint32_t>(bytes.data() + 5);
-    const auto stored = checked.subspan(head_size);
-    if (size > most_bytes) return Error{Errc::limit, "the user's blob is over 16 MiB", 5};
-    if (bytes[4] == std::byte{0})
-      blob.raw_.assign(stored.begin(), stored.end());
-    else if (auto unpacked = unpack(stored, size, blob.raw_); !unpacked)
-      return unpacked.error();
-    if (blob.raw_.size() != size || !blob.parse())
-      return Error{Errc::corrupt, "the user's blob: its values contradict one another"};
-    return blob;
-  }
-
-  std::string_view user() const noexcept {
-    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
-  std::string_view session() const noexcept {
-    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
-
-  // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
-  // items that it does not know.
-  User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
-                   std::size_t& dropped) const {
-    const Fingerprints& model = of.base->fingerprints();
-    const bool same_state =
-        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
-    const bool same_space =
-        model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
-    User::Owner user = User::make(key, same_state ? state_.size() : 0);
-    if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
-    user->generation = same_state ? of.generation : 0;
-    const std::size_t kept = std::min(events_.size(), limit);
-    const std::size_t tail =
-        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
-    if (tail > 0) {
-      void* memory = ::operator new(tail);
-      user->move_tail(memory, tail);
-    }
-    if (same_space) user->set_offset(offset_);
-    dropped = 0;
-    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
-      RememberedEvent event = events_[e];
-      const auto item = number_of(of, event.item);
-      if (!item) {
-        ++dropped;
-        continue;
-      }
-      event.item = *item;
-      if (event.event_type != no_event_type)
-        event.event_type =
-            of.base->parts().event_types.find(types_[event.event_type]).value_or(no_event_type);
-      user->remember(event, limit);
-    }
-    for (RecentImpressions::Entry entry : impressions_) {
-      const auto item = number_of(of, entry.item);
-      if (!item) continue;
-      entry.item = *item;
-      user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
-    }
-    User::Personal personal = personal_;
-    personal.encoded = personal.encoded && same_state;
-    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
-    user->set_personal(personal);
-    return user;
-  }
-
- private:
-  static constexpr std::size_t head_size = 9, most_bytes = std::size_t{1} << 24;
-
-  Blob() = default;
-
-  std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
-    const auto item = of.ids->find(items_[index]);
-    return item && *item < of.size() ? item : std::nullopt;
-  }
-
-  static void put_number(Vector<std::byte>& out, std::uint64_t number) {
-    std::array<std::byte, longest_varint> bytes;
-    std::byte* const end = write_varint(bytes.data(), number);
-    out.insert(out.end(), bytes.data(), end);
-  }
-  static void put_text(Vector<std::byte>& out, std::string_view text) {
-    put_number(out, text.size());
-    const auto bytes = text_bytes(text);
-    out.insert(out.end(), bytes.begin(), bytes.end());
-  }
-  static std::uint64_t take_number(FieldReader& archive) noexcept {
-    std::uint64_t number = 0;
-    for (unsigned shift = 0; shift < 64; shift += 7) {
-      const auto byte = archive.bytes(1);
-      if (byte.empty()) return 0;
-      number |= (std::to_integer<std::uint64_t>(byte[0]) & 0x7f) << shift;
-      if (std::to_integer<unsigned>(byte[0]) < 0x80) return number;
-    }
-    archive.fail();
-    return 0;
-  }
-  // Of so many of `least` bytes each; more than there can be fails.
-  static std::size_t take_count(FieldReader& archive, std::size_t least) noexcept {
-    const std::uint64_t count = take_number(archive);
-    if (count > archive.left() / least) archive.fail();
-    return archive.ok() ? static_cast<std::size_t>(count) : 0;
-  }
-  static void take_names(FieldReader& archive, std::vector<std::string>& names) {
-    names.resize(take_count(archive, 2));
-    for (std::string& name : names) {
-      const auto raw = archive.bytes(take_number(archive));
-      name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
-      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
-    }
-  }
-
-  bool parse() {
-    FieldReader archive{raw_};
-    archive(model_.encoder, model_.items);
-    const auto key = archive.bytes(take_number(archive));
-    key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
-    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
-        !valid_id(key_))
-      return false;
-    User::Personal::each_field(archive, personal_);
-    take_names(archive, items_);
-    take_names(archive, types_);
-    events_.resize(take_count(archive, 3));
-    std::int64_t before = 0;
-    for (RememberedEvent& event : events_) {
-      const std::uint64_t item = take_number(archive), type = take_number(archive);
-      std::uint64_t gap = take_number(archive);
-      gap = gap >> 1 ^ (0 - (gap & 1));
-      before = static_cast<std::int64_t>(static_cast<std::uint64_t>(before) + gap);
-      if (item >= items_.size() || type > types_.size()) return false;
-      event = {static_cast<std::uint32_t>(item),
-               type == 0 ? no_event_type : static_cast<std::uint32_t>(type - 1), before};
-    }
-    impressions_.resize(take_count(archive, 9));
-    if (impressions_.size() > RecentImpressions::capacity) return false;
-    for (RecentImpressions::Entry& entry : impressions_) {
-      const std::uint64_t item = take_number(archive);
-      archive(entry.count, entry.seconds);
-      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
-      entry.item = static_cast<std::uint32_t>(item);
-    }
-    const auto offset = archive.bytes(take_number(archive));
-    offset_.assign(offset.begin(), offset.end());
-    state_.resize(take_count(archive, sizeof(float)));
-    const auto state = archive.bytes(state_.size() * sizeof(float));
-    if (!state.empty()) std::memcpy(state_.data(), state.data(), state.size());
-    return archive.at_end() && personal_.is_sound() && all_finite(state_);
-  }
-
-  static Result<Vector<std::byte>> packed(const Vector<std::byte>& raw) {
-    if (raw.size() > most_bytes) return Error{Errc::limit, "the user has over 16 MiB"};
-    Vector<std::byte> out;
-    for (const char c : std::string_view("PZU\1")) out.push_back(static_cast<std::byte>(c));
-    out.push_back(std::byte{0});
-    append_integer(out, static_cast<std::uint32_t>(raw.size()));
-#ifndef PERSONALIZE_NO_ZSTD
-    constexpr int level = 3;
-    out.resize(head_size + ZSTD_compressBound(raw.size()));
-    const std::size_t size = ZSTD_compress(out.data() + head_size, out.size() - head_size,
-                                           raw.data(), raw.size(), level);
-    const bool smaller = !ZSTD_isError(size) && size < raw.size();
-    out.resize(head_size + (smaller ? size : 0));
-    if (smaller)
-      out[4] = std::byte{1};
-    else
-      out.insert(out.end(), raw.begin(), raw.end());
-#else
-    out.insert(out.end(), raw.begin(), raw.end());
-#endif
-    append_integer(out, xxh64(out));
-    return out;
-  }
-  static Result<void> unpack([[maybe_unused]] std::span<const std::byte> stored,
-                             [[maybe_unused]] std::size_t size,
-                             [[maybe_unused]] Vector<std::byte>& raw) {
-#ifndef PERSONALIZE_NO_ZSTD
-    if (size / most_zstd_ratio > stored.size())
-      return Error{Errc::compression,
-                   "the user's blob is smaller than zstd can make what it claims to hold", 5};
-    raw.resize(size);
-    const std::size_t got = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
-    if (ZSTD_isError(got) || got != size)
-      return Error{Errc::compression, "the user's blob does not decompress to its size", 5};
-    return {};
-#else
-    return Error{Errc::unsupported,
-                 "the user's blob is compressed, and this build has PERSONALIZE_NO_ZSTD"};
-#endif
-  }
-
-  Vector<std::byte> raw_;
-  Fingerprints model_;
-  std::string key_;
-  User::Personal personal_;
-  std::vector<std::string> items_, types_;
-  Vector<RememberedEvent> events_;                // of indices in items_ and types_
-  Vector<RecentImpressions::Entry> impressions_;  // the same
-  Vector<std::byte> offset_;
-  Vector<float> state_;
-};
-
-// Takes in a user of another process, who replaces one of the same id; only_new: unless there is
-// one. The caller has no turn.
-inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
-                                        std::span<const std::byte> bytes, GoneUsers& gone,
-                                        bool only_new, std::uint64_t& sequence) {
-  const auto blob = Blob::read(bytes);
-  if (!blob) return blob.error();
-  ImportReport report;
-  report.user = blob->user();
-  report.session = blob->session();
-  const UserKey key{report.user, report.session, state.key};
-  const Turns::Lock turn{state.turns, key};
-  scratch.use(state.lanes.current());
-  if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
-    return report;
-  Settle settle{state.users, key, scratch->grown, gone};
-  User::Owner user =
-      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
-  report.events = user->events();
-  scratch->grown = true;
-  state.users.make_room(key);
-  sequence = state.note(RecordOf::import, scratch->record,
-                        [&](FieldWriter& archive) { archive.bytes(bytes); });
-  state.users.put(key, std::move(user));
-  return report;
-}
-
-// A user as a blob, of whom nothing is changed; empty where there is none.
-inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue& of,
-                                             const UserKey& key) {
-  // A copy is made under the lock; the rest without.
-  Vector<std::byte> image;
-  constexpr std::size_t any = std::numeric_limits<std::uint32_t>::max();
-  User::Bounds bounds{0, 0, any, any, any};
-  for (;;) {
-    std::size_t room = 0;
-    const bool copied = state.users.read(key, [&](const User* user) {
-      if (!user) return true;
-      room = user->written_bytes();
-      if (image.capacity() < room) return false;
-      bounds.state_size = user->state().size();
-      bounds.offset_bytes = user->offset().size();
-      FieldWriter archive{image};
-      user->write(archive, true);
-      return true;
-    });
-    if (copied) break;
-    image.reserve(room);
-  }
-  if (image.empty()) return image;
-  FieldReader archive{image};
-  bool with_state = false;
-  const User::Owner user = User::read(archive, state.key, bounds, with_state);
-  if (!user) return Error{Errc::corrupt, "the user's values contradict one another"};
-  return Blob::write(*user, of);
-}
-
-// Users that have left memory, to whoever wants to keep them. Holds no lock.
-inline void tell_gone(const State& state, const Catalogue& of, GoneUsers& gone) {
-  if (gone.empty() || !state.options.on_evict) return;
-  gone.each([&](User& user) {
-    const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
-    const std::string_view id = user.key().substr(1), none;
-    const bool is_user = user.key()[0] == 'u';
-    if (blob) state.options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
-  });
-}
-
-// Asks for a user who is not in memory. Holds no lock. Where what comes is no blob of this user,
-// they begin anew.
-inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
-                           std::string_view session, GoneUsers& gone) {
-  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
-      !valid_id(user) || !valid_id(session))
-    return;
-  const UserKey key{user, session, state.key};
-  if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
-  std::vector<std::byte> blob;
-  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
-                               user.empty() ? session : std::string_view{}, blob))
-    return;
-  std::uint64_t sequence = 0;
-  const auto read = Blob::read(blob);
-  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
-  (void)import_blob(state, scratch, blob, gone, true, sequence);
-}
 
 }  // namespace detail
 
@@ -17386,6 +17390,8 @@ class Replay {
       }
       return {};  // of a later version
     });
+    // Perhaps once more: nobody knows whether they were told of before the end.
+    state_.tell(gone_, *state_.catalogue);
     const bool known = type >= static_cast<std::uint32_t>(RecordOf::event) &&
                        type <= static_cast<std::uint32_t>(RecordOf::close);
     if (done && known && !archive.at_end()) done = contradicts();
@@ -17410,8 +17416,7 @@ class Replay {
 
   Result<void> event(FieldReader& archive) {
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    Changes changes{state_, scratch, gone};
+    Changes changes{state_, scratch, gone_};
     EventChange change;
     changes.read(change, archive, foreign_);
     const Unlisting unlisting{changes};
@@ -17435,8 +17440,7 @@ class Replay {
 
   Result<void> slate(FieldReader& archive) {
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    Changes changes{state_, scratch, gone};
+    Changes changes{state_, scratch, gone_};
     SlateChange change;
     changes.read(change, archive, foreign_);
     if (!archive.at_end() || change.user.size() > max_id_bytes ||
@@ -17462,8 +17466,7 @@ class Replay {
     if (!archive.ok() || session.empty() || user.empty() || !sound_ids(user, session))
       return contradicts();
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    (void)Changes{state_, scratch, gone}.merge(session, user);
+    (void)Changes{state_, scratch, gone_}.merge(session, user);
     return {};
   }
 
@@ -17559,9 +17562,8 @@ class Replay {
   Result<void> import(FieldReader& archive) {
     const auto blob = archive.bytes(archive.left());
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
     std::uint64_t sequence = 0;
-    const auto imported = import_blob(state_, scratch, blob, gone, false, sequence);
+    const auto imported = import_blob(state_, scratch, blob, gone_, false, sequence);
     return imported ? Result<void>{} : imported.error();
   }
 
@@ -17569,6 +17571,7 @@ class Replay {
   Fingerprints present_;
   bool foreign_ = false;
   Pace pace_;
+  GoneUsers gone_;
   std::optional<Update> update_;
 };
 
@@ -18113,7 +18116,7 @@ class Recommender {
 
 // ============================================================================================
 // Room 29: calls. Owns the bodies of Recommender: how each call is checked, resolved, noted,
-// applied and answered. The order of the locks stands at the top of room 22, with the state. Uses
+// applied and answered. The order of the locks stands at the top of room 23, with the state. Uses
 // all earlier rooms.
 // ============================================================================================
 
@@ -18132,7 +18135,7 @@ struct Recommender::Prepared {
     detail::GoneUsers gone;
     if (!asked.user.empty()) detail::find_elsewhere(state, scratch, asked.user, {}, gone);
     if (!asked.session.empty()) detail::find_elsewhere(state, scratch, {}, asked.session, gone);
-    detail::tell_gone(state, scratch.catalogue(), gone);
+    state.tell(gone, scratch.catalogue());
   }
   void read() {
     for (;;) {
@@ -18685,7 +18688,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     else if (!known && !impression)
       recorded = Recorded::unknown_item;
   }
-  detail::tell_gone(state, *of, gone);
+  state.tell(gone, *of);
   if (state.options.log && change.by_slate) write_log(*of, shown, *scratch, time.timestamp);
   if (auto kept = state.durable(sequence); !kept) return kept.error();
   return recorded;
@@ -18721,7 +18724,7 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
       scratch.use(state.lanes.current());
       merged = detail::Changes{state, scratch, gone}.merge(session, user);
     }
-    detail::tell_gone(state, scratch.catalogue(), gone);
+    state.tell(gone, scratch.catalogue());
     if (auto kept = state.durable(merged.value_or(0)); !kept) return kept.error();
     return merged.has_value();
   });
@@ -18898,7 +18901,7 @@ PERSONALIZE_API Result<ImportReport> Recommender::import_user(std::span<const st
     detail::ScratchLease scratch{state_->lanes};
     std::uint64_t sequence = 0;
     auto report = detail::import_blob(*state_, scratch, blob, gone, false, sequence);
-    detail::tell_gone(*state_, scratch.catalogue(), gone);
+    state_->tell(gone, scratch.catalogue());
     if (!report) return report;
     if (auto kept = state_->durable(sequence); !kept) return kept.error();
     return report;
