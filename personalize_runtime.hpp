@@ -18083,17 +18083,12 @@ class Recommender {
   using User = detail::User;
   using UserKey = detail::UserKey;
   struct Prepared;
+  struct Beginning;
 
   static constexpr std::size_t together = 32;  // requests in one pass
   static constexpr std::size_t most_impressions = 10'000;
 
   explicit Recommender(std::unique_ptr<State> state) noexcept;
-
-  static Result<const kernels::Table*> check(const std::shared_ptr<const Model>& model,
-                                             RecommenderOptions& options);
-  static Result<std::unique_ptr<State>> fresh(const std::shared_ptr<const Model>& model,
-                                              RecommenderOptions options,
-                                              const kernels::Table& table);
 
   static Result<void> check_ids(std::string_view user, std::string_view session,
                                 bool recorded = true);
@@ -18176,8 +18171,17 @@ PERSONALIZE_API Recommender::Recommender(Recommender&& other) noexcept = default
 PERSONALIZE_API Recommender& Recommender::operator=(Recommender&& other) noexcept = default;
 PERSONALIZE_API Recommender::~Recommender() = default;
 
+// What create, open and restore begin with.
+struct Recommender::Beginning {
+  static Result<const kernels::Table*> check(const std::shared_ptr<const Model>& model,
+                                             RecommenderOptions& options);
+  static Result<std::unique_ptr<State>> fresh(const std::shared_ptr<const Model>& model,
+                                              RecommenderOptions options,
+                                              const kernels::Table& table);
+};
+
 // The options as they are used, and the kernels.
-PERSONALIZE_API Result<const kernels::Table*> Recommender::check(
+PERSONALIZE_API Result<const kernels::Table*> Recommender::Beginning::check(
     const std::shared_ptr<const Model>& model, RecommenderOptions& options) {
   if (!model) return Error{Errc::invalid_argument, "the model is null"};
   if (auto checked = detail::check_options(options); !checked) return checked.error();
@@ -18188,7 +18192,7 @@ PERSONALIZE_API Result<const kernels::Table*> Recommender::check(
 }
 
 // A state that knows nothing but the model.
-PERSONALIZE_API Result<std::unique_ptr<detail::State>> Recommender::fresh(
+PERSONALIZE_API Result<std::unique_ptr<detail::State>> Recommender::Beginning::fresh(
     const std::shared_ptr<const Model>& model, RecommenderOptions options,
     const kernels::Table& table) {
   if (!options.recommendation_key) {
@@ -18212,9 +18216,9 @@ PERSONALIZE_API Result<Recommender> Recommender::create(std::shared_ptr<const Mo
                                                         const RecommenderOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<Recommender> {
     RecommenderOptions chosen = options;
-    const auto table = check(model, chosen);
+    const auto table = Beginning::check(model, chosen);
     if (!table) return table.error();
-    auto state = fresh(model, std::move(chosen), **table);
+    auto state = Beginning::fresh(model, std::move(chosen), **table);
     if (!state) return state.error();
     Recommender recommender(std::move(*state));
     if (auto started = detail::start_updater(*recommender.state_); !started) return started.error();
@@ -18227,7 +18231,7 @@ PERSONALIZE_API Result<Recommender> Recommender::restore(const std::string& path
                                                          const RecommenderOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<Recommender> {
     RecommenderOptions chosen = options;
-    const auto table = check(model, chosen);
+    const auto table = Beginning::check(model, chosen);
     if (!table) return table.error();
     auto restored = detail::restore_state(path, model, std::move(chosen), **table);
     if (!restored) return restored.error();
@@ -18242,14 +18246,14 @@ PERSONALIZE_API Result<Recommender> Recommender::open(const std::string& folder,
                                                       const RecommenderOptions& options) {
   return detail::catching_bad_alloc([&]() -> Result<Recommender> {
     RecommenderOptions chosen = options;
-    const auto table = check(model, chosen);
+    const auto table = Beginning::check(model, chosen);
     if (!table) return table.error();
     detail::Opening opening(folder, model, std::move(chosen), **table);
     auto found = opening.read();
     if (!found) return found.error();
     std::unique_ptr<State> state = std::move(*found);
     if (!state) {
-      auto made = fresh(model, opening.options(), **table);
+      auto made = Beginning::fresh(model, opening.options(), **table);
       if (!made) return made.error();
       state = std::move(*made);
     }
