@@ -638,6 +638,13 @@ TEST_CASE("interactions that the new model was trained on do not count twice") {
       CHECK(count > 1200);
       CHECK(count < 3300);
     }
+    // Nor at the next update.
+    for (pz::Recommender* one : {&shop, &fresh}) {
+      learn(*one, "w", {"i45", {}, clock});
+      REQUIRE(one->update());
+    }
+    if (until >= clock)
+      CHECK(explained(shop, "nobody", "i45").score == explained(fresh, "nobody", "i45").score);
     // What comes from now on counts in full.
     for (int n = 0; n < 5000; ++n) learn(shop, "v" + std::to_string(n), {"i44", {}, clock});
     REQUIRE(shop.update());
