@@ -15786,12 +15786,13 @@ class Changes {
                                             : Recorded::unknown_slate;
   }
 
-  // Takes the memory that apply() needs.
+  // Takes the memory that apply() needs, of the user only where there is something to apply.
   void prepare(const EventChange& change) {
+    scratch_.record.reserve(record_bytes(change));
+    if (change.item == EventChange::no_item && scratch_.seen.empty()) return;
     const UserKey key = key_of(change);
     change_user(key, change.item != EventChange::no_item, scratch_.seen.size(),
                 change.has_query && !scratch_.seen.empty(), [](User&) {});
-    scratch_.record.reserve(record_bytes(change));
   }
 
   void write(const EventChange& change, FieldWriter& archive) const {
@@ -16486,6 +16487,7 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   }
   Changes changes{state, scratch, gone};
   scratch->seen.clear();
+  const Settle settle{state.users, key, scratch->grown, gone};  // where what follows fails
   changes.prepare(change);
   state.note(RecordOf::arrived, scratch->record,
              [&](FieldWriter& archive) { changes.write(change, archive); });
@@ -18669,6 +18671,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
     const bool known = change.item != detail::EventChange::no_item;
+    const detail::Settle settle{state.users, key, scratch->grown, gone};  // where what follows fails
     if (known || !scratch->seen.empty()) changes.prepare(change);
     const auto note = [&] {
       sequence = state.note(detail::RecordOf::event, scratch->record,
