@@ -16803,10 +16803,17 @@ void mask_fields(Archive& archive, ItemMask& mask) {
 
 // Of all models: what another one goes on from.
 template <class Archive, class Self>
-void lasting_fields(Archive& archive, Self& self) {
+void lasting_fields(Archive& archive, Self& self, std::size_t size, std::int64_t most_time) {
   archive(self.generation, self.encoder_since, self.space_since, self.calibration.slope,
           self.calibration.intercept, self.well_known_prior.strength, self.well_known_prior.mean,
-          self.cold_prior.strength, self.cold_prior.mean, self.started);
+          self.cold_prior.strength, self.cold_prior.mean, self.started, self.trained_until);
+  paged_fields<ItemStatistics>(archive, self.statistics, size, [&](auto& a, auto& s) {
+    a(s.interactions, s.first_timestamp, s.last_timestamp, s.creation_timestamp);
+    // A clock that was ahead when it was saved may have been put right.
+    if constexpr (Archive::reads)
+      for (std::int64_t* t : {&s.first_timestamp, &s.last_timestamp, &s.creation_timestamp})
+        *t = std::min(*t, most_time);
+  });
   bool moments = self.second_moment != nullptr;
   Vector<std::uint32_t> active = *self.active;
   Vector<double> moment;
@@ -16815,7 +16822,7 @@ void lasting_fields(Archive& archive, Self& self) {
   if constexpr (Archive::reads) {
     const auto ascends = [&](const Vector<std::uint32_t>& items) {
       for (std::size_t i = 0; i < items.size(); ++i)
-        if (items[i] >= self.size() || (i > 0 && items[i] <= items[i - 1])) return false;
+        if (items[i] >= size || (i > 0 && items[i] <= items[i - 1])) return false;
       return true;
     };
     const auto within = [](double v, double low, double high) { return v >= low && v <= high; };
@@ -16837,17 +16844,10 @@ void lasting_fields(Archive& archive, Self& self) {
 // Of one model: what was learnt of its items. Of what follows from it nothing is written: biases,
 // corrected vectors, the scorer.
 template <class Archive, class Self>
-void catalogue_fields(Archive& archive, Self& self, std::int64_t most_time) {
+void catalogue_fields(Archive& archive, Self& self) {
   const std::size_t size = self.size(), d = self.dimension();
   archive(self.popularity_scale, self.trained_interactions, self.interactions, self.mean_square,
           self.low_bias, self.unseen_quality, self.changed_base);
-  paged_fields<ItemStatistics>(archive, self.statistics, size, [&](auto& a, auto& s) {
-    a(s.interactions, s.first_timestamp, s.last_timestamp, s.creation_timestamp);
-    // A clock that was ahead when it was saved may have been put right.
-    if constexpr (Archive::reads)
-      for (std::int64_t* t : {&s.first_timestamp, &s.last_timestamp, &s.creation_timestamp})
-        *t = std::min(*t, most_time);
-  });
   const auto number = [](auto& a, auto& v) {
     a(v);
     if constexpr (Archive::reads)
@@ -17033,8 +17033,8 @@ class StateWriter {
               of.base->parts().user_ids[w * 64 + static_cast<std::size_t>(std::countr_zero(bits))]);
     });
     add("CATL", 0, [&](FieldWriter& archive, Bytes&) {
-      lasting_fields(archive, of);
-      catalogue_fields(archive, of, 0);
+      lasting_fields(archive, of, of.size(), 0);
+      catalogue_fields(archive, of);
     });
     add("CNTR", 0, [&](FieldWriter& archive, Bytes&) {
       ItemCounters::each_field(archive, std::as_const(*counters_));
@@ -17214,6 +17214,10 @@ class StateReader {
         archive.fail();
   }
 
+  // Also one of the same vectors with more items.
+  bool other_model() const noexcept {
+    return !same_space_ || !same_encoder_ || ordered_->item_count() != items_.size();
+  }
   User::Bounds bounds() const noexcept {
     return {static_cast<std::size_t>(head.state_size),
             User::offset_size(static_cast<std::size_t>(head.dimension)), items_.size(),
@@ -17263,14 +17267,14 @@ class StateReader {
   }
 
   Result<void> read_catalogue(FieldReader& archive) {
-    lasting_fields(archive, *catalogue_);
-    if (!archive.ok() || !same_space_ || !same_encoder_) {
+    lasting_fields(archive, *catalogue_, items_.size(), now_ + state->options.clock_skew.count());
+    if (!archive.ok() || other_model()) {
       if (archive.ok()) (void)archive.bytes(archive.left());
       return {};
     }
     const std::size_t d = catalogue_->dimension();
     if (catalogue_->second_moment && catalogue_->second_moment->size() != d * d) archive.fail();
-    catalogue_fields(archive, *catalogue_, now_ + state->options.clock_skew.count());
+    catalogue_fields(archive, *catalogue_);
     if (!archive.ok()) return {};
     Catalogue& c = *catalogue_;
     c.scorer =
@@ -17298,7 +17302,7 @@ class StateReader {
     for (std::size_t s = 0; s < Users::shard_count; ++s) of.users.settle(s, gone);
     of.tell(gone, *of.catalogue);
     report.users = of.users.count();
-    report.other_model = !same_space_ || !same_encoder_;
+    report.other_model = other_model();
     report.states_kept = same_encoder_;
     report.sums_kept = same_space_;
     if (!report.other_model) return {};
@@ -18671,7 +18675,8 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
     const bool known = change.item != detail::EventChange::no_item;
-    const detail::Settle settle{state.users, key, scratch->grown, gone};  // where what follows fails
+    const detail::Settle settle{state.users, key, scratch->grown,
+                                gone};  // where what follows fails
     if (known || !scratch->seen.empty()) changes.prepare(change);
     const auto note = [&] {
       sequence = state.note(detail::RecordOf::event, scratch->record,
