@@ -984,8 +984,8 @@ struct RecommenderOptions {
   Durability durability = Durability::interval;
   std::chrono::milliseconds sync_interval{10};  // of Durability::interval, [1, 2^22]
   // The journal may grow to so many bytes, or as many as the state file has, before a save begins a
-  // new one (by whom updates are run), [2^16, 2^50]; and so many of it wait in memory while the
-  // disk takes none, [2^16, 2^50].
+  // new one (by whom updates are run, also without an interval), [2^16, 2^50]; and so many of it
+  // wait in memory while the disk takes none, [2^16, 2^50].
   std::uint64_t journal_bytes = std::uint64_t{256} << 20;
   std::uint64_t pending_journal_bytes = std::uint64_t{64} << 20;
   // A user who leaves memory, user_bytes being used up, as a blob for import_user or find_user: one
@@ -15318,6 +15318,7 @@ struct State {
   std::size_t encoded_shard = Users::shard_count, encoded_slot = 0;  // how far they are current
 
   atomic<std::uint64_t> saves{0};  // by the keeper
+  atomic<std::uint32_t> calls{0};  // with Updates::in_requests
   RecoveryReport recovery;
 
   mutable RankedMutex<2> report_mutex;
@@ -16528,16 +16529,20 @@ class Updater {
   // Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
   // again.
   Result<void> update_if_due() {
-    if (state_.options.updates != Updates::in_requests || !due()) return {};
+    constexpr std::uint32_t calls_a_look = 1024;  // at the journal
+    if (state_.options.updates != Updates::in_requests) return {};
+    const bool look = state_.keeper && state_.calls.fetch_add(1) % calls_a_look == 0;
+    if (!due() && !look) return {};
     const unique_lock lock{state_.update_mutex, try_to_lock};
-    if (!lock || !due()) return {};
+    if (!lock) return {};
+    if (look) state_.keeper->save_if_due(state_);
+    if (!due()) return {};
     const std::int64_t now = state_.times.now(), before = state_.next_update.load();
     state_.next_update.store(now + state_.options.update_interval.count());
     Pace pace;
     auto updated = run(now, true, pace);
     if (!updated) state_.next_update.store(before);
     encode_some(users_a_time, pace);
-    if (state_.keeper) state_.keeper->save_if_due(state_);
     return updated;
   }
 
@@ -16632,7 +16637,7 @@ class Updater {
       const bool is_due = due();
       unique_lock update_lock{state.update_mutex};
       Pace pace(rest);  // what the lock took was no work
-      if (put || is_due) {
+      if (is_due || (put && state.options.update_interval.count() > 0)) {
         const std::int64_t now = state.times.now();
         if (is_due) state.next_update.store(now + state.options.update_interval.count());
         made = run(now, is_due, pace).has_value();
@@ -16653,7 +16658,8 @@ class Updater {
 
 // Where RecommenderOptions wants a thread.
 inline Result<void> start_updater(State& state) {
-  if (state.options.updates != Updates::by_thread || state.options.update_interval.count() == 0)
+  if (state.options.updates != Updates::by_thread ||
+      (state.options.update_interval.count() == 0 && !state.keeper))
     return {};
 #if PERSONALIZE_HAS_EXCEPTIONS
   try {
