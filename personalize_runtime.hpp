@@ -9159,13 +9159,13 @@ class ItemCounters {
   }
   // The counts of the cut, for value() and to be written.
   ItemCounters at_cut() const {
-    ItemCounters table = *this;
+    ItemCounters table(*this);
     table.at_cut_ = true;
     return table;
   }
   // The same with `factor` times as many interactions.
   ItemCounters scaled(double factor) const {
-    ItemCounters table = *this;
+    ItemCounters table(*this);
     table.interactions_ = factor;
     return table;
   }
@@ -14720,7 +14720,7 @@ class PutItems {
     auto found = items_.find(id);
     const bool known = found != items_.end();
     const bool waits = known && found->second.waiting;
-    if (waits ? found->second.removed : !there) return false;
+    if (!there && !(waits && !found->second.removed)) return false;
     if (!known) found = items_.emplace(std::string(id), Item{}).first;
     const auto give_up = [&] {
       if (!known) items_.erase(found);
