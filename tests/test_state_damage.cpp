@@ -485,7 +485,7 @@ TEST_CASE("of two states the later one counts, and files that only the earlier o
     CHECK(contents_of(shop) == contents);
   }
   // Or where the later journal was only begun.
-  for (const std::size_t size : {0, 1, 63}) {
+  for (const std::size_t size : {0u, 1u, 63u}) {
     image[second_journal] = between.at(second_journal).substr(0, size);
     lay_down(image, both);
     auto shop = opened(both);
@@ -502,7 +502,7 @@ TEST_CASE("of two states the later one counts, and files that only the earlier o
 TEST_CASE("a user's blob of which any byte is damaged, or that was cut short, is refused") {
   auto shop = pz::Recommender::create(model(), options());
   REQUIRE(shop);
-  for (const std::size_t events : {1, 200})
+  for (const std::size_t events : {1u, 200u})
     for (std::size_t e = 0; e < events; ++e)
       REQUIRE(shop->record({.user = events == 1 ? "short" : "long",
                             .item = "i" + std::to_string(e % 6),
