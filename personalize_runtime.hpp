@@ -14316,6 +14316,11 @@ class Journal {
     Lock lock{mutex_};
     return finish(lock, sequence + 1, settings_.durability == Durability::each_call);
   }
+  // The same for all that was appended.
+  Result<void> commit_all() {
+    Lock lock{mutex_};
+    return finish(lock, next_, settings_.durability == Durability::each_call);
+  }
   // The same without waiting for a sync, whatever the durability is.
   Result<void> hand_over(std::uint64_t sequence) {
     Lock lock{mutex_};
@@ -15155,6 +15160,9 @@ struct State {
   Result<void> durable(std::uint64_t sequence) {
     return journal && sequence != 0 ? journal->commit(sequence) : Result<void>{};
   }
+  // The same for all that was noted so far: of a call that finds done what another one, which may
+  // still wait or have failed, did.
+  Result<void> durable() { return journal ? journal->commit_all() : Result<void>{}; }
 
   // Of what nobody waits for: a process that ends loses none of it, a power cut may.
   void hand_over(std::uint64_t sequence) {
@@ -17170,10 +17178,10 @@ class StateReader {
         times_.assign(rest.begin(), rest.end());
       }
     } else if (follows("ITEM", Part::items)) {
-      read_names(archive, items_);
+      done = read_names(archive, items_);
     } else if (follows("TYPE", Part::types)) {
-      read_names(archive, types_);
-      if (archive.at_end()) done = begin();
+      done = read_names(archive, types_);
+      if (done && archive.at_end()) done = begin();
     } else if (follows("FORG", Part::forgotten)) {
       read_forgotten(archive);
     } else if (follows("CATL", Part::catalogue)) {
@@ -17212,12 +17220,17 @@ class StateReader {
     return {};
   }
 
-  static void read_names(FieldReader& archive, StringTable& names) {
+  static Result<void> read_names(FieldReader& archive, StringTable& names) {
     std::uint64_t count = 0;
     archive(count);
-    for (std::uint64_t i = 0; i < count && archive.ok(); ++i)
-      if (const std::string_view name = archive.text(); archive.ok() && !names.add(name))
-        archive.fail();
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
+      const std::string_view name = archive.text();
+      if (!archive.ok()) break;
+      const auto added = names.add(name);
+      if (!added && added.error().code == Errc::out_of_memory) return added.error();
+      if (!added) archive.fail();
+    }
+    return {};
   }
 
   // Also one of the same vectors with more items.
@@ -17655,7 +17668,9 @@ class Keeper final : public Saver {
     header.number = number;
     header.first_sequence = state.journal->next_sequence();
     header.model = {model.encoder, model.items};
-    auto next = JournalFile::create(folder_.path_of(journal_name(number)), header);
+    const std::string path = folder_.path_of(journal_name(number));
+    remove_file(path);  // of a save that failed while it was made
+    auto next = JournalFile::create(path, header);
     if (!next) return next.error();
     number_ = number;
     // An empty journal may stay: the next one follows it.
@@ -17671,7 +17686,8 @@ class Keeper final : public Saver {
     saved_bytes_ = report->bytes;
     state.journal->forget_before(number);
     state.saves.fetch_add(1);
-    remove_old();
+    // Not before the new one's name is sure to outlive a power cut.
+    if (folder_.sync()) remove_old();
     report->duration = std::chrono::duration_cast<std::chrono::microseconds>(
         std::chrono::steady_clock::now() - begun);
     return report;
@@ -17789,11 +17805,17 @@ class Opening {
     if (!journal) return journal.error();
     if (auto synced = folder_->sync(); !synced) return synced;
     state.journal = std::move(*journal);
-    if (!found)
-      if (auto saved = save_state(state, folder_->path_of(Keeper::state_name(number_)), lineage_,
-                                  number_, []() noexcept {});
-          !saved)
+    if (!found) {
+      const auto saved = catching_bad_alloc([&] {
+        return save_state(state, folder_->path_of(Keeper::state_name(number_)), lineage_, number_,
+                          []() noexcept {});
+      });
+      if (!saved) {
+        // Without a record it goes the next time, without a state it must have none.
+        state.journal.reset();
         return saved.error();
+      }
+    }
     auto keeper = std::make_unique<Keeper>(std::move(*folder_), lineage_, number_);
     keeper->remove_old();
     state.keeper = std::move(keeper);
@@ -18664,7 +18686,11 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
   {
     detail::Turns::Lock turn{state.turns, key, both ? session_key : key};
     detail::EventIds::Claim claim{state.event_ids, change.event_hash};
-    if (claim.is_known()) return Recorded::duplicate;
+    if (claim.is_known()) {
+      turn.end();
+      if (auto kept = state.durable(); !kept) return kept.error();
+      return Recorded::duplicate;
+    }
     scratch.use(state.lanes.current());
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
@@ -18743,7 +18769,8 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
       merged = detail::Changes{state, scratch, gone}.merge(session, user);
     }
     state.tell(gone, scratch.catalogue());
-    if (auto kept = state.durable(merged.value_or(0)); !kept) return kept.error();
+    auto kept = merged ? state.durable(*merged) : state.durable();
+    if (!kept) return kept.error();
     return merged.has_value();
   });
 }
@@ -18808,10 +18835,11 @@ PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
                             [&](detail::FieldWriter& archive) { archive(id, there); });
     };
     const auto removed = state.put_items.remove(id, there, note);
-    if (!removed || !*removed) return removed;
-    state.wake_updater();
-    if (auto kept = state.durable(sequence); !kept) return kept.error();
-    return true;
+    if (!removed) return removed;
+    if (*removed) state.wake_updater();
+    auto kept = *removed ? state.durable(sequence) : state.durable();
+    if (!kept) return kept.error();
+    return removed;
   });
 }
 
