@@ -87,14 +87,26 @@
 //   8 encoder           one event in, new user state out
 //   9 filters and rows  which items may be ranked; ids and vectors, shared between generations
 //  10 scorer            exact top-k over the eligible items
-//  11 feedback          decayed counters, recent impressions, the slates behind recommendation ids
-//  12 exploration       calibration, posterior, vector correction, slots with propensities; scratch
-//  13 catalogue         the items as feedback has shaped them; how generations are built and read
-//  14 users             users and sessions within a budget in bytes; event ids; the gate of time
-//  15 folder            a folder that one process holds; files that grow at their end
-//  16 journal           records that survive a crash: their format, reading, writing in groups
-//  17 state             what waits for an update, who runs updates; how items rank for a user
-//  18 recommender       Recommender: record, recommend, rank, put_item, update
+//  11 counters          what is counted of items, by whom it was shown to and chosen; cuts
+//  12 slates            recent impressions, the slates behind recommendation ids, the log
+//  13 exploration       calibration, posterior, vector correction, slots with propensities; scratch
+//  14 catalogue         the items as feedback has shaped them; how generations are built
+//  15 lanes             how threads share a generation, each with the memory of its request
+//  16 user              one user or session: state, remembered events and impressions
+//  17 users             all of them, within a budget in bytes
+//  18 blobs             users outside of a recommender, by names
+//  19 gates             the window of event ids; the gate of time
+//  20 folder            a folder that one process holds; files that grow at their end
+//  21 journal           records that survive a crash: their format, reading, writing in groups
+//  22 put items         items that were put and removed, and what waits for an update
+//  23 state             all that a recommender knows, and turns to change it; how items rank
+//  24 events            what events and slates change: resolved, noted in a journal, applied; users
+//                       who leave, come back or move
+//  25 updates           the next generation, by what was learnt or by another model; its thread
+//  26 state file        all that is known, written beside traffic and read onto any model
+//  27 persistence       a folder with a state file and a journal: opening, replaying, saving
+//  28 recommender       Recommender: record, recommend, rank, put_item, update, swap, save
+//  29 calls             its bodies
 // clang-format on
 #ifndef PERSONALIZE_RUNTIME_HPP
 #define PERSONALIZE_RUNTIME_HPP
@@ -971,8 +983,9 @@ struct RecommenderOptions {
   // With Recommender::open. What an acknowledgement means:
   Durability durability = Durability::interval;
   std::chrono::milliseconds sync_interval{10};  // of Durability::interval, [1, 2^22]
-  // The journal may grow to so many bytes before a save begins a new one (by whom updates are run),
-  // [2^16, 2^50]; and so many of it wait in memory while the disk takes none, [2^16, 2^50].
+  // The journal may grow to so many bytes, or as many as the state file has, before a save begins a
+  // new one (by whom updates are run, also without an interval), [2^16, 2^50]; and so many of it
+  // wait in memory while the disk takes none, [2^16, 2^50].
   std::uint64_t journal_bytes = std::uint64_t{256} << 20;
   std::uint64_t pending_journal_bytes = std::uint64_t{64} << 20;
   // A user who leaves memory, user_bytes being used up, as a blob for import_user or find_user: one
@@ -4762,11 +4775,9 @@ class FileBuilder {
     sections_.back().make = std::move(make);
   }
 
-  // Of the file, once it is finished.
-  std::uint64_t size() const noexcept { return size_; }
+  std::uint64_t size() const noexcept { return size_; }  // of what was written
 
-  // Errors: zstd could not compress (out of memory); those of make. What was written is then no
-  // file.
+  // Errors: out of memory (zstd's, too); those of make. What was written is then no file.
   Result<void> finish() {
     put(Vector<std::byte>(header_size + sections_.size() * entry_size));
     Vector<std::byte> table;
@@ -8974,12 +8985,12 @@ inline std::size_t Scorer::Workspace::bytes() const noexcept {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 11: feedback. Owns what is remembered of shown items: decayed counters an item, sums of the
-// contexts in which it was shown and chosen, each user's recent impressions, the slates behind
-// recommendation ids, and the log's entries. Uses rooms 1, 2 and 9.
+// Room 11: counters. Owns what is counted of items: decayed counters, sums of the contexts in which
+// they were shown and chosen, and the entries of a log; and cuts, by which others see what there
+// was at one moment. Uses rooms 1, 2 and 9.
 // ============================================================================================
 
-// One place of a slate and how it came about (room 12).
+// One place of a slate and how it came about (room 13).
 struct SlotChoice {
   ScoredItem pick{};
   ScoredItem best{};      // of the ranking as it stood; the pick where the ranking had ended
@@ -9148,13 +9159,13 @@ class ItemCounters {
   }
   // The counts of the cut, for value() and to be written.
   ItemCounters at_cut() const {
-    ItemCounters table = *this;
+    ItemCounters table(*this);
     table.at_cut_ = true;
     return table;
   }
   // The same with `factor` times as many interactions.
   ItemCounters scaled(double factor) const {
-    ItemCounters table = *this;
+    ItemCounters table(*this);
     table.interactions_ = factor;
     return table;
   }
@@ -9683,6 +9694,15 @@ class ContextSums {
   std::array<Stripe, stripe_count> stripes_;
 };
 
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 12: slates. Owns each user's recent impressions, the slates behind recommendation ids, and
+// the log's entries as lines. Uses rooms 1, 2 and 11.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
 // What one user was shown lately and did not choose: at most 64 items, the one shown longest ago
 // gives way. The count of an item fades with a half-life of 7 days. Not thread-safe.
 class RecentImpressions {
@@ -9761,7 +9781,7 @@ class RecentImpressions {
 // expected number of positive events.
 struct LoggedPick {
   std::uint32_t item = 0;
-  float relevance = 0;    // S, the model's score less the user's own normaliser (room 12)
+  float relevance = 0;    // S, the model's score less the user's own normaliser (room 13)
   float adjustment = 0;   // what feedback added when served, in log clicks
   float expected = 0;     // positive events expected of the impression by the model alone
   float value = 0;        // the same by all that is known
@@ -10367,9 +10387,9 @@ PERSONALIZE_API void append_csv(const LogEntry& entry, std::string& line) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 12: exploration. Owns what impressions teach (calibration, posterior, vector correction),
+// Room 13: exploration. Owns what impressions teach (calibration, posterior, vector correction),
 // the random choice of a slate with its probabilities, and the memory in which a request makes it
-// up. Uses rooms 1, 2, 3, 4, 8, 9, 10 and 11.
+// up. Uses rooms 1, 2, 3, 4, 8, 9, 10, 11 and 12.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -10868,7 +10888,7 @@ struct Scratch {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 13: catalogue. Owns the items: one published generation of what is known of them, how the
+// Room 14: catalogue. Owns the items: one published generation of what is known of them, how the
 // next one is built, and how threads share it, each with the memory of its request. Uses all
 // earlier rooms.
 // ============================================================================================
@@ -11728,6 +11748,19 @@ inline void CatalogueBuilder::correct_vectors(const DecayMoment& moment) {
   next.corrected = std::make_shared<const Vector<std::uint32_t>>(std::move(corrected));
 }
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 15: lanes. Owns how threads share the published generation, each with the memory of its
+// request. Uses rooms 1, 2, 3, 11, 13 and 14.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // The published generation and the idle memory of requests, in lanes: the threads of a lane share a
 // lock with few others, and count readers on a pointer of their own, which is no traffic between
 // cores. Any number of threads.
@@ -11875,9 +11908,8 @@ class ScratchLease {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 14: users. Owns users and sessions: their encoder states, remembered events and impressions,
-// within a budget in bytes; the window of event ids, and the gate of time through which events
-// come. Uses rooms 1, 2, 9, 11 and 13.
+// Room 16: user. Owns one user or session: the encoder's state, remembered events and impressions,
+// and how they are written. Uses rooms 1, 2, 11, 12 and 13.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -12195,13 +12227,14 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     const std::uint64_t tail = std::uint64_t{user->offset_bytes_} + user->history_bytes_ +
                                user->impressions_ * sizeof(RecentImpressions::Entry);
     const auto bytes = archive.bytes(tail);
-    // Histories shrink, their memory does not.
-    const bool sized = user->tail_capacity_ >= tail && user->tail_capacity_ <= 16 * tail + 4096;
-    if (!archive.ok() || !sized || !all_finite(user->state())) {
-      user->tail_capacity_ = 0;
+    // Histories shrink, their memory does not; but a file is not believed more than so.
+    const std::uint64_t capacity = user->tail_capacity_;
+    user->tail_capacity_ = 0;
+    if (!archive.ok() || capacity < tail || !all_finite(user->state())) {
       archive.fail();
       return nullptr;
     }
+    user->tail_capacity_ = static_cast<std::uint32_t>(capacity <= 2 * tail + 256 ? capacity : tail);
     if (user->tail_capacity_ > 0) user->tail_ = ::operator new(user->tail_capacity_);
     if (!bytes.empty()) std::memcpy(user->tail_, bytes.data(), bytes.size());
     if (!user->is_sound(bounds)) {
@@ -12362,8 +12395,21 @@ class GoneUsers {
   User* newest_ = nullptr;
 };
 
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 17: users. Owns all users and sessions, within a budget in bytes. Uses rooms 1, 2, 9, 11 and
+// 16.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
 // Any number of threads may read. Users are spread over 64 locks by a keyed hash; who changes those
-// of one part has the part's turn (room 17), so that nobody else does. A user's memory is taken and
+// of one part has the part's turn (room 23), so that nobody else does. A user's memory is taken and
 // given back outside of the locks; what is done under one is a look-up and what apply() does.
 class Users {
  public:
@@ -12548,13 +12594,17 @@ class Users {
     Shard& shard = shards_[number];
     std::uint64_t uses = 0, count = 0, index_slots = 0, user_slots = 0, free_slots = 0;
     archive(uses, count, index_slots, user_slots, free_slots);
-    // Of what is not there no memory is taken: tables are at most some times as large as their
-    // contents were, and users some 30 bytes at least.
-    constexpr std::size_t least = 30;
-    const std::uint64_t room = 4096 + 64 * (archive.left() / least);
-    if (count > archive.left() / least || index_slots > room || user_slots > room ||
-        free_slots > room || user_slots < count || free_slots < count)
-      return archive.fail();
+    // Tables as large as they were, so that budgets are used up as they would be; of such as no
+    // budget allows, as large as they must be.
+    constexpr std::size_t least = 70;  // bytes of a user
+    constexpr std::uint64_t most = std::uint64_t{1} << 40;
+    if (count > archive.left() / least) return archive.fail();
+    if (index_slots > most || user_slots > most || free_slots > most || user_slots < count ||
+        free_slots < count || index_slots * 3 < count * 4 ||
+        (index_slots + user_slots) * sizeof(void*) > budget_ + (std::size_t{1} << 16)) {
+      index_slots = count == 0 ? 0 : std::bit_ceil(count * 4 / 3 + 2);
+      user_slots = free_slots = count;
+    }
     const lock_guard lock{shard.mutex};
     if (index_slots > 0)
       shard.index = HashIndex::of_capacity(static_cast<std::size_t>(index_slots));
@@ -12817,6 +12867,315 @@ class Users {
   std::size_t state_size_, dimension_;
   std::array<Shard, shard_count> shards_;
 };
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 18: blobs. Owns a user outside of a recommender: how one is written, and read into the
+// numbers of another. Uses rooms 1, 2, 5, 6, 7, 8, 12, 13, 14 and 16.
+//
+// Numbers are those of one recommender, so items and event types go by name:
+//
+//   offset size field
+//        0    4 magic     "PZU" and the version, 1
+//        4    1 codec     0 stored, 1 zstd
+//        5    4 raw size  of the payload, at most 2^24
+//        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
+//       +8    8 checksum  XXH64 of all before
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+// What a blob says, decoded and checked.
+class Blob {
+ public:
+  // of: whose numbers the user's are.
+  static Result<Vector<std::byte>> write(const User& user, const Catalogue& of) {
+    Vector<std::byte> raw, events;
+    FieldWriter archive{raw};
+    const Fingerprints& model = of.base->fingerprints();
+    archive(model.encoder, model.items);
+    put_text(raw, user.key());
+    User::Personal::each_field(archive, user.personal());
+    Vector<std::uint32_t> items, types;
+    const auto index_in = [](Vector<std::uint32_t>& all, std::uint32_t number) {
+      const std::uint32_t* const at = std::find(all.begin(), all.end(), number);
+      const auto index = static_cast<std::size_t>(at - all.begin());
+      if (index == all.size()) all.push_back(number);
+      return index;
+    };
+    std::int64_t before = 0;
+    user.for_each_event([&](const RememberedEvent& event) {
+      put_number(events, index_in(items, event.item));
+      put_number(events,
+                 event.event_type == no_event_type ? 0 : 1 + index_in(types, event.event_type));
+      const std::uint64_t gap =
+          static_cast<std::uint64_t>(event.timestamp) - static_cast<std::uint64_t>(before);
+      put_number(events, gap << 1 ^ (0 - (gap >> 63)));
+      before = event.timestamp;
+    });
+    for (const RecentImpressions::Entry& entry : user.impressions()) index_in(items, entry.item);
+    put_number(raw, items.size());
+    for (const std::uint32_t item : items) put_text(raw, (*of.ids)[item]);
+    put_number(raw, types.size());
+    for (const std::uint32_t type : types) put_text(raw, of.base->parts().event_types[type]);
+    put_number(raw, user.events());
+    archive.bytes(events);
+    put_number(raw, user.impressions().size());
+    for (const RecentImpressions::Entry& entry : user.impressions()) {
+      put_number(raw, index_in(items, entry.item));
+      archive(entry.count, entry.seconds);
+    }
+    const auto offset =
+        user.generation >= of.space_since ? user.offset() : std::span<const std::byte>{};
+    put_number(raw, offset.size());
+    archive.bytes(offset);
+    const auto state =
+        user.generation >= of.encoder_since ? user.state() : std::span<const float>{};
+    put_number(raw, state.size());
+    archive.bytes(std::as_bytes(state));
+    return packed(raw);
+  }
+
+  // Errors: format, version, checksum, compression, limit, corrupt; unsupported (zstd).
+  static Result<Blob> read(std::span<const std::byte> bytes) {
+    Blob blob;
+    if (bytes.size() < head_size + 8 || std::memcmp(bytes.data(), "PZU", 3) != 0)
+      return Error{Errc::format, "not a user's blob", 0};
+    if (bytes[3] != std::byte{1})
+      return Error{Errc::version,
+                   "a user's blob of a later version; use a newer personalize_runtime.hpp", 3};
+    const auto checked = bytes.first(bytes.size() - 8);
+    if (xxh64(checked) != load_integer<std::uint64_t>(bytes.data() + checked.size()))
+      return Error{Errc::checksum, "the user's blob is damaged"};
+    const auto size = load_integer<std::uint32_t>(bytes.data() + 5);
+    const auto stored = checked.subspan(head_size);
+    if (size > most_bytes) return Error{Errc::limit, "the user's blob is over 16 MiB", 5};
+    if (bytes[4] == std::byte{0})
+      blob.raw_.assign(stored.begin(), stored.end());
+    else if (auto unpacked = unpack(stored, size, blob.raw_); !unpacked)
+      return unpacked.error();
+    if (blob.raw_.size() != size || !blob.parse())
+      return Error{Errc::corrupt, "the user's blob: its values contradict one another"};
+    return blob;
+  }
+
+  std::string_view user() const noexcept {
+    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+  std::string_view session() const noexcept {
+    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
+  }
+
+  // To visit(item, event type, timestamp), oldest first; the type is empty where there is none.
+  template <class Visit>
+  void for_each_event(Visit visit) const {
+    for (const RememberedEvent& event : events_)
+      visit(std::string_view(items_[event.item]),
+            event.event_type == no_event_type ? std::string_view{}
+                                              : std::string_view(types_[event.event_type]),
+            event.timestamp);
+  }
+
+  // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
+  // items that it does not know.
+  User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
+                   std::size_t& dropped) const {
+    const Fingerprints& model = of.base->fingerprints();
+    const bool same_state =
+        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
+    const bool same_space =
+        model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
+    User::Owner user = User::make(key, same_state ? state_.size() : 0);
+    if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
+    user->generation = same_state ? of.generation : 0;
+    const std::size_t kept = std::min(events_.size(), limit);
+    const std::size_t tail =
+        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
+    if (tail > 0) {
+      void* memory = ::operator new(tail);
+      user->move_tail(memory, tail);
+    }
+    if (same_space) user->set_offset(offset_);
+    dropped = 0;
+    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
+      RememberedEvent event = events_[e];
+      const auto item = number_of(of, event.item);
+      if (!item) {
+        ++dropped;
+        continue;
+      }
+      event.item = *item;
+      if (event.event_type != no_event_type)
+        event.event_type =
+            of.base->parts().event_types.find(types_[event.event_type]).value_or(no_event_type);
+      user->remember(event, limit);
+    }
+    for (RecentImpressions::Entry entry : impressions_) {
+      const auto item = number_of(of, entry.item);
+      if (!item) continue;
+      entry.item = *item;
+      user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
+    }
+    User::Personal personal = personal_;
+    personal.encoded = personal.encoded && same_state;
+    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
+    user->set_personal(personal);
+    return user;
+  }
+
+ private:
+  static constexpr std::size_t head_size = 9, most_bytes = std::size_t{1} << 24;
+
+  Blob() = default;
+
+  std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
+    const auto item = of.ids->find(items_[index]);
+    return item && *item < of.size() ? item : std::nullopt;
+  }
+
+  static void put_number(Vector<std::byte>& out, std::uint64_t number) {
+    std::array<std::byte, longest_varint> bytes;
+    std::byte* const end = write_varint(bytes.data(), number);
+    out.insert(out.end(), bytes.data(), end);
+  }
+  static void put_text(Vector<std::byte>& out, std::string_view text) {
+    put_number(out, text.size());
+    const auto bytes = text_bytes(text);
+    out.insert(out.end(), bytes.begin(), bytes.end());
+  }
+  static std::uint64_t take_number(FieldReader& archive) noexcept {
+    std::uint64_t number = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+      const auto byte = archive.bytes(1);
+      if (byte.empty()) return 0;
+      number |= (std::to_integer<std::uint64_t>(byte[0]) & 0x7f) << shift;
+      if (std::to_integer<unsigned>(byte[0]) < 0x80) return number;
+    }
+    archive.fail();
+    return 0;
+  }
+  // Of so many of `least` bytes each; more than there can be fails.
+  static std::size_t take_count(FieldReader& archive, std::size_t least) noexcept {
+    const std::uint64_t count = take_number(archive);
+    if (count > archive.left() / least) archive.fail();
+    return archive.ok() ? static_cast<std::size_t>(count) : 0;
+  }
+  static void take_names(FieldReader& archive, std::vector<std::string>& names) {
+    names.resize(take_count(archive, 2));
+    for (std::string& name : names) {
+      const auto raw = archive.bytes(take_number(archive));
+      name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
+      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
+    }
+  }
+
+  bool parse() {
+    FieldReader archive{raw_};
+    archive(model_.encoder, model_.items);
+    const auto key = archive.bytes(take_number(archive));
+    key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
+    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
+        !valid_id(key_))
+      return false;
+    User::Personal::each_field(archive, personal_);
+    take_names(archive, items_);
+    take_names(archive, types_);
+    events_.resize(take_count(archive, 3));
+    std::int64_t before = 0;
+    for (RememberedEvent& event : events_) {
+      const std::uint64_t item = take_number(archive), type = take_number(archive);
+      std::uint64_t gap = take_number(archive);
+      gap = gap >> 1 ^ (0 - (gap & 1));
+      before = static_cast<std::int64_t>(static_cast<std::uint64_t>(before) + gap);
+      if (item >= items_.size() || type > types_.size()) return false;
+      event = {static_cast<std::uint32_t>(item),
+               type == 0 ? no_event_type : static_cast<std::uint32_t>(type - 1), before};
+    }
+    impressions_.resize(take_count(archive, 9));
+    if (impressions_.size() > RecentImpressions::capacity) return false;
+    for (RecentImpressions::Entry& entry : impressions_) {
+      const std::uint64_t item = take_number(archive);
+      archive(entry.count, entry.seconds);
+      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
+      entry.item = static_cast<std::uint32_t>(item);
+    }
+    const auto offset = archive.bytes(take_number(archive));
+    offset_.assign(offset.begin(), offset.end());
+    state_.resize(take_count(archive, sizeof(float)));
+    const auto state = archive.bytes(state_.size() * sizeof(float));
+    if (!state.empty()) std::memcpy(state_.data(), state.data(), state.size());
+    return archive.at_end() && personal_.is_sound() && all_finite(state_);
+  }
+
+  static Result<Vector<std::byte>> packed(const Vector<std::byte>& raw) {
+    if (raw.size() > most_bytes) return Error{Errc::limit, "the user has over 16 MiB"};
+    Vector<std::byte> out;
+    for (const char c : std::string_view("PZU\1")) out.push_back(static_cast<std::byte>(c));
+    out.push_back(std::byte{0});
+    append_integer(out, static_cast<std::uint32_t>(raw.size()));
+#ifndef PERSONALIZE_NO_ZSTD
+    constexpr int level = 3;
+    out.resize(head_size + ZSTD_compressBound(raw.size()));
+    const std::size_t size = ZSTD_compress(out.data() + head_size, out.size() - head_size,
+                                           raw.data(), raw.size(), level);
+    const bool smaller = !ZSTD_isError(size) && size < raw.size();
+    out.resize(head_size + (smaller ? size : 0));
+    if (smaller)
+      out[4] = std::byte{1};
+    else
+      out.insert(out.end(), raw.begin(), raw.end());
+#else
+    out.insert(out.end(), raw.begin(), raw.end());
+#endif
+    append_integer(out, xxh64(out));
+    return out;
+  }
+  static Result<void> unpack([[maybe_unused]] std::span<const std::byte> stored,
+                             [[maybe_unused]] std::size_t size,
+                             [[maybe_unused]] Vector<std::byte>& raw) {
+#ifndef PERSONALIZE_NO_ZSTD
+    if (size / most_zstd_ratio > stored.size())
+      return Error{Errc::compression,
+                   "the user's blob is smaller than zstd can make what it claims to hold", 5};
+    raw.resize(size);
+    const std::size_t got = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
+    if (ZSTD_isError(got) || got != size)
+      return Error{Errc::compression, "the user's blob does not decompress to its size", 5};
+    return {};
+#else
+    return Error{Errc::unsupported,
+                 "the user's blob is compressed, and this build has PERSONALIZE_NO_ZSTD"};
+#endif
+  }
+
+  Vector<std::byte> raw_;
+  Fingerprints model_;
+  std::string key_;
+  User::Personal personal_;
+  std::vector<std::string> items_, types_;
+  Vector<RememberedEvent> events_;                // of indices in items_ and types_
+  Vector<RecentImpressions::Entry> impressions_;  // the same
+  Vector<std::byte> offset_;
+  Vector<float> state_;
+};
+
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 19: gates. Owns what events have to pass: the window of event ids, and the gate of time.
+// Uses rooms 1, 2, 9, 11, 14 and 16.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
 
 // The last event ids of all users, by keyed hashes, spread over 64 locks by the hash, so that no
 // one user fills a part of it alone. Any number of threads may call.
@@ -13120,7 +13479,7 @@ class TimeGate {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 15: folder. Owns the folder that holds what outlives a process, and files that grow at their
+// Room 20: folder. Owns the folder that holds what outlives a process, and files that grow at their
 // end: what of it a crash or a power cut leaves. Uses rooms 1 and 2.
 // ============================================================================================
 
@@ -13401,9 +13760,9 @@ class Folder {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 16: journal. Owns what keeps records of bytes through a crash: the format of its files, how
+// Room 21: journal. Owns what keeps records of bytes through a crash: the format of its files, how
 // they are read, and how many threads write them. Knows nothing of what the records say. Uses rooms
-// 1, 2 and 15.
+// 1, 2 and 20.
 //
 // A journal is a row of files in one folder. All integers little-endian. Header, 64 bytes:
 //
@@ -13991,6 +14350,11 @@ class Journal {
     Lock lock{mutex_};
     return finish(lock, sequence + 1, settings_.durability == Durability::each_call);
   }
+  // The same for all that was appended.
+  Result<void> commit_all() {
+    Lock lock{mutex_};
+    return finish(lock, next_, settings_.durability == Durability::each_call);
+  }
   // The same without waiting for a sync, whatever the durability is.
   Result<void> hand_over(std::uint64_t sequence) {
     Lock lock{mutex_};
@@ -14287,123 +14651,13 @@ class Journal {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 17: state. Owns all that a recommender knows and the turns in which it is changed, what
-// waits for an update, and how items rank for a user. Uses all earlier rooms.
-//
-// Locks, in the order in which a thread may take them (RankedMutex checks it):
-//   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
-//                            Updates::in_requests
-//   1  State::turns          one change at a time to what lies in one 32nd of the users, and all of
-//                            them for a moment, when a generation is published or a cut begins
-//   2  all others            a lane's catalogue and idle memory; a 64th of the users, of the
-//                            event ids, of the slates, of the context sums; what waits for an
-//                            update
-//   3  Journal               what waits to be written
-// Under those of rank 2 and 3 there are look-ups, copies and one step of the encoder: no memory is
-// taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
-// foreign string is hashed. No callback is called under any.
-//
-// A change (rooms 18 and 19) has three parts. It is resolved: ids become numbers, all memory is
-// taken; this may fail. Then State::note() gives its record to the journal, where there is one.
-// Then it is applied, which cannot fail and depends on nothing but the record and what is known.
-// All that lies within the turns of the users concerned, so that the journal's order is that of the
-// changes, and whoever reads it comes to the same end. When the turn is over the caller waits until
-// the record is as durable as was asked for.
+// Room 22: put items. Owns the items that were put and removed: what is known of them, and what
+// waits for an update. Uses rooms 1, 2, 7 and 14.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
 
 namespace detail {
-
-inline std::optional<HashKey> random_key() {
-  HashKey key{};
-#if PERSONALIZE_HAS_POSIX
-  const File file(std::fopen("/dev/urandom", "rb"));
-  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
-#else
-  std::random_device device;
-  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
-#endif
-  return key;
-}
-
-// Turns, each for some shards of the users.
-class Turns {
- public:
-  // ThreadSanitizer follows no more than 64 locks of a thread.
-  static constexpr std::size_t count = Users::shard_count / 2;
-  static std::size_t turn_of(const UserKey& key) noexcept {
-    return Users::shard_of_hash(key.hash()) % count;
-  }
-
-  // Of one user, or of two.
-  class Lock {
-   public:
-    Lock(Turns& turns, const UserKey& key) : Lock(turns, key, key) {}
-    Lock(Turns& turns, const UserKey& key, const UserKey& other) : turns_(&turns) {
-      const std::size_t a = turn_of(key), b = turn_of(other);
-      first_ = std::min(a, b);
-      second_ = std::max(a, b);
-      turns.mutexes_[first_].mutex.lock();
-      if (second_ != first_) turns.mutexes_[second_].mutex.lock_further();
-    }
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-    ~Lock() { end(); }
-    void end() noexcept {
-      if (!turns_) return;
-      if (second_ != first_) turns_->mutexes_[second_].mutex.unlock_further();
-      turns_->mutexes_[first_].mutex.unlock();
-      turns_ = nullptr;
-    }
-
-   private:
-    Turns* turns_;
-    std::size_t first_, second_;
-  };
-
-  class All {
-   public:
-    explicit All(Turns& turns) : turns_(turns) {
-      turns_.mutexes_[0].mutex.lock();
-      for (std::size_t t = 1; t < count; ++t) turns_.mutexes_[t].mutex.lock_further();
-    }
-    All(const All&) = delete;
-    All& operator=(const All&) = delete;
-    ~All() {
-      for (std::size_t t = count; --t > 0;) turns_.mutexes_[t].mutex.unlock_further();
-      turns_.mutexes_[0].mutex.unlock();
-    }
-
-   private:
-    Turns& turns_;
-  };
-
- private:
-  struct alignas(64) One {
-    RankedMutex<1> mutex;
-  };
-  std::array<One, count> mutexes_;
-};
-
-// What a record of the journal is of.
-enum class Entry : std::uint32_t {
-  event = 1,     // record() or record_impression()
-  slate = 2,     // recommend()
-  use = 3,       // rank() or explain(): a user counts as used
-  merge = 4,     // merge_session()
-  forget = 5,    // forget()
-  put = 6,       // put_item()
-  remove = 7,    // remove_item()
-  update = 8,    // an update looks at what there is
-  publish = 9,   // and is published
-  swap = 10,     // another model looks at what there is
-  model = 11,    // and is published
-  encode = 12,   // a user's state, by the present encoder
-  import = 13,   // import_user(), find_user
-  arrived = 14,  // an event that waited for its item
-  close = 15,    // the recommender ended in peace
-};
 
 // Items that were put and removed: what is known of them, and what waits for the next update. Any
 // number of threads.
@@ -14505,7 +14759,7 @@ class PutItems {
     auto found = items_.find(id);
     const bool known = found != items_.end();
     const bool waits = known && found->second.waiting;
-    if (waits ? found->second.removed : !there) return false;
+    if (!there && !(waits && !found->second.removed)) return false;
     if (!known) found = items_.emplace(std::string(id), Item{}).first;
     const auto give_up = [&] {
       if (!known) items_.erase(found);
@@ -14615,7 +14869,18 @@ class PutItems {
   }
 
   // Keeps others from putting and removing, until it ends.
-  using Hold = unique_lock<RankedMutex<2>>;
+  class Hold {
+   public:
+    explicit Hold(RankedMutex<2>& held) : mutex_(&held) { mutex_->lock(); }
+    Hold(Hold&& other) noexcept : mutex_(std::exchange(other.mutex_, nullptr)) {}
+    Hold& operator=(Hold&&) = delete;
+    ~Hold() {
+      if (mutex_) mutex_->unlock();
+    }
+
+   private:
+    RankedMutex<2>* mutex_;
+  };
   Hold hold() const { return Hold{mutex_}; }
   void write(FieldWriter& archive, const Hold&) const { each_field(archive, *this); }
   void read(FieldReader& archive) {
@@ -14641,7 +14906,8 @@ class PutItems {
       std::int64_t created = item.created.value_or(no_timestamp);
       archive(id, item.waiting, item.given, item.removed, item.version, created, fields, events);
       if constexpr (Archive::reads) {
-        if (fields > 1000 || events > archive.left()) return archive.fail();
+        // Of what is not there no memory is taken.
+        if (fields > 1000 || events > archive.left() / 32) return archive.fail();
         if (created != no_timestamp) item.created = created;
         item.fields.resize(static_cast<std::size_t>(fields));
         item.events.resize(static_cast<std::size_t>(events));
@@ -14726,7 +14992,139 @@ class PutItems {
   atomic<bool> any_waiting_{false};
 };
 
-class Keeper;  // room 20
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 23: state. Owns all that a recommender knows and the turns in which it is changed, what
+// waits for an update, and how items rank for a user. Uses all earlier rooms.
+//
+// Locks, in the order in which a thread may take them (RankedMutex checks it):
+//   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
+//                            Updates::in_requests
+//   1  State::turns          one change at a time to what lies in one 32nd of the users, and all of
+//                            them for a moment, when a generation is published or a cut begins
+//   2  all others            a lane's catalogue and idle memory; a 64th of the users, of the
+//                            event ids, of the slates, of the context sums; what waits for an
+//                            update
+//   3  Journal               what waits to be written
+// Under those of rank 2 and 3 there are look-ups, copies and one step of the encoder: no memory is
+// taken (but for items and events that wait for an update, and at a cut), nothing is solved, no
+// foreign string is hashed. No callback is called under any.
+//
+// A change (rooms 24 and 25) has three parts. It is resolved: ids become numbers, all memory is
+// taken; this may fail. Then State::note() gives its record to the journal, where there is one.
+// Then it is applied, which cannot fail and depends on nothing but the record and what is known.
+// All that lies within the turns of the users concerned, so that the journal's order is that of the
+// changes, and whoever reads it comes to the same end. When the turn is over the caller waits until
+// the record is as durable as was asked for.
+// ============================================================================================
+
+#if PERSONALIZE_HAS_BODIES
+
+namespace detail {
+
+inline std::optional<HashKey> random_key() {
+  HashKey key{};
+#if PERSONALIZE_HAS_POSIX
+  const File file(std::fopen("/dev/urandom", "rb"));
+  if (!file || std::fread(key.data(), sizeof key, 1, file.get()) != 1) return std::nullopt;
+#else
+  std::random_device device;
+  for (std::uint64_t& word : key) word = std::uint64_t{device()} << 32 | device();
+#endif
+  return key;
+}
+
+// Turns, each for some shards of the users.
+class Turns {
+ public:
+  // ThreadSanitizer follows no more than 64 locks of a thread.
+  static constexpr std::size_t count = Users::shard_count / 2;
+  static std::size_t turn_of(const UserKey& key) noexcept {
+    return Users::shard_of_hash(key.hash()) % count;
+  }
+
+  // Of one user, or of two.
+  class Lock {
+   public:
+    Lock(Turns& turns, const UserKey& key) : Lock(turns, key, key) {}
+    Lock(Turns& turns, const UserKey& key, const UserKey& other) : turns_(&turns) {
+      const std::size_t a = turn_of(key), b = turn_of(other);
+      first_ = std::min(a, b);
+      second_ = std::max(a, b);
+      turns.mutexes_[first_].mutex.lock();
+      if (second_ != first_) turns.mutexes_[second_].mutex.lock_further();
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() { end(); }
+    void end() noexcept {
+      if (!turns_) return;
+      if (second_ != first_) turns_->mutexes_[second_].mutex.unlock_further();
+      turns_->mutexes_[first_].mutex.unlock();
+      turns_ = nullptr;
+    }
+
+   private:
+    Turns* turns_;
+    std::size_t first_, second_;
+  };
+
+  class All {
+   public:
+    explicit All(Turns& turns) : turns_(turns) {
+      turns_.mutexes_[0].mutex.lock();
+      for (std::size_t t = 1; t < count; ++t) turns_.mutexes_[t].mutex.lock_further();
+    }
+    All(const All&) = delete;
+    All& operator=(const All&) = delete;
+    ~All() {
+      for (std::size_t t = count; --t > 0;) turns_.mutexes_[t].mutex.unlock_further();
+      turns_.mutexes_[0].mutex.unlock();
+    }
+
+   private:
+    Turns& turns_;
+  };
+
+ private:
+  struct alignas(64) One {
+    RankedMutex<1> mutex;
+  };
+  std::array<One, count> mutexes_;
+};
+
+// What a record of the journal is of.
+enum class RecordOf : std::uint32_t {
+  event = 1,     // record() or record_impression()
+  slate = 2,     // recommend()
+  use = 3,       // rank() or explain(): a user counts as used
+  merge = 4,     // merge_session()
+  forget = 5,    // forget()
+  put = 6,       // put_item()
+  remove = 7,    // remove_item()
+  update = 8,    // an update looks at what there is
+  publish = 9,   // and is published
+  swap = 10,     // another model looks at what there is
+  model = 11,    // and is published
+  encode = 12,   // a user's state, by the present encoder
+  import = 13,   // import_user(), find_user
+  arrived = 14,  // an event that waited for its item
+  close = 15,    // the recommender ended in peace
+};
+
+struct State;
+
+// Who writes state files into a folder. Called under State::update_mutex.
+class Saver {
+ public:
+  virtual ~Saver() = default;
+  virtual Result<SaveReport> save(State& state) = 0;
+  // Where the journal has grown, or can only be mended so.
+  virtual void save_if_due(State& state) noexcept = 0;
+};
 
 // What a recommender has, for all threads.
 struct State {
@@ -14756,7 +15154,7 @@ struct State {
     if (!journal) return;
     (void)catching_bad_alloc([&]() -> Result<void> {
       Vector<std::byte> record;
-      (void)note(Entry::close, record, [](FieldWriter&) {});
+      (void)note(RecordOf::close, record, [](FieldWriter&) {});
       return journal->sync();
     });
   }
@@ -14783,19 +15181,22 @@ struct State {
   // Gives a change's record to the journal; 0 where there is none. write(FieldWriter&): its fields.
   // Whoever calls has the turns that the change needs, and has taken all memory for it.
   template <class Write>
-  std::uint64_t note(Entry entry, Vector<std::byte>& record, Write write) {
+  std::uint64_t note(RecordOf what, Vector<std::byte>& record, Write write) {
     if (!journal) return 0;
     record.clear();
     FieldWriter archive{record};
     write(archive);
     Reservation room = journal->reserve(record.size());
     room.add(record);
-    return journal->append(std::move(room), static_cast<std::uint32_t>(entry));
+    return journal->append(std::move(room), static_cast<std::uint32_t>(what));
   }
   // Returns when the record is as durable as RecommenderOptions::durability says. Holds no lock.
   Result<void> durable(std::uint64_t sequence) {
     return journal && sequence != 0 ? journal->commit(sequence) : Result<void>{};
   }
+  // The same for all that was noted so far: of a call that finds done what another one, which may
+  // still wait or have failed, did.
+  Result<void> durable() { return journal ? journal->commit_all() : Result<void>{}; }
 
   // Of what nobody waits for: a process that ends loses none of it, a power cut may.
   void hand_over(std::uint64_t sequence) {
@@ -14842,6 +15243,17 @@ struct State {
       return;
     std::fill(state.begin(), state.end(), 0.0f);
     restarted.fetch_add(1, memory_order_relaxed);
+  }
+
+  // Users that have left memory, to whoever wants to keep them. Holds no lock.
+  void tell(GoneUsers& gone, const Catalogue& of) const {
+    gone.each([&](User& user) {
+      if (!options.on_evict) return;
+      const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
+      const std::string_view id = user.key().substr(1), none;
+      const bool is_user = user.key()[0] == 'u';
+      if (blob) options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
+    });
   }
 
   // Whether queries of the catalogue's model are good for the present one's sums.
@@ -14928,10 +15340,8 @@ struct State {
   PutItems put_items;
   Decay decay{Catalogue::half_life};
   Lanes lanes;
-  std::shared_ptr<Keeper> keeper;    // null: there is no folder
+  std::unique_ptr<Saver> keeper;     // null: there is no folder
   std::unique_ptr<Journal> journal;  // the same; set while nobody else calls
-  // Makes a save where one is due; empty without a journal. The caller holds update_mutex.
-  std::function<void()> save_if_due;
 
   // Events or impressions since the last learning. No bool: RISC-V exchanges no bytes without
   // libatomic (GCC 12).
@@ -14950,6 +15360,7 @@ struct State {
   std::size_t encoded_shard = Users::shard_count, encoded_slot = 0;  // how far they are current
 
   atomic<std::uint64_t> saves{0};  // by the keeper
+  atomic<std::uint32_t> calls{0};  // with Updates::in_requests
   RecoveryReport recovery;
 
   mutable RankedMutex<2> report_mutex;
@@ -14994,7 +15405,7 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
       previous = event.timestamp;
     }
   }
-  note(Entry::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
+  note(RecordOf::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
   if (fresh) users.replace(of, std::move(fresh));
   users.use(
       of,
@@ -15264,7 +15675,7 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 18: events. Owns what happens to users: events, impressions and slates, how each is
+// Room 24: events. Owns what happens to users: events, impressions and slates, how each is
 // resolved, written to a journal and applied. Uses all earlier rooms.
 // ============================================================================================
 
@@ -15418,12 +15829,13 @@ class Changes {
                                             : Recorded::unknown_slate;
   }
 
-  // Takes the memory that apply() needs.
+  // Takes the memory that apply() needs, of the user only where there is something to apply.
   void prepare(const EventChange& change) {
+    scratch_.record.reserve(record_bytes(change));
+    if (change.item == EventChange::no_item && scratch_.seen.empty()) return;
     const UserKey key = key_of(change);
     change_user(key, change.item != EventChange::no_item, scratch_.seen.size(),
                 change.has_query && !scratch_.seen.empty(), [](User&) {});
-    scratch_.record.reserve(record_bytes(change));
   }
 
   void write(const EventChange& change, FieldWriter& archive) const {
@@ -15504,7 +15916,7 @@ class Changes {
     // Memory first.
     change_user(user_key, before->first, before->second, true, [](User&) {});
     const std::uint64_t sequence = state_.note(
-        Entry::merge, scratch_.record, [&](FieldWriter& archive) { archive(session, user); });
+        RecordOf::merge, scratch_.record, [&](FieldWriter& archive) { archive(session, user); });
     const User::Owner visitor = state_.users.take(visitor_key);
     events.clear();
     visitor->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
@@ -15727,12 +16139,88 @@ struct Unlisting {
   ~Unlisting() { changes.unlist(); }
 };
 
+// Takes in a user of another process, who replaces one of the same id; only_new: unless there is
+// one. The caller has no turn.
+inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
+                                        std::span<const std::byte> bytes, GoneUsers& gone,
+                                        bool only_new, std::uint64_t& sequence) {
+  const auto blob = Blob::read(bytes);
+  if (!blob) return blob.error();
+  ImportReport report;
+  report.user = blob->user();
+  report.session = blob->session();
+  const UserKey key{report.user, report.session, state.key};
+  const Turns::Lock turn{state.turns, key};
+  scratch.use(state.lanes.current());
+  if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
+    return report;
+  Settle settle{state.users, key, scratch->grown, gone};
+  User::Owner user =
+      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
+  report.events = user->events();
+  scratch->grown = true;
+  state.users.make_room(key);
+  sequence = state.note(RecordOf::import, scratch->record,
+                        [&](FieldWriter& archive) { archive.bytes(bytes); });
+  state.users.put(key, std::move(user));
+  return report;
+}
+
+// A user as a blob, of whom nothing is changed; empty where there is none.
+inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue& of,
+                                             const UserKey& key) {
+  // A copy is made under the lock; the rest without.
+  Vector<std::byte> image;
+  constexpr std::size_t any = std::numeric_limits<std::uint32_t>::max();
+  User::Bounds bounds{0, 0, any, any, any};
+  for (;;) {
+    std::size_t room = 0;
+    const bool copied = state.users.read(key, [&](const User* user) {
+      if (!user) return true;
+      room = user->written_bytes();
+      if (image.capacity() < room) return false;
+      bounds.state_size = user->state().size();
+      bounds.offset_bytes = user->offset().size();
+      FieldWriter archive{image};
+      user->write(archive, true);
+      return true;
+    });
+    if (copied) break;
+    image.reserve(room);
+  }
+  if (image.empty()) return image;
+  FieldReader archive{image};
+  bool with_state = false;
+  const User::Owner user = User::read(archive, state.key, bounds, with_state);
+  if (!user) return Error{Errc::corrupt, "the user's values contradict one another"};
+  return Blob::write(*user, of);
+}
+
+// Asks for a user who is not in memory. Holds no lock. Where what comes is no blob of this user,
+// they begin anew.
+inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
+                           std::string_view session, GoneUsers& gone) {
+  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
+      !valid_id(user) || !valid_id(session))
+    return;
+  const UserKey key{user, session, state.key};
+  if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
+  std::vector<std::byte> blob;
+  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
+                               user.empty() ? session : std::string_view{}, blob))
+    return;
+  std::uint64_t sequence = 0;
+  const auto read = Blob::read(blob);
+  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
+  (void)import_blob(state, scratch, blob, gone, true, sequence);
+}
+
 }  // namespace detail
 
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 19: updates. Owns how the next generation comes to be: by what events and impressions taught
+// Room 25: updates. Owns how the next generation comes to be: by what events and impressions taught
 // and what was put and removed, or by another model; and the thread that sees to it. Uses all
 // earlier rooms.
 // ============================================================================================
@@ -15776,7 +16264,7 @@ class Update {
       if (!any) return;
       if (learn_) builder_->take_touched();
       latest_ = state_.times.latest();
-      ready(Entry::update, [&](FieldWriter& archive) { archive(now_, learn_); });
+      ready(RecordOf::update, [&](FieldWriter& archive) { archive(now_, learn_); });
     });
     if (any) begin_cut();
     return any;
@@ -15794,7 +16282,7 @@ class Update {
     Vector<std::byte> record;
     {
       const Turns::All turns{state_.turns};
-      sequence_ = state_.note(Entry::publish, record, [](FieldWriter&) {});
+      sequence_ = state_.note(RecordOf::publish, record, [](FieldWriter&) {});
       put_in_place(copies);
     }
     state_.hand_over(sequence_);
@@ -15819,7 +16307,7 @@ class Update {
     items_ = state_.put_items.taken_in();
     latest_ = std::max(state_.times.latest(), State::latest_of(*model_));
     old.counters->take_touched(touched_);
-    ready(Entry::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
+    ready(RecordOf::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
     begin_cut();
   }
 
@@ -15865,7 +16353,7 @@ class Update {
     const Fingerprints& of = model_->fingerprints();
     const std::shared_ptr<const Model> old = state_.catalogue->base;
     const Turns::All turns{state_.turns};
-    sequence_ = state_.note(Entry::model, record,
+    sequence_ = state_.note(RecordOf::model, record,
                             [&](FieldWriter& archive) { archive(of.encoder, of.items); });
     carry_forgotten(*state_.catalogue, *next_);
     if (interactions_kept_ < 1)
@@ -15894,10 +16382,10 @@ class Update {
  private:
   // What can fail, ahead of begin_cut().
   template <class Write>
-  void ready(Entry entry, Write write) {
+  void ready(RecordOf what, Write write) {
     Vector<std::byte> record;
     counters_ = std::make_shared<ItemCounters>(state_.catalogue->counters->at_cut());
-    state_.note(entry, record, write);
+    state_.note(what, record, write);
   }
   void begin_cut() noexcept {
     cut_ = state_.catalogue;
@@ -16042,11 +16530,14 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   }
   Changes changes{state, scratch, gone};
   scratch->seen.clear();
+  const Settle settle{state.users, key, scratch->grown, gone};  // where what follows fails
   changes.prepare(change);
-  state.note(Entry::arrived, scratch->record,
+  state.note(RecordOf::arrived, scratch->record,
              [&](FieldWriter& archive) { changes.write(change, archive); });
   state.put_items.drop_arrived(id);
   changes.apply(change);
+  turn.end();
+  state.tell(gone, scratch.catalogue());
   return true;
 }
 
@@ -16080,16 +16571,20 @@ class Updater {
   // Another thread that is at it is not waited for. Errors: out_of_memory; the update is then due
   // again.
   Result<void> update_if_due() {
-    if (state_.options.updates != Updates::in_requests || !due()) return {};
+    constexpr std::uint32_t calls_a_look = 1024;  // at the journal
+    if (state_.options.updates != Updates::in_requests) return {};
+    const bool look = state_.keeper && state_.calls.fetch_add(1) % calls_a_look == 0;
+    if (!due() && !look) return {};
     const unique_lock lock{state_.update_mutex, try_to_lock};
-    if (!lock || !due()) return {};
+    if (!lock) return {};
+    if (look) state_.keeper->save_if_due(state_);
+    if (!due()) return {};
     const std::int64_t now = state_.times.now(), before = state_.next_update.load();
     state_.next_update.store(now + state_.options.update_interval.count());
     Pace pace;
     auto updated = run(now, true, pace);
     if (!updated) state_.next_update.store(before);
     encode_some(users_a_time, pace);
-    if (state_.save_if_due) state_.save_if_due();
     return updated;
   }
 
@@ -16184,7 +16679,7 @@ class Updater {
       const bool is_due = due();
       unique_lock update_lock{state.update_mutex};
       Pace pace(rest);  // what the lock took was no work
-      if (put || is_due) {
+      if (is_due || (put && state.options.update_interval.count() > 0)) {
         const std::int64_t now = state.times.now();
         if (is_due) state.next_update.store(now + state.options.update_interval.count());
         made = run(now, is_due, pace).has_value();
@@ -16192,7 +16687,7 @@ class Updater {
         state.sweep();
       }
       more = encode_some(256, pace);
-      if (state.save_if_due) state.save_if_due();
+      if (state.keeper) state.keeper->save_if_due(state);
       update_lock.unlock();
       pace.rest();
       lock.lock();
@@ -16205,7 +16700,8 @@ class Updater {
 
 // Where RecommenderOptions wants a thread.
 inline Result<void> start_updater(State& state) {
-  if (state.options.updates != Updates::by_thread || state.options.update_interval.count() == 0)
+  if (state.options.updates != Updates::by_thread ||
+      (state.options.update_interval.count() == 0 && !state.keeper))
     return {};
 #if PERSONALIZE_HAS_EXCEPTIONS
   try {
@@ -16258,9 +16754,8 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 20: persistence. Owns what outlives the process: the state file, written beside traffic and
-// read onto the same or another model; a folder with a state file and the journal of what came
-// after; users as blobs. Uses all earlier rooms.
+// Room 26: state file. Owns how all that a recommender knows is written beside traffic, and read
+// onto the same or another model. Uses all earlier rooms.
 //
 // A state file has the outside of room 5. Its sections are bytes (u8), fields back to back as the
 // function each_field of their owner names them, texts behind their u64 size:
@@ -16277,11 +16772,6 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
 //   CTXT s      ContextSums, a 64th of them
 //   SLAT s      SlateLog, a part
 //   USER s      Users, a 64th of them
-//
-// A folder has files state-N.pzs and journal-N.pzj. State N is what was known when the journal went
-// over to file N; what came after stands in journal N and those that follow. A save makes journal
-// N + 1, goes over to it, writes state N + 1, and when that is durable removes what was before. So
-// a crash at any moment leaves a state and all that came after it.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -16361,10 +16851,17 @@ void mask_fields(Archive& archive, ItemMask& mask) {
 
 // Of all models: what another one goes on from.
 template <class Archive, class Self>
-void lasting_fields(Archive& archive, Self& self) {
+void lasting_fields(Archive& archive, Self& self, std::size_t size, std::int64_t most_time) {
   archive(self.generation, self.encoder_since, self.space_since, self.calibration.slope,
           self.calibration.intercept, self.well_known_prior.strength, self.well_known_prior.mean,
-          self.cold_prior.strength, self.cold_prior.mean, self.started);
+          self.cold_prior.strength, self.cold_prior.mean, self.started, self.trained_until);
+  paged_fields<ItemStatistics>(archive, self.statistics, size, [&](auto& a, auto& s) {
+    a(s.interactions, s.first_timestamp, s.last_timestamp, s.creation_timestamp);
+    // A clock that was ahead when it was saved may have been put right.
+    if constexpr (Archive::reads)
+      for (std::int64_t* t : {&s.first_timestamp, &s.last_timestamp, &s.creation_timestamp})
+        *t = std::min(*t, most_time);
+  });
   bool moments = self.second_moment != nullptr;
   Vector<std::uint32_t> active = *self.active;
   Vector<double> moment;
@@ -16373,7 +16870,7 @@ void lasting_fields(Archive& archive, Self& self) {
   if constexpr (Archive::reads) {
     const auto ascends = [&](const Vector<std::uint32_t>& items) {
       for (std::size_t i = 0; i < items.size(); ++i)
-        if (items[i] >= self.size() || (i > 0 && items[i] <= items[i - 1])) return false;
+        if (items[i] >= size || (i > 0 && items[i] <= items[i - 1])) return false;
       return true;
     };
     const auto within = [](double v, double low, double high) { return v >= low && v <= high; };
@@ -16395,17 +16892,10 @@ void lasting_fields(Archive& archive, Self& self) {
 // Of one model: what was learnt of its items. Of what follows from it nothing is written: biases,
 // corrected vectors, the scorer.
 template <class Archive, class Self>
-void catalogue_fields(Archive& archive, Self& self, std::int64_t most_time) {
+void catalogue_fields(Archive& archive, Self& self) {
   const std::size_t size = self.size(), d = self.dimension();
   archive(self.popularity_scale, self.trained_interactions, self.interactions, self.mean_square,
           self.low_bias, self.unseen_quality, self.changed_base);
-  paged_fields<ItemStatistics>(archive, self.statistics, size, [&](auto& a, auto& s) {
-    a(s.interactions, s.first_timestamp, s.last_timestamp, s.creation_timestamp);
-    // A clock that was ahead when it was saved may have been put right.
-    if constexpr (Archive::reads)
-      for (std::int64_t* t : {&s.first_timestamp, &s.last_timestamp, &s.creation_timestamp})
-        *t = std::min(*t, most_time);
-  });
   const auto number = [](auto& a, auto& v) {
     a(v);
     if constexpr (Archive::reads)
@@ -16591,8 +17081,8 @@ class StateWriter {
               of.base->parts().user_ids[w * 64 + static_cast<std::size_t>(std::countr_zero(bits))]);
     });
     add("CATL", 0, [&](FieldWriter& archive, Bytes&) {
-      lasting_fields(archive, of);
-      catalogue_fields(archive, of, 0);
+      lasting_fields(archive, of, of.size(), 0);
+      catalogue_fields(archive, of);
     });
     add("CNTR", 0, [&](FieldWriter& archive, Bytes&) {
       ItemCounters::each_field(archive, std::as_const(*counters_));
@@ -16683,12 +17173,17 @@ class StateReader {
     return finish();
   }
   // What StateWriter::write_names() wrote.
-  static void read_names(FieldReader& archive, StringTable& names) {
+  static Result<void> read_names(FieldReader& archive, StringTable& names) {
     std::uint64_t count = 0;
     archive(count);
-    for (std::uint64_t i = 0; i < count && archive.ok(); ++i)
-      if (const std::string_view name = archive.text(); archive.ok() && !names.add(name))
-        archive.fail();
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
+      const std::string_view name = archive.text();
+      if (!archive.ok()) break;
+      const auto added = names.add(name);
+      if (!added && added.error().code == Errc::out_of_memory) return added.error();
+      if (!added) archive.fail();
+    }
+    return {};
   }
 
   std::unique_ptr<State> state;
@@ -16730,10 +17225,10 @@ class StateReader {
         times_.assign(rest.begin(), rest.end());
       }
     } else if (follows("ITEM", Part::items)) {
-      read_names(archive, items_);
+      done = read_names(archive, items_);
     } else if (follows("TYPE", Part::types)) {
-      read_names(archive, types_);
-      if (archive.at_end()) done = begin();
+      done = read_names(archive, types_);
+      if (done && archive.at_end()) done = begin();
     } else if (follows("FORG", Part::forgotten)) {
       read_forgotten(archive);
     } else if (follows("CATL", Part::catalogue)) {
@@ -16772,6 +17267,10 @@ class StateReader {
     return {};
   }
 
+  // Also one of the same vectors with more items.
+  bool other_model() const noexcept {
+    return !same_space_ || !same_encoder_ || ordered_->item_count() != items_.size();
+  }
   User::Bounds bounds() const noexcept {
     return {static_cast<std::size_t>(head.state_size),
             User::offset_size(static_cast<std::size_t>(head.dimension)), items_.size(),
@@ -16821,14 +17320,14 @@ class StateReader {
   }
 
   Result<void> read_catalogue(FieldReader& archive) {
-    lasting_fields(archive, *catalogue_);
-    if (!archive.ok() || !same_space_ || !same_encoder_) {
+    lasting_fields(archive, *catalogue_, items_.size(), now_ + state->options.clock_skew.count());
+    if (!archive.ok() || other_model()) {
       if (archive.ok()) (void)archive.bytes(archive.left());
       return {};
     }
     const std::size_t d = catalogue_->dimension();
     if (catalogue_->second_moment && catalogue_->second_moment->size() != d * d) archive.fail();
-    catalogue_fields(archive, *catalogue_, now_ + state->options.clock_skew.count());
+    catalogue_fields(archive, *catalogue_);
     if (!archive.ok()) return {};
     Catalogue& c = *catalogue_;
     c.scorer =
@@ -16854,8 +17353,9 @@ class StateReader {
     of.encoded_shard = of.encoded_slot = 0;
     GoneUsers gone;
     for (std::size_t s = 0; s < Users::shard_count; ++s) of.users.settle(s, gone);
+    of.tell(gone, *of.catalogue);
     report.users = of.users.count();
-    report.other_model = !same_space_ || !same_encoder_;
+    report.other_model = other_model();
     report.states_kept = same_encoder_;
     report.sums_kept = same_space_;
     if (!report.other_model) return {};
@@ -16880,376 +17380,23 @@ class StateReader {
   std::int64_t now_ = 0;
 };
 
-// --------------------------------------------------------------------------------------------
-// Users as blobs. Numbers are those of one recommender, so items and event types go by name:
+}  // namespace detail
+
+#endif  // PERSONALIZE_HAS_BODIES
+
+// ============================================================================================
+// Room 27: persistence. Owns the folder that a recommender keeps its state in: how it is opened,
+// its journal applied, and how saves follow one another. Uses all earlier rooms.
 //
-//   offset size field
-//        0    4 magic     "PZU" and the version, 1
-//        4    1 codec     0 stored, 1 zstd
-//        5    4 raw size  of the payload, at most 2^24
-//        9      payload   in the order of Blob::write(); counts, sizes and indices are varints
-//       +8    8 checksum  XXH64 of all before
+// A folder has files state-N.pzs and journal-N.pzj. State N is what was known when the journal went
+// over to file N; what came after stands in journal N and those that follow. A save makes journal
+// N + 1, goes over to it, writes state N + 1, and when that is durable removes what was before. So
+// a crash at any moment leaves a state and all that came after it.
+// ============================================================================================
 
-// What a blob says, decoded and checked.
-class Blob {
- public:
-  // of: whose numbers the user's are.
-  static Result<Vector<std::byte>> write(const User& user, const Catalogue& of) {
-    Vector<std::byte> raw, events;
-    FieldWriter archive{raw};
-    const Fingerprints& model = of.base->fingerprints();
-    archive(model.encoder, model.items);
-    put_text(raw, user.key());
-    User::Personal::each_field(archive, user.personal());
-    Vector<std::uint32_t> items, types;
-    const auto index_in = [](Vector<std::uint32_t>& all, std::uint32_t number) {
-      const std::uint32_t* const at = std::find(all.begin(), all.end(), number);
-      const auto index = static_cast<std::size_t>(at - all.begin());
-      if (index == all.size()) all.push_back(number);
-      return index;
-    };
-    std::int64_t before = 0;
-    user.for_each_event([&](const RememberedEvent& event) {
-      put_number(events, index_in(items, event.item));
-      put_number(events,
-                 event.event_type == no_event_type ? 0 : 1 + index_in(types, event.event_type));
-      const std::uint64_t gap =
-          static_cast<std::uint64_t>(event.timestamp) - static_cast<std::uint64_t>(before);
-      put_number(events, gap << 1 ^ (0 - (gap >> 63)));
-      before = event.timestamp;
-    });
-    for (const RecentImpressions::Entry& entry : user.impressions()) index_in(items, entry.item);
-    put_number(raw, items.size());
-    for (const std::uint32_t item : items) put_text(raw, (*of.ids)[item]);
-    put_number(raw, types.size());
-    for (const std::uint32_t type : types) put_text(raw, of.base->parts().event_types[type]);
-    put_number(raw, user.events());
-    archive.bytes(events);
-    put_number(raw, user.impressions().size());
-    for (const RecentImpressions::Entry& entry : user.impressions()) {
-      put_number(raw, index_in(items, entry.item));
-      archive(entry.count, entry.seconds);
-    }
-    const auto offset =
-        user.generation >= of.space_since ? user.offset() : std::span<const std::byte>{};
-    put_number(raw, offset.size());
-    archive.bytes(offset);
-    const auto state =
-        user.generation >= of.encoder_since ? user.state() : std::span<const float>{};
-    put_number(raw, state.size());
-    archive.bytes(std::as_bytes(state));
-    return packed(raw);
-  }
+#if PERSONALIZE_HAS_BODIES
 
-  // Errors: format, version, checksum, compression, limit, corrupt; unsupported (zstd).
-  static Result<Blob> read(std::span<const std::byte> bytes) {
-    Blob blob;
-    if (bytes.size() < head_size + 8 || std::memcmp(bytes.data(), "PZU", 3) != 0)
-      return Error{Errc::format, "not a user's blob", 0};
-    if (bytes[3] != std::byte{1})
-      return Error{Errc::version,
-                   "a user's blob of a later version; use a newer personalize_runtime.hpp", 3};
-    const auto checked = bytes.first(bytes.size() - 8);
-    if (xxh64(checked) != load_integer<std::uint64_t>(bytes.data() + checked.size()))
-      return Error{Errc::checksum, "the user's blob is damaged"};
-    const auto size = load_integer<std::uint32_t>(bytes.data() + 5);
-    const auto stored = checked.subspan(head_size);
-    if (size > most_bytes) return Error{Errc::limit, "the user's blob is over 16 MiB", 5};
-    if (bytes[4] == std::byte{0})
-      blob.raw_.assign(stored.begin(), stored.end());
-    else if (auto unpacked = unpack(stored, size, blob.raw_); !unpacked)
-      return unpacked.error();
-    if (blob.raw_.size() != size || !blob.parse())
-      return Error{Errc::corrupt, "the user's blob: its values contradict one another"};
-    return blob;
-  }
-
-  std::string_view user() const noexcept {
-    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
-  std::string_view session() const noexcept {
-    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
-
-  // To visit(item, event type, timestamp), oldest first; the type is empty where there is none.
-  template <class Visit>
-  void for_each_event(Visit visit) const {
-    for (const RememberedEvent& event : events_)
-      visit(std::string_view(items_[event.item]),
-            event.event_type == no_event_type ? std::string_view{}
-                                              : std::string_view(types_[event.event_type]),
-            event.timestamp);
-  }
-
-  // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
-  // items that it does not know.
-  User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
-                   std::size_t& dropped) const {
-    const Fingerprints& model = of.base->fingerprints();
-    const bool same_state =
-        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
-    const bool same_space =
-        model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
-    User::Owner user = User::make(key, same_state ? state_.size() : 0);
-    if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
-    user->generation = same_state ? of.generation : 0;
-    const std::size_t kept = std::min(events_.size(), limit);
-    const std::size_t tail =
-        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
-    if (tail > 0) {
-      void* memory = ::operator new(tail);
-      user->move_tail(memory, tail);
-    }
-    if (same_space) user->set_offset(offset_);
-    dropped = 0;
-    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
-      RememberedEvent event = events_[e];
-      const auto item = number_of(of, event.item);
-      if (!item) {
-        ++dropped;
-        continue;
-      }
-      event.item = *item;
-      if (event.event_type != no_event_type)
-        event.event_type =
-            of.base->parts().event_types.find(types_[event.event_type]).value_or(no_event_type);
-      user->remember(event, limit);
-    }
-    for (RecentImpressions::Entry entry : impressions_) {
-      const auto item = number_of(of, entry.item);
-      if (!item) continue;
-      entry.item = *item;
-      user->add_impressions(std::span<const RecentImpressions::Entry>(&entry, 1));
-    }
-    User::Personal personal = personal_;
-    personal.encoded = personal.encoded && same_state;
-    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
-    user->set_personal(personal);
-    return user;
-  }
-
- private:
-  static constexpr std::size_t head_size = 9, most_bytes = std::size_t{1} << 24;
-
-  Blob() = default;
-
-  std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
-    const auto item = of.ids->find(items_[index]);
-    return item && *item < of.size() ? item : std::nullopt;
-  }
-
-  static void put_number(Vector<std::byte>& out, std::uint64_t number) {
-    std::array<std::byte, longest_varint> bytes;
-    std::byte* const end = write_varint(bytes.data(), number);
-    out.insert(out.end(), bytes.data(), end);
-  }
-  static void put_text(Vector<std::byte>& out, std::string_view text) {
-    put_number(out, text.size());
-    const auto bytes = text_bytes(text);
-    out.insert(out.end(), bytes.begin(), bytes.end());
-  }
-  static std::uint64_t take_number(FieldReader& archive) noexcept {
-    std::uint64_t number = 0;
-    for (unsigned shift = 0; shift < 64; shift += 7) {
-      const auto byte = archive.bytes(1);
-      if (byte.empty()) return 0;
-      number |= (std::to_integer<std::uint64_t>(byte[0]) & 0x7f) << shift;
-      if (std::to_integer<unsigned>(byte[0]) < 0x80) return number;
-    }
-    archive.fail();
-    return 0;
-  }
-  // Of so many of `least` bytes each; more than there can be fails.
-  static std::size_t take_count(FieldReader& archive, std::size_t least) noexcept {
-    const std::uint64_t count = take_number(archive);
-    if (count > archive.left() / least) archive.fail();
-    return archive.ok() ? static_cast<std::size_t>(count) : 0;
-  }
-  static void take_names(FieldReader& archive, std::vector<std::string>& names) {
-    names.resize(take_count(archive, 2));
-    for (std::string& name : names) {
-      const auto raw = archive.bytes(take_number(archive));
-      name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
-      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
-    }
-  }
-
-  bool parse() {
-    FieldReader archive{raw_};
-    archive(model_.encoder, model_.items);
-    const auto key = archive.bytes(take_number(archive));
-    key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
-    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
-        !valid_id(key_))
-      return false;
-    User::Personal::each_field(archive, personal_);
-    take_names(archive, items_);
-    take_names(archive, types_);
-    events_.resize(take_count(archive, 3));
-    std::int64_t before = 0;
-    for (RememberedEvent& event : events_) {
-      const std::uint64_t item = take_number(archive), type = take_number(archive);
-      std::uint64_t gap = take_number(archive);
-      gap = gap >> 1 ^ (0 - (gap & 1));
-      before = static_cast<std::int64_t>(static_cast<std::uint64_t>(before) + gap);
-      if (item >= items_.size() || type > types_.size()) return false;
-      event = {static_cast<std::uint32_t>(item),
-               type == 0 ? no_event_type : static_cast<std::uint32_t>(type - 1), before};
-    }
-    impressions_.resize(take_count(archive, 9));
-    if (impressions_.size() > RecentImpressions::capacity) return false;
-    for (RecentImpressions::Entry& entry : impressions_) {
-      const std::uint64_t item = take_number(archive);
-      archive(entry.count, entry.seconds);
-      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
-      entry.item = static_cast<std::uint32_t>(item);
-    }
-    const auto offset = archive.bytes(take_number(archive));
-    offset_.assign(offset.begin(), offset.end());
-    state_.resize(take_count(archive, sizeof(float)));
-    const auto state = archive.bytes(state_.size() * sizeof(float));
-    if (!state.empty()) std::memcpy(state_.data(), state.data(), state.size());
-    return archive.at_end() && personal_.is_sound() && all_finite(state_);
-  }
-
-  static Result<Vector<std::byte>> packed(const Vector<std::byte>& raw) {
-    if (raw.size() > most_bytes) return Error{Errc::limit, "the user has over 16 MiB"};
-    Vector<std::byte> out;
-    for (const char c : std::string_view("PZU\1")) out.push_back(static_cast<std::byte>(c));
-    out.push_back(std::byte{0});
-    append_integer(out, static_cast<std::uint32_t>(raw.size()));
-#ifndef PERSONALIZE_NO_ZSTD
-    constexpr int level = 3;
-    out.resize(head_size + ZSTD_compressBound(raw.size()));
-    const std::size_t size = ZSTD_compress(out.data() + head_size, out.size() - head_size,
-                                           raw.data(), raw.size(), level);
-    const bool smaller = !ZSTD_isError(size) && size < raw.size();
-    out.resize(head_size + (smaller ? size : 0));
-    if (smaller)
-      out[4] = std::byte{1};
-    else
-      out.insert(out.end(), raw.begin(), raw.end());
-#else
-    out.insert(out.end(), raw.begin(), raw.end());
-#endif
-    append_integer(out, xxh64(out));
-    return out;
-  }
-  static Result<void> unpack([[maybe_unused]] std::span<const std::byte> stored,
-                             [[maybe_unused]] std::size_t size,
-                             [[maybe_unused]] Vector<std::byte>& raw) {
-#ifndef PERSONALIZE_NO_ZSTD
-    if (size / most_zstd_ratio > stored.size())
-      return Error{Errc::compression,
-                   "the user's blob is smaller than zstd can make what it claims to hold", 5};
-    raw.resize(size);
-    const std::size_t got = ZSTD_decompress(raw.data(), raw.size(), stored.data(), stored.size());
-    if (ZSTD_isError(got) || got != size)
-      return Error{Errc::compression, "the user's blob does not decompress to its size", 5};
-    return {};
-#else
-    return Error{Errc::unsupported,
-                 "the user's blob is compressed, and this build has PERSONALIZE_NO_ZSTD"};
-#endif
-  }
-
-  Vector<std::byte> raw_;
-  Fingerprints model_;
-  std::string key_;
-  User::Personal personal_;
-  std::vector<std::string> items_, types_;
-  Vector<RememberedEvent> events_;                // of indices in items_ and types_
-  Vector<RecentImpressions::Entry> impressions_;  // the same
-  Vector<std::byte> offset_;
-  Vector<float> state_;
-};
-
-// Takes in a user of another process, who replaces one of the same id; only_new: unless there is
-// one. The caller has no turn.
-inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
-                                        std::span<const std::byte> bytes, GoneUsers& gone,
-                                        bool only_new, std::uint64_t& sequence) {
-  const auto blob = Blob::read(bytes);
-  if (!blob) return blob.error();
-  ImportReport report;
-  report.user = blob->user();
-  report.session = blob->session();
-  const UserKey key{report.user, report.session, state.key};
-  const Turns::Lock turn{state.turns, key};
-  scratch.use(state.lanes.current());
-  if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
-    return report;
-  Settle settle{state.users, key, scratch->grown, gone};
-  User::Owner user =
-      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
-  report.events = user->events();
-  scratch->grown = true;
-  state.users.make_room(key);
-  sequence = state.note(Entry::import, scratch->record,
-                        [&](FieldWriter& archive) { archive.bytes(bytes); });
-  state.users.put(key, std::move(user));
-  return report;
-}
-
-// A user as a blob, of whom nothing is changed; empty where there is none.
-inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue& of,
-                                             const UserKey& key) {
-  // A copy is made under the lock; the rest without.
-  Vector<std::byte> image;
-  constexpr std::size_t any = std::numeric_limits<std::uint32_t>::max();
-  User::Bounds bounds{0, 0, any, any, any};
-  for (;;) {
-    std::size_t room = 0;
-    const bool copied = state.users.read(key, [&](const User* user) {
-      if (!user) return true;
-      room = user->written_bytes();
-      if (image.capacity() < room) return false;
-      bounds.state_size = user->state().size();
-      bounds.offset_bytes = user->offset().size();
-      FieldWriter archive{image};
-      user->write(archive, true);
-      return true;
-    });
-    if (copied) break;
-    image.reserve(room);
-  }
-  if (image.empty()) return image;
-  FieldReader archive{image};
-  bool with_state = false;
-  const User::Owner user = User::read(archive, state.key, bounds, with_state);
-  if (!user) return Error{Errc::corrupt, "the user's values contradict one another"};
-  return Blob::write(*user, of);
-}
-
-// Users that have left memory, to whoever wants to keep them. Holds no lock.
-inline void tell_gone(const State& state, const Catalogue& of, GoneUsers& gone) {
-  if (gone.empty() || !state.options.on_evict) return;
-  gone.each([&](User& user) {
-    const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
-    const std::string_view id = user.key().substr(1), none;
-    const bool is_user = user.key()[0] == 'u';
-    if (blob) state.options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
-  });
-}
-
-// Asks for a user who is not in memory. Holds no lock. Where what comes is no blob of this user,
-// they begin anew.
-inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
-                           std::string_view session, GoneUsers& gone) {
-  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
-      !valid_id(user) || !valid_id(session))
-    return;
-  const UserKey key{user, session, state.key};
-  if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
-  std::vector<std::byte> blob;
-  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
-                               user.empty() ? session : std::string_view{}, blob))
-    return;
-  std::uint64_t sequence = 0;
-  const auto read = Blob::read(blob);
-  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
-  (void)import_blob(state, scratch, blob, gone, true, sequence);
-}
+namespace detail {
 
 // Applies the records of a journal to a state that has none yet.
 class Replay {
@@ -17268,42 +17415,44 @@ class Replay {
     ++records;
     closed = false;
     auto done = catching_bad_alloc([&]() -> Result<void> {
-      switch (static_cast<Entry>(type)) {
-        case Entry::event:
-        case Entry::arrived:
+      switch (static_cast<RecordOf>(type)) {
+        case RecordOf::event:
+        case RecordOf::arrived:
           return event(archive);
-        case Entry::slate:
+        case RecordOf::slate:
           return slate(archive);
-        case Entry::use:
+        case RecordOf::use:
           return use(archive);
-        case Entry::merge:
+        case RecordOf::merge:
           return merge(archive);
-        case Entry::forget:
+        case RecordOf::forget:
           return forget(archive);
-        case Entry::put:
+        case RecordOf::put:
           return put(archive);
-        case Entry::remove:
+        case RecordOf::remove:
           return remove(archive);
-        case Entry::update:
+        case RecordOf::update:
           return update(archive);
-        case Entry::publish:
+        case RecordOf::publish:
           return publish();
-        case Entry::swap:
+        case RecordOf::swap:
           return swap(archive);
-        case Entry::model:
+        case RecordOf::model:
           return model(archive);
-        case Entry::encode:
+        case RecordOf::encode:
           return encode(archive);
-        case Entry::import:
+        case RecordOf::import:
           return import(archive);
-        case Entry::close:
+        case RecordOf::close:
           closed = true;
           return {};
       }
       return {};  // of a later version
     });
-    const bool known = type >= static_cast<std::uint32_t>(Entry::event) &&
-                       type <= static_cast<std::uint32_t>(Entry::close);
+    // Perhaps once more: nobody knows whether they were told of before the end.
+    state_.tell(gone_, *state_.catalogue);
+    const bool known = type >= static_cast<std::uint32_t>(RecordOf::event) &&
+                       type <= static_cast<std::uint32_t>(RecordOf::close);
     if (done && known && !archive.at_end()) done = contradicts();
     if (done || done.error().code == Errc::out_of_memory) return done;
     return Error{done.error().code,
@@ -17326,8 +17475,7 @@ class Replay {
 
   Result<void> event(FieldReader& archive) {
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    Changes changes{state_, scratch, gone};
+    Changes changes{state_, scratch, gone_};
     EventChange change;
     changes.read(change, archive, foreign_);
     const Unlisting unlisting{changes};
@@ -17351,8 +17499,7 @@ class Replay {
 
   Result<void> slate(FieldReader& archive) {
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    Changes changes{state_, scratch, gone};
+    Changes changes{state_, scratch, gone_};
     SlateChange change;
     changes.read(change, archive, foreign_);
     if (!archive.at_end() || change.user.size() > max_id_bytes ||
@@ -17378,8 +17525,7 @@ class Replay {
     if (!archive.ok() || session.empty() || user.empty() || !sound_ids(user, session))
       return contradicts();
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
-    (void)Changes{state_, scratch, gone}.merge(session, user);
+    (void)Changes{state_, scratch, gone_}.merge(session, user);
     return {};
   }
 
@@ -17475,9 +17621,8 @@ class Replay {
   Result<void> import(FieldReader& archive) {
     const auto blob = archive.bytes(archive.left());
     ScratchLease scratch{state_.lanes};
-    GoneUsers gone;
     std::uint64_t sequence = 0;
-    const auto imported = import_blob(state_, scratch, blob, gone, false, sequence);
+    const auto imported = import_blob(state_, scratch, blob, gone_, false, sequence);
     return imported ? Result<void>{} : imported.error();
   }
 
@@ -17485,12 +17630,13 @@ class Replay {
   Fingerprints present_;
   bool foreign_ = false;
   Pace pace_;
+  GoneUsers gone_;
   std::optional<Update> update_;
 };
 
 // The folder that a recommender keeps its state in, and what it does there. Its functions are
 // called under State::update_mutex.
-class Keeper {
+class Keeper final : public Saver {
  public:
   static std::string state_name(std::uint64_t number) { return name("state-", number, ".pzs"); }
   static std::string journal_name(std::uint64_t number) { return name("journal-", number, ".pzj"); }
@@ -17547,7 +17693,7 @@ class Keeper {
 
   // Writes a state file and goes over to a new journal; then the old ones go. Errors: io,
   // out_of_memory: the old ones stay, and with the journal hold all that there is.
-  Result<SaveReport> save(State& state) {
+  Result<SaveReport> save(State& state) override {
     const auto begun = std::chrono::steady_clock::now();
     const std::uint64_t number = number_ + 1;
     const Fingerprints& model = state.catalogue->base->fingerprints();
@@ -17556,7 +17702,9 @@ class Keeper {
     header.number = number;
     header.first_sequence = state.journal->next_sequence();
     header.model = {model.encoder, model.items};
-    auto next = JournalFile::create(folder_.path_of(journal_name(number)), header);
+    const std::string path = folder_.path_of(journal_name(number));
+    remove_file(path);  // of a save that failed while it was made
+    auto next = JournalFile::create(path, header);
     if (!next) return next.error();
     number_ = number;
     // An empty journal may stay: the next one follows it.
@@ -17569,20 +17717,23 @@ class Keeper {
       if (!report) state.save_error = report.error();
     }
     if (!report) return report;
+    saved_bytes_ = report->bytes;
     state.journal->forget_before(number);
     state.saves.fetch_add(1);
-    remove_old();
+    // Not before the new one's name is sure to outlive a power cut.
+    if (folder_.sync()) remove_old();
     report->duration = std::chrono::duration_cast<std::chrono::microseconds>(
         std::chrono::steady_clock::now() - begun);
     return report;
   }
 
-  // Where the journal has grown, or can only be mended so.
-  void save_if_due(State& state) noexcept {
+  void save_if_due(State& state) noexcept override {
     (void)catching_bad_alloc([&]() -> Result<void> {
       const JournalStatus status = state.journal->status();
       const auto now = std::chrono::steady_clock::now();
-      if (!status.broken && status.file_bytes <= state.options.journal_bytes) return {};
+      // What a save costs grows with the state.
+      const std::uint64_t most = std::max(state.options.journal_bytes, saved_bytes_);
+      if (!status.broken && status.file_bytes <= most) return {};
       if (failed_ && now - *failed_ < std::chrono::seconds{1}) return {};
       failed_ = now;
       if (auto saved = save(state); !saved) return saved.error();
@@ -17611,6 +17762,7 @@ class Keeper {
 
   Folder folder_;
   std::uint64_t lineage_, number_;                               // of the last journal's file
+  std::uint64_t saved_bytes_ = 0;                                // of the last state, once known
   std::optional<std::chrono::steady_clock::time_point> failed_;  // the last save that was due
 };
 
@@ -17687,14 +17839,20 @@ class Opening {
     if (!journal) return journal.error();
     if (auto synced = folder_->sync(); !synced) return synced;
     state.journal = std::move(*journal);
-    if (!found)
-      if (auto saved = save_state(state, folder_->path_of(Keeper::state_name(number_)), lineage_,
-                                  number_, []() noexcept {});
-          !saved)
+    if (!found) {
+      const auto saved = catching_bad_alloc([&] {
+        return save_state(state, folder_->path_of(Keeper::state_name(number_)), lineage_, number_,
+                          []() noexcept {});
+      });
+      if (!saved) {
+        // Without a record it goes the next time, without a state it must have none.
+        state.journal.reset();
         return saved.error();
-    state.keeper = std::make_shared<Keeper>(std::move(*folder_), lineage_, number_);
-    state.save_if_due = [&state] { state.keeper->save_if_due(state); };
-    state.keeper->remove_old();
+      }
+    }
+    auto keeper = std::make_unique<Keeper>(std::move(*folder_), lineage_, number_);
+    keeper->remove_old();
+    state.keeper = std::move(keeper);
     // What had come in when the process ended, and was not told its users yet.
     ScratchLease scratch{state.lanes};
     for (const std::string& id : state.put_items.with_arrived())
@@ -17796,8 +17954,8 @@ inline Result<std::unique_ptr<State>> restore_state(const std::string& path,
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 21: recommender. Owns Recommender: answers requests and learns from events. The order of the
-// locks stands at the top of room 17, with the locks. Uses all earlier rooms.
+// Room 28: recommender. Owns Recommender, the interface: answers requests and learns from events.
+// Uses all earlier rooms.
 // ============================================================================================
 
 namespace detail {
@@ -17818,7 +17976,7 @@ class UserKey;
 // end.
 //
 // The ranking is by u = h . v + b + (h . delta + m - rho ignored) / slope: the model's score and,
-// with feedback on, what impressions taught (room 12) in units of the score. rho = 0.4 (impression
+// with feedback on, what impressions taught (room 13) in units of the score. rho = 0.4 (impression
 // discounting: Lee et al. 2014). With feedback on, h is the encoder's query plus the user's offset
 // g, for the encoder sees what was chosen but not what was passed over: each impression y of an
 // item moves
@@ -17850,9 +18008,12 @@ class Recommender {
   // fails, the call has its effect in memory, and record, put_item and so on return the error,
   // recommend gives a slate without an id; when the disk takes it again, all of it is durable again
   // (persistence()). Reading a state takes a second for 500,000 users, and replaying a journal
-  // about as long as its calls took. Errors: as create; io, or unsupported where there are no such
-  // files; what a state or journal that was damaged says, with file and offset: `personalize state
-  // repair` keeps what precedes it; invalid_argument: another recommendation_key than before.
+  // about as long as its calls took. With one thread that makes the calls, slates are then bit for
+  // bit those of a process that never ended; with several, users and counts are, and the sums
+  // behind Explanation::taste within rounding. Errors: as create; io, or unsupported where there
+  // are no such files; what a state or journal that was damaged says, with file and offset:
+  // `personalize state repair` keeps what precedes it; invalid_argument: another recommendation_key
+  // than before.
   static Result<Recommender> open(const std::string& folder, std::shared_ptr<const Model> model,
                                   const RecommenderOptions& options = {});
 
@@ -18016,6 +18177,12 @@ class Recommender {
   std::unique_ptr<State> state_;
 };
 
+// ============================================================================================
+// Room 29: calls. Owns the bodies of Recommender: how each call is checked, resolved, noted,
+// applied and answered. The order of the locks stands at the top of room 23, with the state. Uses
+// all earlier rooms.
+// ============================================================================================
+
 #if PERSONALIZE_HAS_BODIES
 
 // A request and what was found out about its user.
@@ -18031,7 +18198,7 @@ struct Recommender::Prepared {
     detail::GoneUsers gone;
     if (!asked.user.empty()) detail::find_elsewhere(state, scratch, asked.user, {}, gone);
     if (!asked.session.empty()) detail::find_elsewhere(state, scratch, {}, asked.session, gone);
-    detail::tell_gone(state, scratch.catalogue(), gone);
+    state.tell(gone, scratch.catalogue());
   }
   void read() {
     for (;;) {
@@ -18356,7 +18523,7 @@ PERSONALIZE_API std::uint64_t Recommender::commit(Prepared& prepared, Slate& sla
     if (state.options.feedback) change.number = state.slates.next(prepared.key.text());
     detail::GoneUsers gone;
     detail::Changes changes{state, prepared.scratch, gone};
-    sequence = state.note(detail::Entry::slate, scratch.record,
+    sequence = state.note(detail::RecordOf::slate, scratch.record,
                           [&](detail::FieldWriter& archive) { changes.write(change, archive); });
     changes.apply(change);
   }
@@ -18384,7 +18551,7 @@ PERSONALIZE_API void Recommender::count_use(const Prepared& prepared) const {
   detail::Turns::Lock turn{state.turns, prepared.key,
                            scratch.drawn_session ? prepared.session_key : prepared.key};
   const std::uint64_t sequence =
-      state.note(detail::Entry::use, scratch.record, [&](detail::FieldWriter& archive) {
+      state.note(detail::RecordOf::use, scratch.record, [&](detail::FieldWriter& archive) {
         archive(scratch.drawn_user ? prepared.request.user : std::string_view{},
                 scratch.drawn_session ? prepared.request.session : std::string_view{});
       });
@@ -18553,7 +18720,11 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
   {
     detail::Turns::Lock turn{state.turns, key, both ? session_key : key};
     detail::EventIds::Claim claim{state.event_ids, change.event_hash};
-    if (claim.is_known()) return Recorded::duplicate;
+    if (claim.is_known()) {
+      turn.end();
+      if (auto kept = state.durable(); !kept) return kept.error();
+      return Recorded::duplicate;
+    }
     scratch.use(state.lanes.current());
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
@@ -18570,9 +18741,11 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
     const bool known = change.item != detail::EventChange::no_item;
+    const detail::Settle settle{state.users, key, scratch->grown,
+                                gone};  // where what follows fails
     if (known || !scratch->seen.empty()) changes.prepare(change);
     const auto note = [&] {
-      sequence = state.note(detail::Entry::event, scratch->record,
+      sequence = state.note(detail::RecordOf::event, scratch->record,
                             [&](detail::FieldWriter& archive) { changes.write(change, archive); });
     };
     bool pending = false;
@@ -18593,7 +18766,7 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     else if (!known && !impression)
       recorded = Recorded::unknown_item;
   }
-  detail::tell_gone(state, *of, gone);
+  state.tell(gone, *of);
   if (state.options.log && change.by_slate) write_log(*of, shown, *scratch, time.timestamp);
   if (auto kept = state.durable(sequence); !kept) return kept.error();
   return recorded;
@@ -18629,8 +18802,9 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
       scratch.use(state.lanes.current());
       merged = detail::Changes{state, scratch, gone}.merge(session, user);
     }
-    detail::tell_gone(state, scratch.catalogue(), gone);
-    if (auto kept = state.durable(merged.value_or(0)); !kept) return kept.error();
+    state.tell(gone, scratch.catalogue());
+    auto kept = merged ? state.durable(*merged) : state.durable();
+    if (!kept) return kept.error();
     return merged.has_value();
   });
 }
@@ -18645,7 +18819,7 @@ PERSONALIZE_API bool Recommender::forget(std::string_view user, std::string_view
     bool there = false;
     {
       const detail::Turns::Lock turn{state.turns, key};
-      sequence = state.note(detail::Entry::forget, record,
+      sequence = state.note(detail::RecordOf::forget, record,
                             [&](detail::FieldWriter& archive) { archive(user, session); });
       there = detail::forget(state, user, key);
     }
@@ -18674,7 +18848,7 @@ PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
     std::uint64_t sequence = 0;
     Vector<std::byte> record;
     const auto note = [&] {
-      sequence = state.note(detail::Entry::put, record, [&](detail::FieldWriter& archive) {
+      sequence = state.note(detail::RecordOf::put, record, [&](detail::FieldWriter& archive) {
         detail::write_put(item, created, archive);
       });
     };
@@ -18691,14 +18865,15 @@ PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
     std::uint64_t sequence = 0;
     Vector<std::byte> record;
     const auto note = [&] {
-      sequence = state.note(detail::Entry::remove, record,
+      sequence = state.note(detail::RecordOf::remove, record,
                             [&](detail::FieldWriter& archive) { archive(id, there); });
     };
     const auto removed = state.put_items.remove(id, there, note);
-    if (!removed || !*removed) return removed;
-    state.wake_updater();
-    if (auto kept = state.durable(sequence); !kept) return kept.error();
-    return true;
+    if (!removed) return removed;
+    if (*removed) state.wake_updater();
+    auto kept = *removed ? state.durable(sequence) : state.durable();
+    if (!kept) return kept.error();
+    return removed;
   });
 }
 
@@ -18712,7 +18887,7 @@ PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now
   detail::Updater updater(*state_);
   auto updated = updater.run(time->timestamp, true, pace);
   updater.encode_some(detail::Updater::users_a_time, pace);
-  if (state_->save_if_due) state_->save_if_due();
+  if (state_->keeper) state_->keeper->save_if_due(*state_);
   return updated;
 }
 
@@ -18806,7 +18981,7 @@ PERSONALIZE_API Result<ImportReport> Recommender::import_user(std::span<const st
     detail::ScratchLease scratch{state_->lanes};
     std::uint64_t sequence = 0;
     auto report = detail::import_blob(*state_, scratch, blob, gone, false, sequence);
-    detail::tell_gone(*state_, scratch.catalogue(), gone);
+    state_->tell(gone, scratch.catalogue());
     if (!report) return report;
     if (auto kept = state_->durable(sequence); !kept) return kept.error();
     return report;

@@ -58,7 +58,8 @@ class Calls {
     const std::string item = id("i", random_.below(55));
     const std::int64_t time = *clock_ - random_.below(1000);
     const bool visitor = random_.below(6) == 0;
-    const std::string_view of_user = visitor ? "" : user, of_session = visitor ? session : "";
+    const std::string_view none, of_user = visitor ? none : user,
+                                 of_session = visitor ? session : none;
     switch (random_.below(40)) {
       default: {  // a slate
         const std::uint32_t count = 1 + random_.below(12);
@@ -130,8 +131,8 @@ class Calls {
             .user = of_user, .session = of_session, .items = views, .timestamp = time};
         if (!slates_.empty() && random_.below(2) == 0) {
           const Asked& asked = slates_[random_.below(static_cast<std::uint32_t>(slates_.size()))];
-          impression.user = asked.visitor ? "" : std::string_view(asked.who);
-          impression.session = asked.visitor ? std::string_view(asked.who) : "";
+          impression.user = asked.visitor ? none : asked.who;
+          impression.session = asked.visitor ? asked.who : none;
           impression.recommendation_id = asked.id;
           if (random_.below(2) == 0) impression.items = {};
         }

@@ -196,6 +196,21 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("an event on an item that nobody knows does not count as a use of its user") {
+  auto shop = make(usual({.max_users = 256, .exploration_weight = 0}));
+  learn(shop, "once", "i1");
+  for (int n = 0; n < 4000; ++n) {
+    const auto unknown = shop.record({.user = "once", .item = "no such item"});
+    REQUIRE(unknown);
+    REQUIRE(*unknown == pz::Recorded::unknown_item);
+    learn(shop, "u" + std::to_string(n), "i1");
+  }
+  const std::size_t users = shop.user_count();
+  CHECK_FALSE(shop.forget("once"));
+  REQUIRE(shop.record({.user = "once", .item = "no such item"}));
+  CHECK(shop.user_count() == users);
+}
+
 TEST_CASE("an expired slate stays so, whatever time the next event claims") {
   auto shop = make(usual({.exploration_weight = 0, .slate_expiry = std::chrono::hours{1}}));
   learn(shop, "u", "i3", now - 2 * 3600);

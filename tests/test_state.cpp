@@ -2,9 +2,12 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -110,6 +113,204 @@ TEST_CASE("a state file holds all that there is, and goes on alike") {
       REQUIRE(said[0] == said[1]);
     }
   }
+}
+
+TEST_CASE("a process that ended in peace, or did not, is told of") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  const auto options = random_calls::options(clock);
+  {
+    pz::Recommender shop = open(folder.file("a"), options);
+    REQUIRE(shop.record({.user = "u", .item = "i1"}));
+    copy_folder(folder.file("a"), folder.file("killed"));
+    const auto second = pz::Recommender::open(folder.file("a"), small_model::model(), options);
+    REQUIRE_FALSE(second);
+    CHECK(second.error().code == pz::Errc::io);
+    CHECK(second.error().message.find("has it open") != std::string::npos);
+  }
+  CHECK_FALSE(open(folder.file("killed"), options).recovery().clean);
+  const pz::Recommender again = open(folder.file("a"), options);
+  CHECK(again.recovery().found);
+  CHECK(again.recovery().clean);
+  CHECK(again.recovery().records == 2);  // the event, and the end
+  CHECK(again.recovery().torn == 0);
+  CHECK_FALSE(again.recovery().other_model);
+  CHECK(again.persistence().durable);
+}
+
+TEST_CASE("the key of recommendation ids is kept, and another one is refused") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  options.recommendation_key.reset();
+  std::string id;
+  {
+    pz::Recommender shop = open(folder.file("a"), options);
+    REQUIRE(shop.record({.user = "u", .item = "i1"}));
+    const auto slate = shop.recommend({.user = "u", .count = 3});
+    REQUIRE(slate);
+    id = slate->id;
+  }
+  {
+    pz::Recommender shop = open(folder.file("a"), options);
+    const auto seen = shop.record_impression({.user = "u", .recommendation_id = id});
+    REQUIRE(seen);
+    CHECK(*seen == pz::Recorded::learned);
+  }
+  options.recommendation_key = {{3, 4}};
+  const auto refused = pz::Recommender::open(folder.file("a"), small_model::model(), options);
+  REQUIRE_FALSE(refused);
+  CHECK(refused.error().code == pz::Errc::invalid_argument);
+}
+
+TEST_CASE("a state of one model on another is as if that had been swapped in") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  Calls calls(5, clock);
+  pz::Recommender shop = make(options);
+  std::vector<std::string> said;
+  for (int c = 0; c < 2000; ++c) calls.call({&shop}, said);
+  REQUIRE(shop.update());
+  REQUIRE(shop.save(folder.file("state.pzs")));
+  for (const auto& shape :
+       {small_model::Shape{.seed = 9},
+        small_model::Shape{.items = 40, .dimension = 12, .hidden = 30, .seed = 3},
+        small_model::Shape{.items = 70, .event_types = false, .seed = 4}}) {
+    auto other = pz::Model::from_parts(small_model::parts(shape));
+    REQUIRE(other);
+    auto restored = pz::Recommender::restore(folder.file("state.pzs"), *other, options);
+    auto twin = pz::Recommender::restore(folder.file("state.pzs"), small_model::model(), options);
+    REQUIRE(restored);
+    REQUIRE(twin);
+    CHECK(restored->recovery().other_model);
+    const auto swapped = twin->swap(*other);
+    REQUIRE(swapped);
+    CHECK(restored->recovery().states_kept == swapped->states_kept);
+    CHECK(restored->recovery().sums_kept == swapped->sums_kept);
+    Calls more(6, clock);
+    for (int c = 0; c < 500; ++c) {
+      more.call({&*restored, &*twin}, said);
+      REQUIRE(said[0] == said[1]);
+    }
+  }
+}
+
+TEST_CASE(
+    "users who leave memory go to on_evict, and come back by find_user as if they had stayed") {
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  options.history_length = 200;
+  options.remembered_event_ids = 1 << 16;
+  options.feedback = false;  // what one user does changes nothing for the others
+  options.max_users = 64;
+  std::map<std::string, std::vector<std::byte>> elsewhere;
+  std::size_t gone = 0, found = 0;
+  options.on_evict = [&](std::string_view user, std::string_view session,
+                         std::span<const std::byte> blob) {
+    elsewhere[std::string(user) + "/" + std::string(session)].assign(blob.begin(), blob.end());
+    ++gone;
+  };
+  options.find_user = [&](std::string_view user, std::string_view session,
+                          std::vector<std::byte>& blob) {
+    const auto kept = elsewhere.find(std::string(user) + "/" + std::string(session));
+    if (kept == elsewhere.end()) return false;
+    blob = kept->second;
+    ++found;
+    return true;
+  };
+  auto with_room = options;
+  with_room.max_users = 1 << 20;
+  with_room.on_evict = {};
+  with_room.find_user = {};
+  const TemporaryFolder folder;
+  pz::Recommender small = open(folder.file("a"), options), large = make(with_room);
+  small_model::Random random(3);
+  for (int c = 0; c < 4000; ++c) {
+    const std::string id = "u" + std::to_string(random.below(300));
+    const std::string item = "i" + std::to_string(random.below(50));
+    const bool visitor = random.below(4) == 0;
+    const std::string_view none, user = visitor ? none : id, session = visitor ? id : none;
+    const std::int64_t time = *clock - random.below(100'000);
+    for (pz::Recommender* shop : {&small, &large}) {
+      const auto recorded =
+          shop->record({.user = user, .session = session, .item = item, .timestamp = time});
+      if (!recorded) MESSAGE(recorded.error().message);
+      REQUIRE(recorded);
+    }
+    const auto a = small.recommend({.user = user, .session = session, .count = 5});
+    const auto b = large.recommend({.user = user, .session = session, .count = 5});
+    REQUIRE(a);
+    REQUIRE(b);
+    for (std::size_t p = 0; p < 5; ++p) {
+      REQUIRE(a->items[p].item == b->items[p].item);
+      REQUIRE(a->items[p].score == b->items[p].score);
+    }
+  }
+  CHECK(small.user_count() <= 64);
+  CHECK(gone > 1000);
+  CHECK(found > 1000);
+}
+
+TEST_CASE("a user moves between recommenders as a blob of about a KiB, and is the same there") {
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  options.exploration_weight = 0;
+  options.history_length = 200;
+  const auto model =
+      *pz::Model::from_parts(small_model::parts({.items = 500, .dimension = 64, .hidden = 128}));
+  pz::Recommender from = make(options, model), to = make(options, model);
+  small_model::Random random(1);
+  const auto event = [&](pz::Recommender& shop, std::string_view item) {
+    REQUIRE(shop.record({.user = "u", .item = item, .event_type = "view"}));
+  };
+  for (int e = 0; e < 50; ++e) {
+    *clock += random.below(5000);
+    event(from, "i" + std::to_string(random.below(500)));
+  }
+  const auto slate = from.recommend({.user = "u", .count = 20});
+  REQUIRE(slate);
+  REQUIRE(from.record_impression({.user = "u", .recommendation_id = slate->id}));
+  const auto blob = from.export_user("u");
+  REQUIRE(blob);
+  MESSAGE("a user of 50 events and 20 impressions, hidden 128, d 64: ", blob->size(), " bytes");
+  CHECK(blob->size() > 500);
+  CHECK(blob->size() < 1700);
+  CHECK(from.export_user("nobody")->empty());
+  REQUIRE(to.record({.user = "u", .item = "i7"}));  // gives way
+  const auto imported = to.import_user(*blob);
+  REQUIRE(imported);
+  CHECK(imported->user == "u");
+  CHECK(imported->session.empty());
+  CHECK(imported->events == 50);
+  CHECK(imported->events_dropped == 0);
+  CHECK(to.user_count() == 1);
+  const auto same = [&](pz::Recommender& a, pz::Recommender& b) {
+    for (std::uint32_t i = 0; i < 500; i += 17) {
+      const std::string item = "i" + std::to_string(i);
+      const auto x = a.explain({.user = "u"}, item), y = b.explain({.user = "u"}, item);
+      REQUIRE(x);
+      REQUIRE(y);
+      CHECK(x->relevance == y->relevance);
+      CHECK(x->taste == y->taste);
+      CHECK(x->discount == y->discount);
+    }
+  };
+  same(from, to);
+  for (int e = 0; e < 3; ++e)
+    for (pz::Recommender* shop : {&from, &to}) event(*shop, "i" + std::to_string(e));
+  same(from, to);
+  CHECK(from.export_user("u")->size() == to.export_user("u")->size());
+
+  // Where the model is another one, what it knows of goes along.
+  pz::Recommender other = make(
+      options, *pz::Model::from_parts(
+                   small_model::parts({.items = 100, .dimension = 20, .hidden = 24, .seed = 5})));
+  const auto there = other.import_user(*blob);
+  REQUIRE(there);
+  CHECK(there->events + there->events_dropped == 50);
+  CHECK(there->events_dropped > 0);
+  CHECK(other.recommend({.user = "u", .count = 1})->items[0].reason == pz::Reason::relevance);
 }
 
 }  // namespace state_tests

@@ -547,6 +547,31 @@ TEST_CASE(
   for (const char* item : {"i7", "i8", "i59"}) CHECK(holds(few, item));
 }
 
+TEST_CASE("a log of slates too small for queries of the new model keeps slates without them") {
+  auto options = usual();
+  options.slate_log_bytes = 1 << 16;
+  options.remembered_slates = 4000;  // whose places take all of it
+  auto shop = make(small_model::model(), options);
+  for (const std::size_t dimension : {std::size_t{45}, std::size_t{400}, std::size_t{20}}) {
+    CAPTURE(dimension);
+    swap(shop, small_model::model({.dimension = dimension, .seed = dimension}));
+    for (int n = 0; n < 40; ++n) {
+      const std::string user = "u" + std::to_string(n);
+      learn(shop, user, {"i3"});
+      const auto slate = shop.recommend({.user = user, .count = 5});
+      REQUIRE(slate);
+      const auto known = shop.record({.user = user,
+                                      .item = slate->items[0].item,
+                                      .event_type = "click",
+                                      .recommendation_id = slate->id});
+      REQUIRE(known);
+      CHECK(*known == pz::Recorded::learned);
+    }
+    REQUIRE(shop.update());
+  }
+  CHECK(explained(shop, "u0", "i3").taste != 0);
+}
+
 TEST_CASE("an impression that names a user and a session counts once after a swap") {
   auto shop = make(small_model::model());
   learn(shop, {}, {"i3"}, "visitor");
@@ -613,6 +638,13 @@ TEST_CASE("interactions that the new model was trained on do not count twice") {
       CHECK(count > 1200);
       CHECK(count < 3300);
     }
+    // Nor at the next update.
+    for (pz::Recommender* one : {&shop, &fresh}) {
+      learn(*one, "w", {"i45", {}, clock});
+      REQUIRE(one->update());
+    }
+    if (until >= clock)
+      CHECK(explained(shop, "nobody", "i45").score == explained(fresh, "nobody", "i45").score);
     // What comes from now on counts in full.
     for (int n = 0; n < 5000; ++n) learn(shop, "v" + std::to_string(n), {"i44", {}, clock});
     REQUIRE(shop.update());
@@ -1078,7 +1110,7 @@ TEST_CASE("no request fails or sees half a model while models come") {
     CHECK(shop->restarted_states() == 0);
     // Afterwards all is as it would be had nothing run at the same time.
     swap(*shop, models[2]);
-    REQUIRE(shop->forget("u3") == true);
+    (void)shop->forget("u3");
     for (const Event& event : usual_events) learn(*shop, "u3", event);
     REQUIRE(shop->update());
     CHECK(slate_of(*shop, {.user = "u3", .count = 5}).size() == 5);

@@ -16,12 +16,16 @@ struct Lasting {
   std::uint32_t generation = 0, encoder_since = 0, space_since = 0;
   Calibration calibration;
   GammaPrior well_known_prior, cold_prior;
-  std::int64_t started = 0;
+  std::int64_t started = 0, trained_until = no_timestamp;
+  // Of all items, of which the last is kept.
+  struct Statistics {
+    ItemStatistics last;
+    const ItemStatistics& operator[](std::size_t) const { return last; }
+    ItemStatistics& edit(std::size_t) { return last; }
+  } statistics;
   std::shared_ptr<const Vector<std::uint32_t>> active =
       std::make_shared<const Vector<std::uint32_t>>();
   std::shared_ptr<const Vector<double>> second_moment;
-  std::size_t items = 0;
-  std::size_t size() const { return items; }
 };
 
 class Reader {
@@ -66,20 +70,17 @@ class Reader {
         if (head.state_size > most_floats || head.dimension > most_floats) archive.fail();
         return {};
       case 1:
-        detail::StateReader::read_names(archive, contents_.items);
-        return {};
+        return detail::StateReader::read_names(archive, contents_.items);
       case 2:
-        detail::StateReader::read_names(archive, contents_.event_types);
-        return {};
+        return detail::StateReader::read_names(archive, contents_.event_types);
       case 3: {
         StringTable names;
-        detail::StateReader::read_names(archive, names);
+        auto read = detail::StateReader::read_names(archive, names);
         contents_.forgotten = names.size();
-        return {};
+        return read;
       }
       case 4:
-        lasting_.items = items;
-        detail::lasting_fields(archive, lasting_);
+        detail::lasting_fields(archive, lasting_, items, std::numeric_limits<std::int64_t>::max());
         (void)archive.bytes(archive.left());
         return {};
       case 5:
@@ -155,8 +156,9 @@ class Reader {
         static_cast<std::size_t>(head.state_size),
         detail::User::offset_size(static_cast<std::size_t>(head.dimension)), contents_.items.size(),
         contents_.event_types.size(), 65'535};
-    // Of one 64th at a time.
-    detail::Users users(detail::most_memory, detail::most_memory, bounds.state_size,
+    // Of one 64th at a time, with tables in proportion to what there is.
+    const std::size_t budget = detail::Users::shard_count * ((8 * archive.left()) + 4096);
+    detail::Users users(budget, detail::most_memory, bounds.state_size,
                         static_cast<std::size_t>(head.dimension));
     users.read_shard(shard, archive, head.key, bounds, lasting_.generation, lasting_.encoder_since);
     if (!archive.ok()) return {};

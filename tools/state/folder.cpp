@@ -11,8 +11,8 @@
 namespace personalize::tools {
 namespace state_folder {
 
-using detail::Entry;
 using detail::FieldReader;
+using detail::RecordOf;
 
 bool is_id(std::string_view id) { return id.size() <= max_id_bytes && detail::valid_id(id); }
 
@@ -51,37 +51,37 @@ std::uint64_t file_bytes(const std::string& path) {
 }
 
 std::string_view record_name(std::uint32_t type) {
-  using detail::Entry;
-  switch (static_cast<Entry>(type)) {
-    case Entry::event:
+  using detail::RecordOf;
+  switch (static_cast<RecordOf>(type)) {
+    case RecordOf::event:
       return "event";
-    case Entry::slate:
+    case RecordOf::slate:
       return "slate";
-    case Entry::use:
+    case RecordOf::use:
       return "use";
-    case Entry::merge:
+    case RecordOf::merge:
       return "merge";
-    case Entry::forget:
+    case RecordOf::forget:
       return "forget";
-    case Entry::put:
+    case RecordOf::put:
       return "put";
-    case Entry::remove:
+    case RecordOf::remove:
       return "remove";
-    case Entry::update:
+    case RecordOf::update:
       return "update";
-    case Entry::publish:
+    case RecordOf::publish:
       return "publish";
-    case Entry::swap:
+    case RecordOf::swap:
       return "swap";
-    case Entry::model:
+    case RecordOf::model:
       return "model";
-    case Entry::encode:
+    case RecordOf::encode:
       return "encode";
-    case Entry::import:
+    case RecordOf::import:
       return "import";
-    case Entry::arrived:
+    case RecordOf::arrived:
       return "arrived";
-    case Entry::close:
+    case RecordOf::close:
       return "close";
   }
   return "";
@@ -95,9 +95,9 @@ Result<void> read_record(std::uint32_t type, std::span<const std::byte> payload,
   const auto users = [&] {
     return archive.at_end() && is_id(first) && is_id(second) && !(first.empty() && second.empty());
   };
-  switch (static_cast<Entry>(type)) {
-    case Entry::event:
-    case Entry::arrived: {
+  switch (static_cast<RecordOf>(type)) {
+    case RecordOf::event:
+    case RecordOf::arrived: {
       detail::EventChange change;
       detail::EventChange::each_field(archive, change);
       if (!archive.ok() || !is_id(change.user) || !is_id(change.session) ||
@@ -106,52 +106,52 @@ Result<void> read_record(std::uint32_t type, std::span<const std::byte> payload,
       visitor.event(change);
       return {};
     }
-    case Entry::slate: {
+    case RecordOf::slate: {
       detail::SlateChange change;
       detail::SlateChange::each_field(archive, change);
       return archive.ok() ? Result<void>{} : contradicts();
     }
-    case Entry::merge:
+    case RecordOf::merge:
       archive(first, second);
       if (!users() || first.empty() || second.empty()) return contradicts();
       visitor.merge(first, second);
       return {};
-    case Entry::forget:
+    case RecordOf::forget:
       archive(first, second);
       if (!users()) return contradicts();
       visitor.forget(first, second);
       return {};
-    case Entry::put:
+    case RecordOf::put:
       archive(first);
       if (!archive.ok() || first.empty() || !is_id(first)) return contradicts();
       visitor.put(first);
       return {};
-    case Entry::remove: {
+    case RecordOf::remove: {
       bool there = false;
       archive(first, there);
       if (!archive.at_end() || first.empty() || !is_id(first)) return contradicts();
       visitor.remove(first, there);
       return {};
     }
-    case Entry::update:
+    case RecordOf::update:
       visitor.update();
       return {};
-    case Entry::publish:
+    case RecordOf::publish:
       visitor.publish();
       return {};
-    case Entry::model:
+    case RecordOf::model:
       visitor.swap();
       return {};
-    case Entry::import: {
+    case RecordOf::import: {
       const auto blob = detail::Blob::read(payload);
       if (!blob) return blob.error();
       visitor.import(*blob);
       return {};
     }
-    case Entry::use:
-    case Entry::swap:
-    case Entry::encode:
-    case Entry::close:
+    case RecordOf::use:
+    case RecordOf::swap:
+    case RecordOf::encode:
+    case RecordOf::close:
       return {};
   }
   return {};  // of a later version
@@ -177,7 +177,7 @@ JournalContents read_journal_file(const std::string& path,
         contents.last = sequence;
         contents.next = sequence + 1;
         ++contents.by_type[type];
-        contents.closed = static_cast<detail::Entry>(type) == detail::Entry::close;
+        contents.closed = static_cast<detail::RecordOf>(type) == detail::RecordOf::close;
         offset += detail::record_frame_size + payload.size();
         return {};
       });
