@@ -196,6 +196,18 @@ status=0
 refuses 2 "^personalize: no subcommand 'traim'; did you mean 'train'? (see personalize --help)" "$personalize" traim
 refuses 2 "no subcommand 'eval'; did you mean 'evaluate'" "$personalize" eval x
 refuses 2 "no subcommand 'xyzzy'; there are train, evaluate, recommend" "$personalize" xyzzy
+refuses 2 "^personalize state: no subcommand 'inspct'; did you mean 'inspect'? (see personalize state --help)" "$personalize" state inspct x
+refuses 2 "^personalize state repair: no option '--dry-rum'; did you mean '--dry-run'? (see personalize state repair --help)" "$personalize" state repair x --dry-rum
+refuses 2 'subcommand is required' "$personalize" state
+refuses 2 'has no meaning with --format jsonl' "$personalize" state export x --format jsonl --session-prefix v
+"$personalize" help state repair | cmp - <("$personalize" state repair --help)
+for subcommand in inspect verify repair export; do
+  refuses 1 "^personalize state $subcommand: none: cannot open" "$personalize" state $subcommand none
+done
+mkdir empty
+refuses 1 'empty: holds no state file' "$personalize" state inspect empty
+refuses 1 'empty: holds no state file.*--from COPY.pzs' "$personalize" state repair empty
+refuses 1 'model.pzm: neither a state (.pzs) nor a journal (.pzj)' "$personalize" state verify model.pzm
 refuses 2 "^personalize evaluate: no option '--modle'; did you mean '--model'? (see personalize evaluate --help)" \
   "$personalize" evaluate --modle model.pzm -i data/interactions.csv
 refuses 2 "^personalize train: no option '--iteractions'; did you mean '--interactions'" "$personalize" train --iteractions=x

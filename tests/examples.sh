@@ -94,8 +94,27 @@ again
 "$personalize" state export kept -o kept.csv 2>err
 says '^personalize state export: 4 events of 2 users' err
 "$personalize" recommend -m model.pzm -i kept.csv -u u1 --json >/dev/null 2>err
+"$personalize" state export kept --format jsonl 2>err | python3 -c 'import json, sys; print(*sorted(e["item"] for l in sys.stdin for e in json.loads(l)["events"]))' >items
+grep -qx 'i1 i2 i4 i5' items || fail "JSON lines hold $(cat items)"
+"$personalize" state inspect kept >inspected
+says_all inspected 'journal-000000000001.pzj .* what came after the present state' '^  items  *120;' ': event 4, slate [0-9]*, .*close [0-9]*$'
+[[ $("$personalize" state inspect kept --json | python3 -c 'import json, sys; d = json.load(sys.stdin); print(d["state"]["items"], d["journals"][0]["by_type"]["event"], d["ended_in_peace"])') == '120 4 True' ]] || fail "inspect --json says otherwise"
+"$personalize" state inspect kept/state-000000000001.pzs | grep -q '^state 1, saved at ' || fail "a state file alone is not shown"
+"$personalize" state verify kept >verified
+(($(grep -c ': sound, ' verified) == 2)) || fail "verify says $(cat verified)"
+status=0
+"$personalize" state inspect kept >/dev/full 2>err || status=$?
+((status == 1)) && says 'cannot write' err || fail "a full disk took what was printed"
 printf '\x01' | dd of=kept/journal-000000000001.pzj bs=1 seek=90 conv=notrunc 2>/dev/null
 refuses 1 'restart: .*damaged at byte 64' "$examples/restart" model.pzm kept u1
+for look in inspect verify; do
+  status=0
+  "$personalize" state $look kept >out 2>err || status=$?
+  ((status == 1)) && says 'damaged at byte 64.*state [a-z]* kept' err || fail "$look of a damaged folder: $status, $(cat err)"
+done
+refuses 1 'damaged at byte 64.*state repair kept' "$personalize" state export kept
+"$personalize" state repair kept --dry-run | grep -q '^dry run: would give up' || fail "a dry run says otherwise"
+[[ ! -e kept/journal-000000000001.pzj.damaged ]] || fail "a dry run changed something"
 "$personalize" state repair kept >repaired
 says '^given up: [0-9]* bytes with [0-9]* whole records' repaired
 "$examples/restart" model.pzm kept u1 >second
