@@ -18136,7 +18136,8 @@ class Recommender {
   static void clear(Slate& slate) noexcept;
   Result<void> durable(std::uint64_t sequence, std::span<Slate> slates) const;
 
-  Result<Recorded> learn(const Interaction& event, const Impression& shown, const Time& time);
+  Result<Recorded> learn(const Interaction& event, const Impression& shown, const Time& time,
+                         bool impression);
   void write_log(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
                  std::int64_t timestamp) const;
 
@@ -18624,7 +18625,7 @@ PERSONALIZE_API Result<Recorded> Recommender::record(const Interaction& event) {
     const auto time = state.times.check(event.timestamp, "Interaction::timestamp");
     if (!time) return time.error();
     return learn(event, {event.user, event.session, event.recommendation_id, event.impressions, {}},
-                 *time);
+                 *time, false);
   });
 }
 
@@ -18641,15 +18642,15 @@ PERSONALIZE_API Result<Recorded> Recommender::record_impression(const Impression
     const auto time = state.times.check(impression.timestamp, "Impression::timestamp");
     if (!time) return time.error();
     if (!state.options.feedback) return Recorded::learned;
-    return learn({.user = impression.user, .session = impression.session}, impression, *time);
+    return learn({.user = impression.user, .session = impression.session}, impression, *time, true);
   });
 }
 
-// event: without an item where there is none.
+// impression: the event says nothing beside who it is of.
 PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
-                                                    const Impression& shown, const Time& time) {
+                                                    const Impression& shown, const Time& time,
+                                                    bool impression) {
   State& state = *state_;
-  const bool impression = event.item.data() == nullptr;
   if (auto updated = detail::Updater(state).update_if_due(); !updated) return updated.error();
   const UserKey key{event.user, event.session, state.key},
       session_key{{}, event.session, state.key};
