@@ -10086,6 +10086,13 @@ class SlateLog {
     }
   }
 
+  // How many slates write_stripe() wrote.
+  static std::uint64_t count_written(detail::FieldReader archive) {
+    Shape written;
+    std::uint64_t next = 0, head = 0, order = 0, count = 0;
+    archive(written, next, head, order, count);
+    return count;
+  }
   // What write_stripe() wrote, into a log that may have another shape: its slates then take their
   // places anew, and without choices where they have none. items: how many there are.
   void read_stripe(std::size_t stripe_number, detail::FieldReader& archive, std::size_t items) {
@@ -12628,6 +12635,15 @@ class Users {
     shard.uses = uses;
   }
 
+  // Calls visit(const User&) for each of a shard, under its lock.
+  template <class Visit>
+  void for_each(std::size_t number, Visit visit) const {
+    const Shard& shard = shards_[number];
+    const lock_guard lock{shard.mutex};
+    for (const User::Owner& user : shard.users)
+      if (user) visit(*user);
+  }
+
   // The user, who is forgotten; null where there is none.
   User::Owner take(const UserKey& key) noexcept {
     Shard& shard = shard_of(key);
@@ -12955,6 +12971,16 @@ class Blob {
     return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
   }
 
+  // To visit(item, event type, timestamp), oldest first; the type is empty where there is none.
+  template <class Visit>
+  void for_each_event(Visit visit) const {
+    for (const RememberedEvent& event : events_)
+      visit(std::string_view(items_[event.item]),
+            event.event_type == no_event_type ? std::string_view{}
+                                              : std::string_view(types_[event.event_type]),
+            event.timestamp);
+  }
+
   // The user in the numbers of a catalogue. limit: events that are remembered. dropped: events on
   // items that it does not know.
   User::Owner make(const UserKey& key, const Catalogue& of, std::size_t limit,
@@ -13196,6 +13222,14 @@ class EventIds {
     for (const Stripe& stripe : stripes_) {
       const lock_guard lock{stripe.mutex};
       sum += stripe.index.bytes() + allocated(stripe.ring.hashes) + allocated(stripe.claimed);
+    }
+    return sum;
+  }
+  std::size_t count() const {
+    std::size_t sum = 0;
+    for (const Stripe& stripe : stripes_) {
+      const lock_guard lock{stripe.mutex};
+      sum += stripe.ring.hashes.size();
     }
     return sum;
   }
@@ -17138,6 +17172,19 @@ class StateReader {
       return Error{Errc::corrupt, "sections are missing"};
     return finish();
   }
+  // What StateWriter::write_names() wrote.
+  static Result<void> read_names(FieldReader& archive, StringTable& names) {
+    std::uint64_t count = 0;
+    archive(count);
+    for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
+      const std::string_view name = archive.text();
+      if (!archive.ok()) break;
+      const auto added = names.add(name);
+      if (!added && added.error().code == Errc::out_of_memory) return added.error();
+      if (!added) archive.fail();
+    }
+    return {};
+  }
 
   std::unique_ptr<State> state;
   StateHead head;
@@ -17217,19 +17264,6 @@ class StateReader {
     }
     if (!done) return done;
     if (!archive.at_end()) return Error{Errc::corrupt, "its values contradict one another"};
-    return {};
-  }
-
-  static Result<void> read_names(FieldReader& archive, StringTable& names) {
-    std::uint64_t count = 0;
-    archive(count);
-    for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
-      const std::string_view name = archive.text();
-      if (!archive.ok()) break;
-      const auto added = names.add(name);
-      if (!added && added.error().code == Errc::out_of_memory) return added.error();
-      if (!added) archive.fail();
-    }
     return {};
   }
 

@@ -4,7 +4,14 @@
 //   event USER ITEM TYPE [SLATE]    ok, and what became of the event
 //   slate USER COUNT                ok, the slate's id, its items
 //   forget USER                     ok
-// usage: server MODEL.pzm
+//   save                            ok, and the bytes of the state file
+//   model MODEL.pzm                 ok, and the items that came and went
+// What it knows lies in FOLDER, and the next start goes on from it. SIGTERM or the end of its input
+// ends it in peace; where it is killed, what it had acknowledged is there as well.
+// usage: server MODEL.pzm FOLDER
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -54,19 +61,43 @@ static std::string answer(pz::Recommender& recommender, std::string_view line) {
     recommender.forget(user);
     return "ok";
   }
-  return error("there are event, slate and forget");
+  if (call == "save") {  // not needed: the journal is saved by itself as it grows
+    auto saved = recommender.save();
+    if (!saved) return error(saved.error().message);
+    return "ok\t" + std::to_string(saved->bytes);
+  }
+  if (call == "model") {
+    auto model = pz::Model::load(std::string(user));
+    if (!model) return error(model.error().message);
+    auto swapped = recommender.swap(*model);
+    if (!swapped) return error(swapped.error().message);
+    return "ok\t" + std::to_string(swapped->items_added) + '\t' +
+           std::to_string(swapped->items_dropped);
+  }
+  return error("there are event, slate, forget, save and model");
 }
 
+// Requests come no more: the read that waits for one, or the next one, fails.
+static void stop_reading(int) { close(STDIN_FILENO); }
+
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fputs("usage: server MODEL.pzm\n", stderr);
+  if (argc != 3) {
+    std::fputs("usage: server MODEL.pzm FOLDER\n", stderr);
     return 2;
   }
+  struct sigaction stop {};
+  stop.sa_handler = stop_reading;
+  sigaction(SIGTERM, &stop, nullptr);
+  sigaction(SIGINT, &stop, nullptr);
+
   auto model = pz::Model::load(argv[1]);
   if (!model) return fail(model.error().message);
-  auto recommender = pz::Recommender::create(*model);
+  auto recommender = pz::Recommender::open(argv[2], *model);
+  // Damage, or another process: the message says what to do.
   if (!recommender) return fail(recommender.error().message);
   for (std::string line; std::getline(std::cin, line);)
     std::cout << answer(*recommender, line) << std::endl;  // flushed: the client waits for it
+  if (const auto error = recommender->persistence().error)
+    std::fprintf(stderr, "server: not all of it is on the disk: %s\n", error->message.c_str());
   return std::cout ? 0 : fail("cannot write");
 }

@@ -28,8 +28,9 @@ says 'NDCG' by_hand.txt
 head -n 1 data/items.csv | grep -qx 'ITEM_ID,CREATION_TIMESTAMP,GENRES,PRICE,TITLE'
 
 # Its options are the command's.
-for subcommand in train evaluate recommend convert inspect simulate; do
-  "$personalize" "$subcommand" --help
+for subcommand in train evaluate recommend convert inspect simulate state\ {inspect,verify,repair,export}; do
+  # shellcheck disable=SC2086
+  "$personalize" $subcommand --help
 done >help.txt
 python3 - "$readme" <<'CHECK' || fail "the README names options that the command does not have"
 import re, sys
@@ -71,36 +72,34 @@ decisions() {  # decisions LOG: of its slates, as the off-policy evaluation coun
 (($(decisions log.csv) == 1200)) || fail "the log of exploration has lost slates"
 
 # After a restart the slate is what it was, also where the process died while it wrote.
-"$examples/restart" model.pzm journal.tsv u2 i4 >second
-"$examples/restart" model.pzm journal.tsv u1 i2 nothing i1 >first
-says '^nothing: unknown item$' first
-(($(wc -l <journal.tsv) == 4)) || fail "the journal has $(cat journal.tsv)"
-cp journal.tsv played.tsv
+says_all() { for pattern in "${@:2}"; do says "$pattern" "$1"; done; }
+"$examples/restart" model.pzm kept u2 i4 >second
+says '^the folder is new$' second
+"$examples/restart" model.pzm kept u1 i2 nothing i1 >first
+says_all first '^1 users came back, after [0-9]* calls .* ended in peace$' '^nothing: unknown item$'
 again() {  # again: started once more, with the slate of before
-  "$examples/restart" model.pzm journal.tsv u1 >second 2>err
-  says '^2 users came back; 0 events' second
+  "$examples/restart" model.pzm kept u1 >second
+  says '^2 users came back' second
   cmp <(tail -n 10 first) <(tail -n 10 second) || fail "another slate after a restart: $(cat second)"
 }
 again
-printf 'u1\ti3\t17' >>journal.tsv
+printf 'torn' >>kept/journal-000000000001.pzj
 again
-says 'torn' err
-printf 'u1\ti3\t17' >>journal.tsv
-"$examples/restart" model.pzm journal.tsv u1 i5 >first 2>err
+says '^4 bytes of a call' second
+"$examples/restart" model.pzm kept u1 i5 >first
 again
-(($(wc -l <journal.tsv) == 5)) || fail "the journal has $(cat journal.tsv)"
-# The command reads it, too, and takes the same from the times of long ago.
-awk -F'\t' 'BEGIN {OFS = "\t"} NR > 1 {$3 = 1700000000 + 90000 * NR} {print}' journal.tsv >old.tsv
-"$examples/restart" model.pzm old.tsv u1 >second
-"$personalize" recommend -m model.pzm -i old.tsv --all-users -n 10 2>err | sed -n 's/^u1,[0-9]*,\([^,]*\),.*/\1/p' |
-  cmp <(tail -n 10 second | cut -d ' ' -f 1) - || fail "the journal tells the command something else"
-"$examples/restart" model.pzm empty.tsv u1 >second
-! cmp -s <(tail -n 10 first) <(tail -n 10 second) || fail "the journal makes no difference"
-cp data/items.csv items.csv
-refuses 1 'this is no journal' "$examples/restart" model.pzm items.csv u1
-cmp items.csv data/items.csv || fail "what is no journal was changed"
-printf 'u1\ti1\tlater\tclick\n' >>journal.tsv
-refuses 1 'byte [0-9]* of the journal begins no event' "$examples/restart" model.pzm journal.tsv u1
+"$examples/restart" model.pzm empty u1 >second
+! cmp -s <(tail -n 10 first) <(tail -n 10 second) || fail "the folder makes no difference"
+# The command reads it: what was done is training data, and what is damaged is found.
+"$personalize" state export kept -o kept.csv 2>err
+says '^personalize state export: 4 events of 2 users' err
+"$personalize" recommend -m model.pzm -i kept.csv -u u1 --json >/dev/null 2>err
+printf '\x01' | dd of=kept/journal-000000000001.pzj bs=1 seek=90 conv=notrunc 2>/dev/null
+refuses 1 'restart: .*damaged at byte 64' "$examples/restart" model.pzm kept u1
+"$personalize" state repair kept >repaired
+says '^given up: [0-9]* bytes with [0-9]* whole records' repaired
+"$examples/restart" model.pzm kept u1 >second
+says 'users came back\|the folder is new' second
 
 # All that came before, while and after the model changed is known to the new one.
 "$examples/new_model" model.pzm typed.pzm >changed
@@ -109,8 +108,30 @@ import re
 lines = open("changed").read().splitlines()
 events, failed, users = map(int, re.findall(r"\d+", lines[0]))
 assert events >= 250 and failed == 0 and users == events, lines[0]
-assert len(lines) == 11 and all(line.endswith(" relevance") for line in lines[1:]), lines
+assert lines[1].endswith("states are made anew"), lines[1]
+assert len(lines) == 12 and all(line.endswith(" relevance") for line in lines[2:]), lines
 CHECK
+
+"$examples/move_user" model.pzm model.pzm u1 i2 i3 >moved
+[[ $(sed -n 's/^there: //p' moved) == "$(sed -n 's/^here: //p' moved)" ]] || fail "a user who moved gets another slate: $(cat moved)"
+says '^u1 moved in [0-9]* bytes: 2 events, 0 on items that are unknown there$' moved
+"$examples/move_user" model.pzm typed.pzm u1 i2 i3 >moved
+says '^u1 moved in [0-9]* bytes: 2 events, 0 ' moved
+
+if [[ -x $examples/sqlite_users ]]; then
+  for start in 1 2; do
+    "$examples/sqlite_users" model.pzm evicting users.db >evicted
+    python3 - <<'CHECK' || fail "users were lost on the way to SQLite and back: $(cat evicted)"
+import re
+lines = open("evicted").read().splitlines()
+count, memory, left = map(int, re.findall(r"\d+", lines[0]))
+known, asked, found = map(int, re.findall(r"\d+", lines[1]))
+assert count == 2000 and memory < 1500 and left >= count - memory and found >= count - memory, lines
+assert known == asked == count, lines
+assert lines[2] == "user0 is forgotten: their slate is of popular items", lines
+CHECK
+  done
+fi
 
 awk -F, 'NR > 1 {print $1 "\t" $3 "\t" NR % 4}' data/items.csv >stock.tsv
 printf 'unheard_of\tRacing\t1\n' >>stock.tsv
@@ -202,8 +223,8 @@ says '^1 added, 118 changed, 2 removed, 1 refused, 1 values unknown$' fed
 "$examples/related_items" tonight.pzm new_a 3 >related
 (($(wc -l <related) == 3)) || fail "the item that came in is not in the saved model"
 refuses 1 'i2: no such item' "$examples/related_items" tonight.pzm i2
-"$examples/restart" tonight.pzm played.tsv u1 >second
-says '^1 users came back; 2 events are on items that the model does not have$' second
+"$examples/move_user" model.pzm tonight.pzm u1 i1 i2 i3 >moved
+says '^u1 moved in [0-9]* bytes: 1 events, 2 on items' moved
 precision() { "$personalize" inspect "$1" | awk '$1 == "IVEC" {print $2}'; }
 [[ $(precision model.pzm) == *8 && $(precision typed.pzm) == f32 ]] || fail "the models have other precisions"
 for model in model typed; do
@@ -216,7 +237,7 @@ refuses 1 'names fewer than half of the items' "$examples/catalogue" model.pzm h
 
 python3 - "$examples/server" <<'CHECK' || fail "the server answered otherwise"
 import subprocess, sys
-server = subprocess.Popen([sys.argv[1], "model.pzm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+server = subprocess.Popen([sys.argv[1], "model.pzm", "served"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
 def ask(*fields):
     server.stdin.write("\t".join(fields) + "\n")
     server.stdin.flush()
@@ -230,8 +251,28 @@ assert ask("event", "other", items[2], "play", slate) == ["ok", "unknown slate"]
 for wrong in (["slate", "zoë", ""], ["slate", "zoë", "7x"], ["slate", "zoë", "99999"], ["slate", "", "7"],
               ["event", "", "i1"], ["event", "a\x01", "i1"], ["sing"], [""]):
     assert ask(*wrong)[0] == "error", wrong
+assert ask("save")[0] == "ok" and ask("model", "missing.pzm")[0] == "error"
 assert ask("forget", "zoë") == ["ok"] and ask("event", "zoë", items[2], "play", slate) == ["ok", "expired slate"]
+assert ask("event", "ann", "i1", "play") == ["ok", "learned"]
+ok, slate, *items = ask("slate", "ann", "7")
+second = subprocess.run([sys.argv[1], "model.pzm", "served"], capture_output=True, text=True)
+assert second.returncode == 1 and "has it open" in second.stderr, second
+server.terminate()
+assert server.wait() == 0
+# It goes on where it was: slates of before can be answered; another model comes beside requests.
+server = subprocess.Popen([sys.argv[1], "model.pzm", "served"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+assert ask("event", "ann", items[2], "play", slate) == ["ok", "learned"]
+assert ask("model", "typed.pzm") == ["ok", "0", "0"]
+assert ask("event", "ann", items[3], "play", slate) == ["ok", "learned"]
+server.kill()
+server.wait()
+server = subprocess.Popen([sys.argv[1], "typed.pzm", "served"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+assert ask("event", "ann", items[4], "play", slate) == ["ok", "learned"]
 server.stdin.close()
 assert server.wait() == 0
 CHECK
+"$personalize" state inspect served | grep -qx 'the process ended in peace' || fail "the server did not end in peace"
+"$personalize" state verify served >/dev/null
+"$personalize" state export served 2>err >served.csv
+(($(grep -c '^ann,' served.csv) == 4)) || fail "the server's events are $(cat served.csv)"
 echo "ok"

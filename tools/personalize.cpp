@@ -9,6 +9,7 @@
 #include "inspect/inspect.hpp"
 #include "recommend/recommend.hpp"
 #include "simulate/simulate.hpp"
+#include "state/state.hpp"
 #include "train/train.hpp"
 
 int main(int argc, char** argv) {
@@ -18,9 +19,10 @@ int main(int argc, char** argv) {
   if (!arguments.empty() && arguments[0] == "train")
     return become(PERSONALIZE_TRAINER_PROGRAM, arguments);
 #endif
-  return run(arguments, {
+  return run(arguments,
+             {
 #ifdef PERSONALIZE_TRAINER_PROGRAM
-                            [](CLI::App& app) { describe(app, "train", train_description); },
+                 [](CLI::App& app) { describe(app, "train", train_description); },
 #endif
-                            add_evaluate, add_recommend, add_inspect, add_convert, add_simulate});
+                 add_evaluate, add_recommend, add_inspect, add_convert, add_simulate, add_state});
 }

@@ -63,19 +63,24 @@ std::string suggestion(std::string_view word, const std::vector<std::string>& na
 // that errors begin with. Throws Usage.
 void require_known(const CLI::App& app, const std::vector<std::string>& arguments,
                    std::string& command) {
-  const CLI::App* chosen = nullptr;
+  const CLI::App* chosen = &app;
   std::vector<std::string> names;
-  for (const CLI::App* known : app.get_subcommands([](const CLI::App*) { return true; })) {
-    names.push_back(known->get_name());
-    if (names.back() == arguments[0]) chosen = known;
-  }
-  if (chosen)
+  // Subcommands may have some of their own.
+  for (std::size_t a = 0; a < arguments.size(); ++a) {
+    const auto known = chosen->get_subcommands([](const CLI::App*) { return true; });
+    if (known.empty() || arguments[a].starts_with('-')) break;
+    const auto named = std::find_if(known.begin(), known.end(), [&](const CLI::App* one) {
+      return one->get_name() == arguments[a];
+    });
+    if (named == known.end()) {
+      for (const CLI::App* one : known) names.push_back(one->get_name());
+      throw Usage("no subcommand '" + printable(arguments[a]) + "'" +
+                  suggestion(arguments[a], names));
+    }
+    chosen = *named;
     command += " " + chosen->get_name();
-  else if (!arguments[0].starts_with('-'))
-    throw Usage("no subcommand '" + printable(arguments[0]) + "'" +
-                suggestion(arguments[0], names));
-  names.clear();
-  for (const CLI::Option* option : (chosen ? chosen : &app)->get_options())
+  }
+  for (const CLI::Option* option : chosen->get_options())
     for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
   for (const std::string& argument : arguments) {
     if (argument == "--") return;
@@ -106,7 +111,8 @@ std::vector<std::string> arguments_of(int argc, const char* const* argv) {
   std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
   if (arguments.empty() || arguments[0] != "help") return arguments;
   arguments.erase(arguments.begin());
-  arguments.resize(std::min<std::size_t>(arguments.size(), 1));
+  // Of a subcommand with some of its own, two.
+  arguments.resize(std::min<std::size_t>(arguments.size(), 2));
   arguments.push_back("--help");
   return arguments;
 }

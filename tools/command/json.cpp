@@ -46,6 +46,12 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
   return json;
 }
 
+std::string hexadecimal(std::uint64_t value) {
+  char digits[17];
+  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(value));
+  return digits;
+}
+
 void print_json(const nlohmann::ordered_json& json) {
   // Bytes that are no UTF-8 would be an exception.
   const std::string text =

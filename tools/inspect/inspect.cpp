@@ -29,13 +29,6 @@ nlohmann::ordered_json metadata_of(const ModelParts& parts) {
   }
 }
 
-// A number of 64 bits, which as a number not every reader of JSON would keep.
-std::string hexadecimal(std::uint64_t value) {
-  char digits[17];
-  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(value));
-  return digits;
-}
-
 std::vector<SectionInfo> sections_of(const std::string& path, std::size_t& file_bytes) {
   const auto bytes = read_file(path, LoadLimits{}.file_bytes);
   if (!bytes) throw Failure(bytes.error().message);
