@@ -2227,11 +2227,12 @@ class Pace {
   static constexpr int rests = 15;
 
   Pace() = default;
-  explicit Pace(Rest rest) : rest_(std::move(rest)) {}
+  explicit Pace(Rest rest, std::chrono::microseconds work = piece, int times = rests)
+      : rest_(std::move(rest)), piece_(work), rests_(times) {}
 
   // Between two steps of the work, which may take microseconds each.
   void step() {
-    if (rest_ && Clock::now() - begun_ >= piece) rest();
+    if (rest_ && Clock::now() - begun_ >= piece_) rest();
   }
   // The same for step n of many that take less.
   void step(std::size_t n) {
@@ -2240,12 +2241,14 @@ class Pace {
   // For what was worked since the last time.
   void rest() {
     if (!rest_) return;
-    rest_(rests * (Clock::now() - begun_));
+    rest_(rests_ * (Clock::now() - begun_));
     begun_ = Clock::now();
   }
 
  private:
   Rest rest_;
+  std::chrono::microseconds piece_ = piece;
+  int rests_ = rests;
   Clock::time_point begun_ = Clock::now();
 };
 
@@ -11849,6 +11852,16 @@ class ScratchLease {
     catalogue_ = std::move(catalogue);
     fit();
   }
+  // With the present one, which most often it has: then no reader is counted anew.
+  void use_current() {
+    std::shared_ptr<const Catalogue> present;
+    {
+      const lock_guard lock{lane_.mutex};
+      if (lane_.catalogue == catalogue_) return;
+      present = lane_.catalogue;
+    }
+    use(std::move(present));
+  }
 
  private:
   // The public one delegates to it, so that what it throws is no reason to lose the memory.
@@ -12528,22 +12541,11 @@ class Users {
   }
 
   // As ContextSums has it, user by user: who changes one that write_shard() has not come to first
-  // keeps what was there.
+  // keeps what was there. cuts: from make_cuts(), so that hardly any memory is taken while all wait.
   // encoder_since: of older generations no states are written.
-  void begin_cut(std::uint32_t encoder_since) {
-    for (Shard& shard : shards_) {
-      auto cut = std::make_unique<Cut>();
-      const lock_guard lock{shard.mutex};
-      cut->encoder_since = encoder_since;
-      cut->slots = shard.users.size();
-      cut->kept.resize((cut->slots + 63) / 64);
-      for (std::size_t slot = 0; slot < cut->slots; ++slot)
-        if (!shard.users[slot]) cut->kept[slot / 64] |= std::uint64_t{1} << (slot % 64);
-      cut->uses = shard.uses;
-      cut->count = shard.index.size();
-      shard.cut = std::move(cut);
-    }
-  }
+  class Cuts;
+  Cuts make_cuts() const;
+  void begin_cut(Cuts cuts, std::uint32_t encoder_since);
   bool end_cut() noexcept {
     bool whole = true;
     for (Shard& shard : shards_) {
@@ -12555,8 +12557,8 @@ class Users {
     return whole;
   }
   // The users of a shard as of the cut, once.
-  void write_shard(std::size_t number, Vector<std::byte>& out) {
-    constexpr std::size_t together = 256;  // under one lock
+  void write_shard(std::size_t number, Vector<std::byte>& out, Pace& pace) {
+    constexpr std::size_t together = 64;  // under one lock
     Shard& shard = shards_[number];
     FieldWriter archive{out};
     std::vector<Vector<std::byte>> images;
@@ -12567,8 +12569,10 @@ class Users {
               static_cast<std::uint64_t>(shard.users.capacity()),
               static_cast<std::uint64_t>(shard.free.capacity()));
     }
-    for (bool more = true; more;) {
-      out.reserve(out.size() + (std::size_t{1} << 20));  // without the lock
+    for (bool more = true; more; pace.step()) {
+      // Without the lock.
+      constexpr std::size_t room = std::size_t{1} << 19;
+      if (out.capacity() - out.size() < room) out.reserve(out.size() + out.size() / 2 + 2 * room);
       const lock_guard lock{shard.mutex};
       Cut& cut = *shard.cut;
       std::size_t written = 0;
@@ -12867,6 +12871,41 @@ class Users {
   std::size_t state_size_, dimension_;
   std::array<Shard, shard_count> shards_;
 };
+
+class Users::Cuts {
+  friend class Users;
+  std::array<std::unique_ptr<Cut>, shard_count> of_;
+};
+
+inline Users::Cuts Users::make_cuts() const {
+  Cuts cuts;
+  for (std::size_t s = 0; s < shard_count; ++s) {
+    cuts.of_[s] = std::make_unique<Cut>();
+    std::size_t slots = 0;
+    {
+      const lock_guard lock{shards_[s].mutex};
+      slots = shards_[s].users.capacity();
+    }
+    cuts.of_[s]->kept.resize((slots + 63) / 64);
+  }
+  return cuts;
+}
+
+inline void Users::begin_cut(Cuts cuts, std::uint32_t encoder_since) {
+  for (std::size_t s = 0; s < shard_count; ++s) {
+    Shard& shard = shards_[s];
+    Cut& cut = *cuts.of_[s];
+    const lock_guard lock{shard.mutex};
+    cut.encoder_since = encoder_since;
+    cut.slots = shard.users.size();
+    cut.kept.resize((cut.slots + 63) / 64);
+    for (const std::uint32_t slot : shard.free)
+      cut.kept[slot / 64] |= std::uint64_t{1} << (slot % 64);
+    cut.uses = shard.uses;
+    cut.count = shard.index.size();
+    shard.cut = std::move(cuts.of_[s]);
+  }
+}
 
 }  // namespace detail
 
@@ -15319,7 +15358,7 @@ struct State {
       const lock_guard lock{wake_mutex};
       woken = true;
     }
-    wake.notify_one();
+    wake.notify_all();  // a save may rest there, too
   }
 
   static std::int64_t latest_of(const Model& model) noexcept {
@@ -15376,7 +15415,7 @@ struct State {
 };
 
 inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
-  scratch.use(lanes.current());
+  scratch.use_current();
   const Catalogue& present = scratch.catalogue();
   Vector<RememberedEvent>& events = scratch->events;
   events.reserve(options.history_length);
@@ -15775,10 +15814,10 @@ class Changes {
   }
 
   // What is expected of listed items, by the user's present state, to Scratch::seen.
-  void assess_list(const EventChange& change) {
+  void assess_list(const EventChange& change, const UserKey& key) {
     scratch_.seen.clear();
     Ranking ranking{state_, catalogue(), scratch_};
-    if (!ranking.read_user({.user = change.user, .session = change.session}, key_of(change),
+    if (!ranking.read_user({.user = change.user, .session = change.session}, key,
                            session_of(change), change.time.timestamp))
       return;  // of another generation, which whoever has the turn sees to
     ranking.find_best(Ranking::normalising_items, {});
@@ -15801,7 +15840,7 @@ class Changes {
 
   // Resolves what the event says was seen, to Scratch::seen and Scratch::query; returns what became
   // of the recommendation id. replayed: Scratch::seen is there, unless it is of a slate.
-  Recorded see(EventChange& change, bool replayed) {
+  Recorded see(EventChange& change, const UserKey& key, bool replayed) {
     const std::optional<std::uint32_t> chosen = chosen_by(change);
     if (!change.learns) {
       scratch_.seen.clear();
@@ -15819,7 +15858,7 @@ class Changes {
       scratch_.seen.clear();
       if (change.by_slate) see_slate(!change.listed && reported, change.listed, chosen);
     } else if (!replayed) {
-      see_list(change, chosen);
+      see_list(change, key, chosen);
     }
     if (change.has_query)
       for (const SeenPick& seen : scratch_.seen) catalogue().contexts->prepare(seen.pick.item);
@@ -15830,10 +15869,9 @@ class Changes {
   }
 
   // Takes the memory that apply() needs, of the user only where there is something to apply.
-  void prepare(const EventChange& change) {
+  void prepare(const EventChange& change, const UserKey& key) {
     scratch_.record.reserve(record_bytes(change));
     if (change.item == EventChange::no_item && scratch_.seen.empty()) return;
-    const UserKey key = key_of(change);
     change_user(key, change.item != EventChange::no_item, scratch_.seen.size(),
                 change.has_query && !scratch_.seen.empty(), [](User&) {});
   }
@@ -15891,8 +15929,7 @@ class Changes {
       archive.fail();
   }
 
-  void apply(const EventChange& change) {
-    const UserKey key = key_of(change);
+  void apply(const EventChange& change, const UserKey& key) {
     Settle settle{state_.users, key, scratch_.grown, gone_};
     if (!scratch_.seen.empty()) apply_seen(change, key);
     if (change.item != EventChange::no_item) apply_event(change, key);
@@ -15980,9 +16017,6 @@ class Changes {
   }
 
  private:
-  UserKey key_of(const EventChange& change) const noexcept {
-    return {change.user, change.session, state_.key};
-  }
   UserKey session_of(const EventChange& change) const noexcept {
     return {{}, change.session, state_.key};
   }
@@ -16016,21 +16050,21 @@ class Changes {
 
   // The same without a slate: the listed items; or the chosen one, where an impression of it is
   // remembered.
-  void see_list(EventChange& change, std::optional<std::uint32_t> chosen) {
+  void see_list(EventChange& change, const UserKey& key, std::optional<std::uint32_t> chosen) {
     if (!scratch_.listed.empty()) {
-      if (assessed_ != &catalogue()) assess_list(change);
+      if (assessed_ != &catalogue()) assess_list(change, key);
       change.has_query = has_query_;
       for (SeenPick& seen : scratch_.seen) seen.pick.positive = chosen == seen.pick.item;
       return;
     }
     scratch_.seen.clear();
-    if (!chosen || !state_.users.read(key_of(change), [&](const User* user) {
+    if (!chosen || !state_.users.read(key, [&](const User* user) {
           return user && std::any_of(user->impressions().begin(), user->impressions().end(),
                                      [&](const auto& entry) { return entry.item == *chosen; });
         }))
       return;
     Ranking ranking{state_, catalogue(), scratch_};
-    (void)ranking.read_user({.user = change.user, .session = change.session}, key_of(change),
+    (void)ranking.read_user({.user = change.user, .session = change.session}, key,
                             session_of(change), change.time.timestamp);
     change.has_query = ranking.known;
     LoggedPick pick;
@@ -16151,7 +16185,7 @@ inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
   report.session = blob->session();
   const UserKey key{report.user, report.session, state.key};
   const Turns::Lock turn{state.turns, key};
-  scratch.use(state.lanes.current());
+  scratch.use_current();
   if (only_new && state.users.read(key, [](const User* user) { return user != nullptr; }))
     return report;
   Settle settle{state.users, key, scratch->grown, gone};
@@ -16512,7 +16546,7 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   GoneUsers gone;
   const UserKey key{event->user, event->session, state.key};
   Turns::Lock turn{state.turns, key};
-  scratch.use(state.lanes.current());
+  scratch.use_current();
   state.make_current(key, scratch);
   EventChange change;
   change.user = event->user;
@@ -16531,11 +16565,11 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   Changes changes{state, scratch, gone};
   scratch->seen.clear();
   const Settle settle{state.users, key, scratch->grown, gone};  // where what follows fails
-  changes.prepare(change);
+  changes.prepare(change, key);
   state.note(RecordOf::arrived, scratch->record,
              [&](FieldWriter& archive) { changes.write(change, archive); });
   state.put_items.drop_arrived(id);
-  changes.apply(change);
+  changes.apply(change, key);
   turn.end();
   state.tell(gone, scratch.catalogue());
   return true;
@@ -16998,7 +17032,7 @@ void catalogue_fields(Archive& archive, Self& self) {
 // Writes a state file beside traffic. Belongs to one thread, which holds State::update_mutex.
 class StateWriter {
  public:
-  explicit StateWriter(State& state) : state_(state) {}
+  explicit StateWriter(State& state) : state_(state), pace_(beside(state)) {}
   StateWriter(const StateWriter&) = delete;
   StateWriter& operator=(const StateWriter&) = delete;
   ~StateWriter() { end_cut(); }
@@ -17009,10 +17043,12 @@ class StateWriter {
     catalogue_ = state_.catalogue;
     counters_ = std::make_shared<ItemCounters>(catalogue_->counters->at_cut());
     FieldWriter archive{puts_};
+    Users::Cuts users = state_.users.make_cuts();
+    forgotten_.reserve(catalogue_->forgotten->size());
     const auto lock = [&] {
       const Turns::All turns{state_.turns};
       begun_ = true;
-      state_.users.begin_cut(catalogue_->encoder_since);
+      state_.users.begin_cut(std::move(users), catalogue_->encoder_since);
       catalogue_->counters->begin_cut();
       catalogue_->contexts->begin_cut();
       state_.slates.begin_cut();
@@ -17046,7 +17082,8 @@ class StateWriter {
     constexpr unsigned chunk_log2 = 20;
     head_.lineage = lineage;
     head_.number = number;
-    FileBuilder file{sink, state_file, zstd_level, chunk_log2};
+    PacedSink paced{sink, pace_};
+    FileBuilder file{paced, state_file, zstd_level, chunk_log2};
     const Catalogue& of = *catalogue_;
     const auto add = [&](std::string_view tag, std::size_t index, auto make,
                          Codec codec = Codec::zstd) {
@@ -17098,7 +17135,7 @@ class StateWriter {
     // Two thirds of it are floats, of which zstd makes nothing smaller.
     for (std::size_t s = 0; s < Users::shard_count; ++s)
       add(
-          "USER", s, [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes); },
+          "USER", s, [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes, pace_); },
           Codec::stored);
     if (auto finished = file.finish(); !finished) return finished.error();
     if (!end_cut()) return Error{Errc::out_of_memory, "out of memory"};
@@ -17111,6 +17148,29 @@ class StateWriter {
   }
 
  private:
+  struct PacedSink final : ByteSink {
+    PacedSink(ByteSink& to, Pace& by) : sink(to), pace(by) {}
+    void append(std::span<const std::byte> bytes) override {
+      sink.append(bytes);
+      pace.step();
+    }
+    void overwrite(std::uint64_t offset, std::span<const std::byte> bytes) override {
+      sink.overwrite(offset, bytes);
+    }
+    ByteSink& sink;
+    Pace& pace;
+  };
+  // A quarter of the time while requests are under way, unless somebody waits for it to end: what
+  // changes meanwhile is kept twice, so that it should not take too long either.
+  static Pace beside(State& state) {
+    const auto rest = [&state](Pace::Clock::duration time) {
+      if (!state.lanes.busy()) return;
+      unique_lock lock{state.wake_mutex};
+      state.wake.wait_for(lock, time, [&] { return state.stopping || state.in_a_hurry > 0; });
+    };
+    return Pace(rest, std::chrono::microseconds{4000}, 3);
+  }
+
   // False where memory ran out for what there was.
   bool end_cut() noexcept {
     if (!std::exchange(begun_, false)) return true;
@@ -17121,6 +17181,7 @@ class StateWriter {
   }
 
   State& state_;
+  Pace pace_;
   StateHead head_;
   std::shared_ptr<const Catalogue> catalogue_;
   std::shared_ptr<ItemCounters> counters_;  // of the cut
@@ -17483,8 +17544,8 @@ class Replay {
     const UserKey key{change.user, change.session, state_.key};
     EventIds::Claim claim{state_.event_ids, change.event_hash};
     state_.make_current(key, scratch);
-    (void)changes.see(change, true);
-    if (change.item != EventChange::no_item || !scratch->seen.empty()) changes.prepare(change);
+    (void)changes.see(change, key, true);
+    if (change.item != EventChange::no_item || !scratch->seen.empty()) changes.prepare(change, key);
     const bool waits = !change.waits_for.empty() && !change.arrived;
     if (waits)
       (void)state_.put_items.remember(change.waits_for,
@@ -17493,7 +17554,7 @@ class Replay {
                                       [] {});
     if (change.arrived) state_.put_items.drop_arrived(change.waits_for);
     if (waits || change.item != EventChange::no_item || !scratch->seen.empty()) claim.keep();
-    changes.apply(change);
+    changes.apply(change, key);
     return {};
   }
 
@@ -18170,7 +18231,8 @@ class Recommender {
   static void clear(Slate& slate) noexcept;
   Result<void> durable(std::uint64_t sequence, std::span<Slate> slates) const;
 
-  Result<Recorded> learn(const Interaction& event, const Impression& shown, const Time& time);
+  Result<Recorded> learn(const Interaction& event, const Impression& shown, const Time& time,
+                         bool impression);
   void write_log(const Catalogue& catalogue, const Impression& shown, const Scratch& scratch,
                  std::int64_t timestamp) const;
 
@@ -18658,7 +18720,7 @@ PERSONALIZE_API Result<Recorded> Recommender::record(const Interaction& event) {
     const auto time = state.times.check(event.timestamp, "Interaction::timestamp");
     if (!time) return time.error();
     return learn(event, {event.user, event.session, event.recommendation_id, event.impressions, {}},
-                 *time);
+                 *time, false);
   });
 }
 
@@ -18675,19 +18737,19 @@ PERSONALIZE_API Result<Recorded> Recommender::record_impression(const Impression
     const auto time = state.times.check(impression.timestamp, "Impression::timestamp");
     if (!time) return time.error();
     if (!state.options.feedback) return Recorded::learned;
-    return learn({.user = impression.user, .session = impression.session}, impression, *time);
+    return learn({.user = impression.user, .session = impression.session}, impression, *time, true);
   });
 }
 
-// event: without an item where there is none.
+// impression: the event says nothing beside who it is of.
 PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
-                                                    const Impression& shown, const Time& time) {
+                                                    const Impression& shown, const Time& time,
+                                                    bool impression) {
   State& state = *state_;
-  const bool impression = event.item.data() == nullptr;
   if (auto updated = detail::Updater(state).update_if_due(); !updated) return updated.error();
-  const UserKey key{event.user, event.session, state.key},
-      session_key{{}, event.session, state.key};
   const bool both = !event.user.empty() && !event.session.empty();
+  const UserKey key{event.user, event.session, state.key},
+      session_key = both ? UserKey{{}, event.session, state.key} : key;
   detail::GoneUsers gone;
   detail::ScratchLease scratch{state.lanes};
   detail::find_elsewhere(state, scratch, event.user, event.session, gone);
@@ -18712,38 +18774,36 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
   changes.list(change.learns ? shown.items : std::span<const std::string_view>{});
   const detail::Unlisting unlisting{changes};
   // A list without a slate takes a pass over the catalogue, better not in the user's turn.
-  if (change.learns && change.listed && change.slate == 0) changes.assess_list(change);
+  if (change.learns && change.listed && change.slate == 0) changes.assess_list(change, key);
 
   Recorded recorded = Recorded::learned;
   std::uint64_t sequence = 0;
-  std::shared_ptr<const Catalogue> of;
   {
-    detail::Turns::Lock turn{state.turns, key, both ? session_key : key};
+    detail::Turns::Lock turn{state.turns, key, session_key};
     detail::EventIds::Claim claim{state.event_ids, change.event_hash};
     if (claim.is_known()) {
       turn.end();
       if (auto kept = state.durable(); !kept) return kept.error();
       return Recorded::duplicate;
     }
-    scratch.use(state.lanes.current());
+    scratch.use_current();
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
     if (both && impression) state.make_current(session_key, scratch);
     const Catalogue& catalogue = scratch.catalogue();
-    of = scratch.shared();
     if (const auto item = impression ? std::nullopt : catalogue.find(event.item)) {
       change.item = *item;
       change.event_type =
           catalogue.base->parts().event_types.find(event.event_type).value_or(no_event_type);
     }
     change.shared_time = state.times.shared(time);
-    recorded = changes.see(change, false);
+    recorded = changes.see(change, key, false);
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
     const bool known = change.item != detail::EventChange::no_item;
     const detail::Settle settle{state.users, key, scratch->grown,
                                 gone};  // where what follows fails
-    if (known || !scratch->seen.empty()) changes.prepare(change);
+    if (known || !scratch->seen.empty()) changes.prepare(change, key);
     const auto note = [&] {
       sequence = state.note(detail::RecordOf::event, scratch->record,
                             [&](detail::FieldWriter& archive) { changes.write(change, archive); });
@@ -18760,14 +18820,15 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     }
     if (!pending && (known || !scratch->seen.empty() || change.slate != 0)) note();
     if (known || pending || !scratch->seen.empty()) claim.keep();
-    changes.apply(change);
+    changes.apply(change, key);
     if (pending)
       recorded = Recorded::pending_item;
     else if (!known && !impression)
       recorded = Recorded::unknown_item;
   }
-  state.tell(gone, *of);
-  if (state.options.log && change.by_slate) write_log(*of, shown, *scratch, time.timestamp);
+  state.tell(gone, scratch.catalogue());
+  if (state.options.log && change.by_slate)
+    write_log(scratch.catalogue(), shown, *scratch, time.timestamp);
   if (auto kept = state.durable(sequence); !kept) return kept.error();
   return recorded;
 }
@@ -18799,7 +18860,7 @@ PERSONALIZE_API Result<bool> Recommender::merge_session(std::string_view session
     std::optional<std::uint64_t> merged;
     {
       const detail::Turns::Lock turn{state.turns, visitor, key};
-      scratch.use(state.lanes.current());
+      scratch.use_current();
       merged = detail::Changes{state, scratch, gone}.merge(session, user);
     }
     state.tell(gone, scratch.catalogue());
@@ -18880,8 +18941,9 @@ PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
 PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
-  const State::Hurry hurry(*state_);
+  std::optional<State::Hurry> hurry(std::in_place, *state_);
   const detail::lock_guard lock{state_->update_mutex};
+  hurry.reset();
   state_->next_update.store(time->now + state_->options.update_interval.count());
   detail::Pace pace;
   detail::Updater updater(*state_);
@@ -18895,8 +18957,9 @@ PERSONALIZE_API Result<SwapReport> Recommender::swap(std::shared_ptr<const Model
   return detail::catching_bad_alloc([&]() -> Result<SwapReport> {
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
     if (auto checked = detail::check_statistics(*model, *state_); !checked) return checked.error();
-    const State::Hurry hurry(*state_);
+    std::optional<State::Hurry> hurry(std::in_place, *state_);
     const detail::lock_guard lock{state_->update_mutex};
+    hurry.reset();
     auto swapped = detail::Updater(*state_).swap(model);
     // What the journal holds from here on is of this model: a state of it is to be there.
     if (swapped && state_->keeper)
@@ -18928,8 +18991,9 @@ PERSONALIZE_API Result<SaveReport> Recommender::save() {
     if (!state.keeper)
       return Error{Errc::invalid_argument,
                    "save: there is no folder; use save(path), or Recommender::open"};
-    const State::Hurry hurry(state);
+    std::optional<State::Hurry> hurry(std::in_place, state);
     const detail::lock_guard lock{state.update_mutex};
+    hurry.reset();  // it was for those before
     return state.keeper->save(state);
   });
 }
@@ -18937,8 +19001,9 @@ PERSONALIZE_API Result<SaveReport> Recommender::save() {
 PERSONALIZE_API Result<SaveReport> Recommender::save(const std::string& path) const {
   return detail::catching_bad_alloc([&]() -> Result<SaveReport> {
     State& state = *state_;
-    const State::Hurry hurry(state);
+    std::optional<State::Hurry> hurry(std::in_place, state);
     const detail::lock_guard lock{state.update_mutex};
+    hurry.reset();
     return detail::save_state(state, path, 0, 0, []() noexcept {});
   });
 }

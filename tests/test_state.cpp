@@ -313,4 +313,54 @@ TEST_CASE("a user moves between recommenders as a blob of about a KiB, and is th
   CHECK(other.recommend({.user = "u", .count = 1})->items[0].reason == pz::Reason::relevance);
 }
 
+TEST_CASE("what earlier versions kept is still read: a folder, and a user's blob") {
+  // Written by version 1 of both formats: five events of ann and one of a visitor, a slate for ann,
+  // an item put, another removed, an update and an event on the new item; a save; a second slate,
+  // an answer to the first one, an event of bob, and the visitor's events made bob's.
+  const TemporaryFolder folder;
+  std::filesystem::copy("golden/folder_v1", folder.file("a"));
+  pz::RecommenderOptions options;
+  options.clock = [] { return random_calls::start; };
+  options.updates = pz::Updates::by_caller;
+  options.update_interval = {};
+  options.exploration_weight = 0;
+  options.durability = pz::Durability::none;
+  options.slate_log_bytes = 1 << 18;
+  options.remembered_slates = 256;
+  pz::Recommender shop = open(folder.file("a"), options);
+  CHECK(shop.recovery().found);
+  CHECK(shop.recovery().clean);
+  CHECK(shop.recovery().users == 2);
+  CHECK(shop.recovery().records == 5);
+  CHECK_FALSE(shop.recovery().other_model);
+  CHECK(shop.user_count() == 2);
+  CHECK(shop.item_count() == 51);
+  CHECK(shop.find_item("new") == 50);
+  const auto slate = shop.recommend({.user = "ann", .count = 100, .exclude_interacted = true});
+  REQUIRE(slate);
+  CHECK(slate->items.size() == 43);  // of 51 but the removed one, and seven of ann's own
+  for (const pz::Pick& pick : slate->items) CHECK(pick.item != "i40");
+  for (const char* event : {"e0", "e1", "e2", "e3", "e4", "e5", "e6"}) {
+    const auto again = shop.record({.user = "ann", .item = "i30", .event_id = event});
+    REQUIRE(again);
+    CHECK(*again == pz::Recorded::duplicate);
+  }
+  for (const char* id : {"0000000000000001200e3c87a961b61a", "000000000000000271c85fc1c0ff6a71"}) {
+    const auto seen = shop.record_impression({.user = "ann", .recommendation_id = id});
+    REQUIRE(seen);
+    CHECK(*seen == pz::Recorded::learned);
+  }
+  const auto bob = shop.recommend({.user = "bob", .count = 100, .exclude_interacted = true});
+  REQUIRE(bob);
+  CHECK(bob->items.size() == 48);  // his own event and the visitor's
+
+  const std::string blob = bytes_of("golden/folder_v1/ann.pzu");
+  pz::Recommender other = make(options);
+  const auto imported = other.import_user(std::as_bytes(std::span(blob.data(), blob.size())));
+  REQUIRE(imported);
+  CHECK(imported->user == "ann");
+  CHECK(imported->events == 6);
+  CHECK(imported->events_dropped == 1);  // on the item that was put
+}
+
 }  // namespace state_tests
