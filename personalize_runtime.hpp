@@ -10105,14 +10105,17 @@ class SlateLog {
     const bool same = archive.ok() && written == shape();
     order_.store(std::max(order_.load(), order));
     LoggedSlate slate;
+    std::uint64_t last_order = 0;
     for (std::uint64_t i = 0; i < count && archive.ok(); ++i) {
       Slot slot;
       Slot::each_field(archive, slot);
       const bool has_query = slot.has_query;
       // Of what is not there no memory is taken.
-      if (slot.number == 0 || slot.picks > archive.left() / sizeof(float) ||
+      if (slot.number == 0 || (i > 0 && slot.order <= last_order) ||
+          slot.picks > archive.left() / sizeof(float) ||
           (has_query && written.dimension > archive.left() / sizeof(float)))
         return archive.fail();
+      last_order = slot.order;
       slate.timestamp = slot.timestamp;
       slate.query.resize(has_query ? static_cast<std::size_t>(written.dimension) : 0);
       for (float& v : slate.query) archive(v);
@@ -15652,7 +15655,7 @@ inline bool Ranking::read_user(const Request& request, const UserKey& key,
     scratch.ignored_filter[one.item % 1024 / 64] |= std::uint64_t{1} << (one.item % 64);
   if (known)
     for (std::size_t c = 0; c < d; ++c) scratch.query[c] += scratch.offset[c];
-  known = known && all_finite(std::span<const float>(scratch.query).first(d));
+  known = known && largest(std::span<const float>(scratch.query).first(d)) <= max_magnitude;
   return true;
 }
 
@@ -15907,6 +15910,9 @@ class Changes {
       }
     }
     if (change.item != EventChange::no_item && change.item >= items) return archive.fail();
+    if (change.event_type != no_event_type &&
+        change.event_type >= catalogue().base->parts().event_types.size())
+      return archive.fail();
     if (!change.learns || change.by_slate) return;
     std::uint64_t count = 0;
     archive(count);
@@ -17515,6 +17521,11 @@ class Replay {
     const bool known = type >= static_cast<std::uint32_t>(RecordOf::event) &&
                        type <= static_cast<std::uint32_t>(RecordOf::close);
     if (done && known && !archive.at_end()) done = contradicts();
+    // Of another model it may tell of items and event types that this one and the state lack.
+    const bool of_items = type == static_cast<std::uint32_t>(RecordOf::event) ||
+                          type == static_cast<std::uint32_t>(RecordOf::arrived) ||
+                          type == static_cast<std::uint32_t>(RecordOf::slate);
+    if (!done && foreign_ && of_items && done.error().code == Errc::corrupt) return {};
     if (done || done.error().code == Errc::out_of_memory) return done;
     return Error{done.error().code,
                  joined({"record ", sequence, " of type ", type, ": ", done.error().message})};
