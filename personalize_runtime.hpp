@@ -10867,6 +10867,7 @@ struct Scratch {
   std::vector<ScoredItem> listed;  // score: the place
   Vector<SeenPick> seen;
   Vector<RememberedEvent> events;  // of a user
+  Vector<float> state;             // the same, as it is made anew
   Vector<std::byte> record;        // of a journal
 
   std::size_t bytes() const noexcept {
@@ -10877,7 +10878,7 @@ struct Scratch {
            allocated(pool_scores) + allocated(pool_expected) + allocated(choices) +
            allocated(logged.query) + allocated(logged.picks) + allocated(logged.choices) +
            allocated(listed) + allocated(seen) + allocated(record) + allocated(events) +
-           policy.bytes();
+           allocated(state) + policy.bytes();
   }
 
   float discount(std::uint32_t item) const noexcept {
@@ -12544,7 +12545,7 @@ class Users {
   }
 
   // As ContextSums has it, user by user: who changes one that write_shard() has not come to first
-  // keeps what was there. cuts: from make_cuts(), so that hardly any memory is taken while all wait.
+  // keeps what was there. cuts: of make_cuts(), so that hardly any memory is taken while all wait.
   // encoder_since: of older generations no states are written.
   class Cuts;
   Cuts make_cuts() const;
@@ -15422,9 +15423,11 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
   const Catalogue& present = scratch.catalogue();
   Vector<RememberedEvent>& events = scratch->events;
   events.reserve(options.history_length);
+  std::size_t old_size = 0;
   const std::uint32_t generation = users.read(of, [&](const User* user) {
     events.clear();
     if (!user) return present.generation;
+    old_size = user->state().size();
     if (user->generation < present.encoder_since)
       user->for_each_event([&](const RememberedEvent& event) { events.push_back(event); });
     return user->generation;
@@ -15432,27 +15435,34 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
   if (generation == present.generation) return;
   const std::string_view id = of.text();
   const std::string_view name = id[0] == 'u' ? id.substr(1) : std::string_view{};
-  User::Owner fresh;
-  if (generation < present.encoder_since) {
-    fresh = User::make(of, present.encoder->state_size());
-    begin(present, *fresh);
+  const bool anew = generation < present.encoder_since;
+  const std::size_t state_size = present.encoder->state_size();
+  Vector<float>& state = scratch->state;
+  bool encoded = false;
+  User::Owner other;  // where the state has another size; else it lies where it lay
+  if (anew) {
+    state.assign(state_size, 0.0f);
+    begin(present, name, state);
     // What the model was trained on is in the state that it has for the user.
     const bool stored = present.stored_user(name).has_value();
     std::optional<std::int64_t> previous;
     for (const RememberedEvent& event : events) {
       if (present.is_absent(event.item)) continue;
       if (stored && event.timestamp <= present.trained_until) continue;
-      encode(event, previous, fresh->state(), *scratch, present);
-      fresh->encoded = true;
+      encode(event, previous, state, *scratch, present);
+      encoded = true;
       previous = event.timestamp;
     }
+    if (old_size != state_size) other = User::make(of, state_size);
   }
   note(RecordOf::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
-  if (fresh) users.replace(of, std::move(fresh));
+  if (other) users.replace(of, std::move(other));
   users.use(
       of,
       [&](User* user) {
         if (!user) return;
+        if (anew) std::copy(state.begin(), state.end(), user->state().begin());
+        if (anew) user->encoded = encoded;
         if (generation < present.space_since) user->drop_offset();
         user->generation = present.generation;
       },
@@ -17141,7 +17151,8 @@ class StateWriter {
     // Two thirds of it are floats, of which zstd makes nothing smaller.
     for (std::size_t s = 0; s < Users::shard_count; ++s)
       add(
-          "USER", s, [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes, pace_); },
+          "USER", s,
+          [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes, pace_); },
           Codec::stored);
     if (auto finished = file.finish(); !finished) return finished.error();
     if (!end_cut()) return Error{Errc::out_of_memory, "out of memory"};
