@@ -12171,6 +12171,9 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   // What bounds a user of a file. offset_bytes: where there is an offset.
   struct Bounds {
     std::size_t state_size, offset_bytes, items, event_types, events;
+    // Users of older generations may have an offset of another size, which goes when they are next
+    // used.
+    std::uint32_t space_since = 0;
   };
   static std::size_t offset_size(std::size_t dimension) noexcept {
     return (dimension * sizeof(std::uint16_t) + 3) / 4 * 4;
@@ -12276,7 +12279,9 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   // What was read: numbers that exist, and nothing that would be read beyond its end.
   bool is_sound(const Bounds& bounds) const noexcept {
     if (impressions_ > RecentImpressions::capacity || history_events_ > bounds.events ||
-        (offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
+        (generation < bounds.space_since
+             ? offset_bytes_ % 4 != 0
+             : offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
         !(offset_scale_ >= 0 && offset_scale_ <= 1) || !(spent_events >= 0) ||
         !(spent_impressions >= 0) || !std::isfinite(spent_events + spent_impressions))
       return false;
@@ -12541,8 +12546,8 @@ class Users {
   }
 
   // As ContextSums has it, user by user: who changes one that write_shard() has not come to first
-  // keeps what was there. cuts: from make_cuts(), so that hardly any memory is taken while all wait.
-  // encoder_since: of older generations no states are written.
+  // keeps what was there. cuts: from make_cuts(), so that hardly any memory is taken while all
+  // wait. encoder_since: of older generations no states are written.
   class Cuts;
   Cuts make_cuts() const;
   void begin_cut(Cuts cuts, std::uint32_t encoder_since);
@@ -17135,7 +17140,8 @@ class StateWriter {
     // Two thirds of it are floats, of which zstd makes nothing smaller.
     for (std::size_t s = 0; s < Users::shard_count; ++s)
       add(
-          "USER", s, [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes, pace_); },
+          "USER", s,
+          [&, s](FieldWriter&, Bytes& bytes) { state_.users.write_shard(s, bytes, pace_); },
           Codec::stored);
     if (auto finished = file.finish(); !finished) return finished.error();
     if (!end_cut()) return Error{Errc::out_of_memory, "out of memory"};
@@ -17334,8 +17340,11 @@ class StateReader {
   }
   User::Bounds bounds() const noexcept {
     return {static_cast<std::size_t>(head.state_size),
-            User::offset_size(static_cast<std::size_t>(head.dimension)), items_.size(),
-            types_.size(), 65'535};
+            User::offset_size(static_cast<std::size_t>(head.dimension)),
+            items_.size(),
+            types_.size(),
+            65'535,
+            catalogue_->space_since};
   }
 
   // Once names are known: the state, with the model in their order.

@@ -363,4 +363,38 @@ TEST_CASE("what earlier versions kept is still read: a folder, and a user's blob
   CHECK(imported->events_dropped == 1);  // on the item that was put
 }
 
+TEST_CASE("users who were not used since a swap to vectors of another length come back") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  options.exploration_weight = 0;
+  const auto longer = small_model::model({.dimension = 28, .seed = 9});
+  std::size_t users = 0;
+  {
+    pz::Recommender shop = open(folder.file("a"), options);
+    for (const char* user : {"u1", "u2", "u3", "u4"}) {
+      REQUIRE(shop.record({.user = user, .item = "i1", .event_type = "click"}));
+      const auto slate = shop.recommend({.user = user, .count = 5});
+      REQUIRE(slate);
+      // Moves the user's offset.
+      REQUIRE(shop.record({.user = user,
+                           .item = slate->items[1].item,
+                           .event_type = "click",
+                           .recommendation_id = slate->id}));
+    }
+    users = shop.user_count();
+    const auto swapped = shop.swap(longer);
+    REQUIRE(swapped);
+    REQUIRE_FALSE(swapped->save_error);
+  }
+  for (int start = 0; start < 2; ++start) {
+    pz::Recommender again = open(folder.file("a"), options, longer);
+    CHECK(again.user_count() == users);
+    const auto slate = again.recommend({.user = start == 0 ? "u1" : "u2", .count = 5});
+    REQUIRE(slate);
+    CHECK(slate->items[0].reason == pz::Reason::relevance);
+    REQUIRE(again.save());
+  }
+}
+
 }  // namespace state_tests
