@@ -12175,6 +12175,9 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   // What bounds a user of a file. offset_bytes: where there is an offset.
   struct Bounds {
     std::size_t state_size, offset_bytes, items, event_types, events;
+    // Users of older generations may have an offset of another size, which goes when they are next
+    // used.
+    std::uint32_t space_since = 0;
   };
   static std::size_t offset_size(std::size_t dimension) noexcept {
     return (dimension * sizeof(std::uint16_t) + 3) / 4 * 4;
@@ -12280,7 +12283,9 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
   // What was read: numbers that exist, and nothing that would be read beyond its end.
   bool is_sound(const Bounds& bounds) const noexcept {
     if (impressions_ > RecentImpressions::capacity || history_events_ > bounds.events ||
-        (offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
+        (generation < bounds.space_since
+             ? offset_bytes_ % 4 != 0
+             : offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
         !(offset_scale_ >= 0 && offset_scale_ <= 1) || !(spent_events >= 0) ||
         !(spent_impressions >= 0) || !std::isfinite(spent_events + spent_impressions))
       return false;
@@ -13037,16 +13042,20 @@ class Blob {
     if (same_state) std::copy(state_.begin(), state_.end(), user->state().begin());
     user->generation = same_state ? of.generation : 0;
     const std::size_t kept = std::min(events_.size(), limit);
+    const auto last = std::span<const RememberedEvent>(events_).last(kept);
+    // Memory for what stays: more than a state file takes for a user's would be an error in it.
+    const auto known = static_cast<std::size_t>(std::count_if(
+        last.begin(), last.end(),
+        [&](const RememberedEvent& event) { return number_of(of, event.item).has_value(); }));
     const std::size_t tail =
-        user->tail_for(kept + 1, impressions_.size(), same_space ? of.dimension() : 0);
+        user->tail_for(known + 1, impressions_.size(), same_space ? of.dimension() : 0);
     if (tail > 0) {
       void* memory = ::operator new(tail);
       user->move_tail(memory, tail);
     }
     if (same_space) user->set_offset(offset_);
     dropped = 0;
-    for (std::size_t e = events_.size() - kept; e < events_.size(); ++e) {
-      RememberedEvent event = events_[e];
+    for (RememberedEvent event : last) {
       const auto item = number_of(of, event.item);
       if (!item) {
         ++dropped;
@@ -13066,7 +13075,7 @@ class Blob {
     }
     User::Personal personal = personal_;
     personal.encoded = personal.encoded && same_state;
-    if (user->events() == 0 && !same_state) personal.last_timestamp = no_timestamp;
+    if (user->events() == 0) personal.last_timestamp = no_timestamp;
     user->set_personal(personal);
     return user;
   }
@@ -13144,7 +13153,8 @@ class Blob {
     for (RecentImpressions::Entry& entry : impressions_) {
       const std::uint64_t item = take_number(archive);
       archive(entry.count, entry.seconds);
-      if (item >= items_.size() || !(entry.count >= 0) || !std::isfinite(entry.count)) return false;
+      if (item >= items_.size() || !(entry.count >= 0 && entry.count <= max_magnitude))
+        return false;
       entry.item = static_cast<std::uint32_t>(item);
     }
     const auto offset = archive.bytes(take_number(archive));
@@ -17351,8 +17361,11 @@ class StateReader {
   }
   User::Bounds bounds() const noexcept {
     return {static_cast<std::size_t>(head.state_size),
-            User::offset_size(static_cast<std::size_t>(head.dimension)), items_.size(),
-            types_.size(), 65'535};
+            User::offset_size(static_cast<std::size_t>(head.dimension)),
+            items_.size(),
+            types_.size(),
+            65'535,
+            catalogue_->space_since};
   }
 
   // Once names are known: the state, with the model in their order.

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "exactness.hpp"
 #include "random_calls.hpp"
 #include "small_model.hpp"
 #include "temporary_folder.hpp"
@@ -361,6 +362,80 @@ TEST_CASE("what earlier versions kept is still read: a folder, and a user's blob
   CHECK(imported->user == "ann");
   CHECK(imported->events == 6);
   CHECK(imported->events_dropped == 1);  // on the item that was put
+}
+
+TEST_CASE("users who were not used since a swap to vectors of another length come back") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = random_calls::options(clock);
+  options.exploration_weight = 0;
+  const auto longer = small_model::model({.dimension = 28, .seed = 9});
+  std::size_t users = 0;
+  {
+    pz::Recommender shop = open(folder.file("a"), options);
+    for (const char* user : {"u1", "u2", "u3", "u4"}) {
+      REQUIRE(shop.record({.user = user, .item = "i1", .event_type = "click"}));
+      const auto slate = shop.recommend({.user = user, .count = 5});
+      REQUIRE(slate);
+      // Moves the user's offset.
+      REQUIRE(shop.record({.user = user,
+                           .item = slate->items[1].item,
+                           .event_type = "click",
+                           .recommendation_id = slate->id}));
+    }
+    users = shop.user_count();
+    const auto swapped = shop.swap(longer);
+    REQUIRE(swapped);
+    REQUIRE_FALSE(swapped->save_error);
+  }
+  for (int start = 0; start < 2; ++start) {
+    pz::Recommender again = open(folder.file("a"), options, longer);
+    CHECK(again.user_count() == users);
+    const auto slate = again.recommend({.user = start == 0 ? "u1" : "u2", .count = 5});
+    REQUIRE(slate);
+    CHECK(slate->items[0].reason == pz::Reason::relevance);
+    REQUIRE(again.save());
+  }
+}
+
+TEST_CASE("a user who comes without the events that they had does no harm to the state") {
+  const TemporaryFolder folder;
+  pz::RecommenderOptions options;
+  options.update_interval = {};
+  options.recommendation_key = {{1, 2}};
+  options.history_length = 5000;
+  options.slate_log_bytes = options.context_bytes = 1 << 16;
+  // The same model, and items of which only one process knows.
+  auto here = open(folder.file("here"), options);
+  auto there = make(options);
+  for (int n = 0; n < 20; ++n) REQUIRE(there.put_item({.item = "put" + std::to_string(n)}));
+  REQUIRE(there.update());
+  for (int n = 0; n < 3000; ++n) {
+    const std::string item = "put" + std::to_string(n % 20);
+    REQUIRE(there.record({.user = "u", .item = item}));
+    REQUIRE(there.record({.user = "v", .item = n == 1000 ? "i3" : std::string_view(item)}));
+  }
+  for (const char* user : {"u", "v"}) {
+    const auto blob = there.export_user(user);
+    REQUIRE(blob);
+    const auto report = here.import_user(*blob);
+    REQUIRE(report);
+    CHECK(report->events == (user[0] == 'v' ? 1 : 0));
+    CHECK(report->events_dropped >= 2999);
+    const auto again = here.export_user(user);
+    CHECK_MESSAGE(again, (again ? "" : again.error().message));
+  }
+  REQUIRE(here.save());
+  copy_folder(folder.file("here"), folder.file("copy"));
+  CHECK(open(folder.file("copy"), options).user_count() == here.user_count());
+}
+
+TEST_CASE("in every setting a recommender that is opened after a crash is the one that crashed") {
+  for (const auto& setting : exactness::settings()) {
+    CAPTURE(std::string(setting.name));
+    const TemporaryFolder folder;
+    CHECK(exactness::check(setting, 5, 1500, 2, folder.path.string()) == "");
+  }
 }
 
 }  // namespace state_tests

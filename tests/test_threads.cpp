@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "small_model.hpp"
+#include "temporary_folder.hpp"
 
 namespace pz = personalize;
 
@@ -67,13 +69,19 @@ using Models = std::array<std::shared_ptr<const pz::Model>, 3>;
 // One thread's calls, drawn at random, some of them dated a little back.
 class Caller {
  public:
+  // folder: beside the recommender's own; null where it has none.
   Caller(pz::Recommender& shop, Clock& clock, Promises& promises, const Models& models,
-         std::uint64_t seed)
-      : shop_(shop), clock_(clock), promises_(promises), models_(models), random_(seed) {}
+         const std::string* folder, std::uint64_t seed)
+      : shop_(shop),
+        clock_(clock),
+        promises_(promises),
+        models_(models),
+        folder_(folder),
+        random_(seed) {}
 
   void call() {
     now_ = clock_.advance(random_.below(20)) - random_.below(60);
-    switch (random_.below(15)) {
+    switch (random_.below(16)) {
       case 0:
       case 1:
       case 2:
@@ -98,6 +106,8 @@ class Caller {
         return change_users();
       case 13:
         return swap();
+      case 14:
+        return keep();
       default:
         return look();
     }
@@ -228,6 +238,26 @@ class Caller {
     if (random_.below(4) == 0) (void)shop_.forget({}, session_id);
   }
 
+  // What outlives the process.
+  void keep() {
+    const std::string user_id = user(), session_id = session();
+    const bool visitor = random_.below(2) == 0;
+    const std::string_view none, of_user = visitor ? none : user_id,
+                                 of_session = visitor ? session_id : none;
+    const auto blob = shop_.export_user(of_user, of_session);
+    promises_.require(blob.has_value(), "a user is exported");
+    if (blob && !blob->empty())
+      promises_.require(shop_.import_user(*blob).has_value(), "who was exported comes in again");
+    const pz::PersistenceStatus status = shop_.persistence();
+    promises_.require(status.durable && !status.error, "all that is acknowledged is durable");
+    if (random_.below(8) == 0 && folder_)
+      promises_.require(shop_.save().has_value(), "a state is saved into the folder");
+    if (random_.below(16) == 0 && folder_)
+      promises_.require(
+          shop_.save(*folder_ + "/state" + std::to_string(random_.below(4))).has_value(),
+          "a state is saved beside it");
+  }
+
   void look() {
     promises_.require(shop_.user_count() <= 64 + thread_count,
                       "no more users are remembered than allowed");
@@ -242,6 +272,7 @@ class Caller {
   Clock& clock_;
   Promises& promises_;
   const Models& models_;
+  const std::string* folder_;
   small_model::Random random_;
   std::int64_t now_ = start;
   pz::Slate slate_;
@@ -253,19 +284,25 @@ std::chrono::duration<double> stress_time() {
   return std::chrono::duration<double>(seconds ? std::atof(seconds) : 3);
 }
 
-void call_from_all_threads(pz::Updates updates) {
+void call_from_all_threads(pz::Updates updates, std::optional<pz::Durability> durability = {}) {
+  const TemporaryFolder folder;
+  const std::string beside = folder.path.string(), within = folder.file("shop");
   std::atomic<std::uint64_t> logged{0};
   Clock clock;
   const Models models{young_model(),
                       young_model({.items = 190, .dimension = 33, .hidden = 9, .seed = 2}),
                       young_model({.items = 215, .hidden = 16, .seed = 3})};
-  auto shop = pz::Recommender::create(models[0], {.history_length = 20,
-                                                  .max_users = 64,
-                                                  .update_interval = std::chrono::minutes{10},
-                                                  .updates = updates,
-                                                  .remembered_slates = 100,
-                                                  .clock = [&] { return clock.now(); },
-                                                  .log = [&](const pz::LogEntry&) { ++logged; }});
+  pz::RecommenderOptions options{.history_length = 20,
+                                 .max_users = 64,
+                                 .update_interval = std::chrono::minutes{10},
+                                 .updates = updates,
+                                 .remembered_slates = 100,
+                                 .clock = [&] { return clock.now(); },
+                                 .log = [&](const pz::LogEntry&) { ++logged; }};
+  options.journal_bytes = 1 << 20;  // so that it is compacted
+  if (durability) options.durability = *durability;
+  auto shop = durability ? pz::Recommender::open(within, models[0], options)
+                         : pz::Recommender::create(models[0], options);
   REQUIRE(shop);
   MESSAGE("instruction set " << std::string(shop->instruction_set()));
 
@@ -275,7 +312,7 @@ void call_from_all_threads(pz::Updates updates) {
   std::vector<std::thread> threads;
   for (std::size_t t = 0; t < thread_count; ++t)
     threads.emplace_back([&, t] {
-      Caller caller(*shop, clock, promises, models, t);
+      Caller caller(*shop, clock, promises, models, durability ? &beside : nullptr, t);
       while (std::chrono::steady_clock::now() < end && !promises.broken()) {
         caller.call();
         ++calls;
@@ -309,4 +346,12 @@ TEST_CASE("every member function may be called at any time from any thread: call
 
 TEST_CASE("every member function may be called at any time from any thread: requests update") {
   call_from_all_threads(pz::Updates::in_requests);
+}
+
+TEST_CASE("every member function may be called at any time from any thread: in a folder, synced") {
+  call_from_all_threads(pz::Updates::by_thread, pz::Durability::each_call);
+}
+
+TEST_CASE("every member function may be called at any time from any thread: in a folder") {
+  call_from_all_threads(pz::Updates::by_thread, pz::Durability::interval);
 }

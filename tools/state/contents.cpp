@@ -154,8 +154,11 @@ class Reader {
     const detail::StateHead& head = contents_.head;
     const detail::User::Bounds bounds{
         static_cast<std::size_t>(head.state_size),
-        detail::User::offset_size(static_cast<std::size_t>(head.dimension)), contents_.items.size(),
-        contents_.event_types.size(), 65'535};
+        detail::User::offset_size(static_cast<std::size_t>(head.dimension)),
+        contents_.items.size(),
+        contents_.event_types.size(),
+        65'535,
+        lasting_.space_since};
     // Of one 64th at a time, with tables in proportion to what there is.
     const std::size_t budget = detail::Users::shard_count * ((8 * archive.left()) + 4096);
     detail::Users users(budget, detail::most_memory, bounds.state_size,
