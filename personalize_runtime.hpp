@@ -16513,7 +16513,6 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   GoneUsers gone;
   const UserKey key{event->user, event->session, state.key};
   Turns::Lock turn{state.turns, key};
-  scratch.use_current();
   state.make_current(key, scratch);
   EventChange change;
   change.user = event->user;
@@ -18730,7 +18729,6 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     detail::Turns::Lock turn{state.turns, key, session_key};
     detail::EventIds::Claim claim{state.event_ids, change.event_hash};
     if (claim.is_known()) return Recorded::duplicate;
-    scratch.use_current();
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
     if (both && impression) state.make_current(session_key, scratch);
