@@ -13035,7 +13035,8 @@ class Blob {
                    std::size_t& dropped) const {
     const Fingerprints& model = of.base->fingerprints();
     const bool same_state =
-        model_.encoder == model.encoder && state_.size() == of.encoder->state_size();
+        model_.encoder == model.encoder && state_.size() == of.encoder->state_size() &&
+        largest(state_) <= max_magnitude;  // a larger one could overflow in a step
     const bool same_space =
         model_.items == model.items && offset_.size() == User::offset_size(of.dimension());
     User::Owner user = User::make(key, same_state ? state_.size() : 0);
@@ -16572,7 +16573,6 @@ inline bool record_arrived(State& state, ScratchLease& scratch, const std::strin
   GoneUsers gone;
   const UserKey key{event->user, event->session, state.key};
   Turns::Lock turn{state.turns, key};
-  scratch.use_current();
   state.make_current(key, scratch);
   EventChange change;
   change.user = event->user;
@@ -18821,7 +18821,6 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
       if (auto kept = state.durable(); !kept) return kept.error();
       return Recorded::duplicate;
     }
-    scratch.use_current();
     if (both && !impression) changes.merge(event.session, event.user);
     state.make_current(key, scratch);
     if (both && impression) state.make_current(session_key, scratch);

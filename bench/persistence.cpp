@@ -214,7 +214,7 @@ void fill(pz::Recommender& shop, std::size_t users) {
                              renamed(blobs[u % recorded], user_name(u % recorded), user_name(u))));
 }
 
-// A folder with so many users.
+// A folder with so many users, made anew.
 fs::path folder_of(std::size_t users, const std::shared_ptr<const pz::Model>& model) {
   const fs::path path = folder / ("users-" + std::to_string(users));
   fs::remove_all(path);
@@ -652,8 +652,9 @@ int main(int count, char** arguments) {
     else
       wanted.push_back(argument);
   }
-  fs::create_directories(folder);
+  const bool made = fs::create_directories(folder);
   for (const auto& [name, run] : figures)
     if (wanted.empty() || std::find(wanted.begin(), wanted.end(), name) != wanted.end()) run();
+  if (made) fs::remove_all(folder);
   return 0;
 }

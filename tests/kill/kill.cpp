@@ -1,14 +1,14 @@
 // Kills a process that serves from a folder, again and again, and looks each time whether all that
 // was acknowledged is there when the folder is opened again.
 //
-// usage: kill FOLDER [KILLS [SEED]]
+// usage: kill FOLDER [KILLS [SEED [DURABILITY]]]
 //
-// For each durability so many times (default 15): a child opens the folder; two of its threads
-// record events and ask for slates as fast as they can, save, update, put items and in every third
-// round go over to another model. What a call acknowledged they tell the parent, after the call, by
-// a pipe. The parent ends the child by SIGKILL at a random moment, opens the folder itself, and
-// asks for all that it was told of in this round and the one before. A power cut is another matter:
-// see tests/test_state_faults.cpp.
+// For each durability, or one, so many times (default 15): a child opens the folder; two of its
+// threads record events and ask for slates as fast as they can, save, update, put items and in
+// every third round go over to another model. What a call acknowledged they tell the parent, after
+// the call, by a pipe. The parent ends the child by SIGKILL at a random moment, opens the folder
+// itself, and asks for all that it was told of in this round and the one before. A power cut is
+// another matter: see tests/test_state_faults.cpp.
 #include <poll.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -266,12 +266,15 @@ void run(const std::string& folder, pz::Durability durability, const char* name,
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 2 || argc > 4) fail("usage: kill FOLDER [KILLS [SEED]]");
+  if (argc < 2 || argc > 5) fail("usage: kill FOLDER [KILLS [SEED [DURABILITY]]]");
   const std::uint64_t kills = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 15;
   const std::uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
-  const std::string folder = argv[1];
-  run(folder, pz::Durability::each_call, "each_call", kills, seed);
-  run(folder, pz::Durability::interval, "interval", kills, seed + 1);
-  run(folder, pz::Durability::none, "none", kills, seed + 2);
+  const std::string folder = argv[1], only = argc > 4 ? argv[4] : "";
+  using pz::Durability;
+  const std::array<std::pair<Durability, const char*>, 3> all{{{Durability::each_call, "each_call"},
+                                                               {Durability::interval, "interval"},
+                                                               {Durability::none, "none"}}};
+  for (const auto& [durability, name] : all)
+    if (only.empty() || only == name) run(folder, durability, name, kills, seed);
   return 0;
 }
