@@ -1055,7 +1055,7 @@ struct SaveReport {
 // What Recommender::open or restore found.
 struct RecoveryReport {
   bool found = false;         // a state; else it begins anew
-  bool clean = false;         // the process before ended in peace, or saved last
+  bool clean = false;         // the process before ended in peace; of restore(): always
   std::size_t users = 0;      // of the state file
   std::uint64_t records = 0;  // of the journal, that came after it
   std::uint64_t torn = 0;     // bytes at its end, of a record that was not acknowledged: cut off
@@ -12922,7 +12922,7 @@ inline void Users::begin_cut(Cuts cuts, std::uint32_t encoder_since) {
 
 // ============================================================================================
 // Room 18: blobs. Owns a user outside of a recommender: how one is written, and read into the
-// numbers of another. Uses rooms 1, 2, 5, 6, 7, 8, 12, 13, 14 and 16.
+// numbers of another. Uses rooms 1, 2, 5, 6, 8, 12, 13, 14 and 16.
 //
 // Numbers are those of one recommender, so items and event types go by name:
 //
