@@ -288,7 +288,9 @@ TEST_CASE("help and help of a subcommand are --help") {
   using Words = std::vector<std::string>;
   CHECK(of({}) == Words{});
   CHECK(of({"help"}) == Words{"--help"});
-  CHECK(of({"help", "train", "x"}) == Words{"train", "--help"});
+  CHECK(of({"help", "train"}) == Words{"train", "--help"});
+  CHECK(of({"help", "state", "repair"}) == Words{"state", "repair", "--help"});
+  CHECK(of({"help", "state", "repair", "x"}) == Words{"state", "repair", "--help"});
   CHECK(of({"train", "help"}) == Words{"train", "help"});
   CHECK(arguments_of(0, nullptr) == Words{});
 }
