@@ -9083,6 +9083,8 @@ class Before {
     kept_ = copy();
 #endif
   }
+  // As of the cut. now: what is there, which it still is where nothing has changed since.
+  const T& or_now(const T& now) const noexcept { return kept_ ? *kept_ : now; }
   // Null where nothing has changed since.
   const T* get() const noexcept { return kept_.get(); }
   // Whether memory ran out for it.
@@ -9096,6 +9098,28 @@ class Before {
   bool wanted_ = false, lost_ = false;
   std::unique_ptr<T> kept_;
 };
+
+// Of parts with a `mutex` and a `before` each: begins a cut, until end_cut() of which readers see
+// what is there now, while others go on. Who changes a part first keeps a copy of it.
+template <class Parts>
+void begin_cut(Parts& parts) noexcept {
+  for (auto& part : parts) {
+    const lock_guard lock{part.mutex};
+    part.before.begin();
+  }
+}
+// False where memory ran out for what was there: what was seen is not of one moment.
+template <class Parts>
+bool end_cut(Parts& parts) noexcept {
+  bool whole = true;
+  for (auto& part : parts) {
+    decltype(part.before.end()) gone;  // freed without the lock
+    const lock_guard lock{part.mutex};
+    whole = whole && !part.before.lost();
+    gone = part.before.end();
+  }
+  return whole;
+}
 
 }  // namespace detail
 
@@ -9421,25 +9445,9 @@ class ContextSums {
     add(item, query, expected, dimension_, moment);
   }
 
-  // Begins a cut: until end_cut(), for_each() and each_stripe() see what is there now, while others
-  // go on. Who adds to a stripe first keeps a copy of it.
-  void begin_cut() noexcept {
-    for (Stripe& stripe : stripes_) {
-      const detail::lock_guard lock{stripe.mutex};
-      stripe.before.begin();
-    }
-  }
-  // False where memory ran out for what was there: what was seen is not of one moment.
-  bool end_cut() noexcept {
-    bool whole = true;
-    for (Stripe& stripe : stripes_) {
-      std::unique_ptr<Sums> gone;  // freed without the lock
-      const detail::lock_guard lock{stripe.mutex};
-      whole = whole && !stripe.before.lost();
-      gone = stripe.before.end();
-    }
-    return whole;
-  }
+  // For for_each() and write_stripe().
+  void begin_cut() noexcept { detail::begin_cut(stripes_); }
+  bool end_cut() noexcept { return detail::end_cut(stripes_); }
 
   // Calls visit(item, positive, expected), each sum [d] as it has decayed by `moment`, those of an
   // item's stripe from the least recently added to on; no lock is held meanwhile.
@@ -10025,23 +10033,9 @@ class SlateLog {
     }
   }
 
-  // As ContextSums has it.
-  void begin_cut() noexcept {
-    for (Stripe& stripe : stripes_) {
-      const detail::lock_guard lock{stripe.mutex};
-      stripe.before.begin();
-    }
-  }
-  bool end_cut() noexcept {
-    bool whole = true;
-    for (Stripe& stripe : stripes_) {
-      std::unique_ptr<Ring> gone;  // freed without the lock
-      const detail::lock_guard lock{stripe.mutex};
-      whole = whole && !stripe.before.lost();
-      gone = stripe.before.end();
-    }
-    return whole;
-  }
+  // For for_each_reported() and write_stripe().
+  void begin_cut() noexcept { detail::begin_cut(stripes_); }
+  bool end_cut() noexcept { return detail::end_cut(stripes_); }
 
   // Forgets the queries of all slates, which are those of another model, and goes on with queries
   // of `dimension` or, where a slate has no room for one, without; while nobody else calls, but for
@@ -10232,7 +10226,7 @@ class SlateLog {
   }
 
   static const Ring& at_cut(const Stripe& stripe) noexcept {
-    return stripe.before.get() ? *stripe.before.get() : stripe.ring;
+    return stripe.before.or_now(stripe.ring);
   }
   // Ahead of a change, under the lock.
   void keep(Stripe& stripe) const noexcept {
@@ -13288,23 +13282,9 @@ class EventIds {
     return sum;
   }
 
-  // As ContextSums has it.
-  void begin_cut() noexcept {
-    for (Stripe& stripe : stripes_) {
-      const lock_guard lock{stripe.mutex};
-      stripe.before.begin();
-    }
-  }
-  bool end_cut() noexcept {
-    bool whole = true;
-    for (Stripe& stripe : stripes_) {
-      std::unique_ptr<Ring> gone;  // freed without the lock
-      const lock_guard lock{stripe.mutex};
-      whole = whole && !stripe.before.lost();
-      gone = stripe.before.end();
-    }
-    return whole;
-  }
+  // For write().
+  void begin_cut() noexcept { detail::begin_cut(stripes_); }
+  bool end_cut() noexcept { return detail::end_cut(stripes_); }
   // All, those of a stripe from the oldest on.
   void write(FieldWriter& archive) const {
     Ring ring;
@@ -13312,7 +13292,7 @@ class EventIds {
       ring.hashes.reserve(capacity_);  // without the lock
       {
         const lock_guard lock{stripe.mutex};
-        const Ring& from = stripe.before.get() ? *stripe.before.get() : stripe.ring;
+        const Ring& from = stripe.before.or_now(stripe.ring);
         ring.hashes.assign(from.hashes.begin(), from.hashes.end());
         ring.next = from.next;
       }
