@@ -1646,6 +1646,14 @@ inline bool valid_id(std::string_view text) noexcept {
   }
   return true;
 }
+// As the interface takes them: one; and of whom something is, a user, a session or both.
+inline bool is_id(std::string_view text) noexcept {
+  return !text.empty() && text.size() <= max_id_bytes && valid_id(text);
+}
+inline bool are_ids(std::string_view user, std::string_view session) noexcept {
+  return (user.empty() || is_id(user)) && (session.empty() || is_id(session)) &&
+         !(user.empty() && session.empty());
+}
 
 }  // namespace detail
 
@@ -5787,7 +5795,7 @@ inline Result<void> check_shapes(const ModelParts& parts, const Program& program
     return Error{Errc::limit, "section GAPE: has over 1024 rows"};
   for (const MetadataField& field : parts.fields) {
     const std::size_t rows = field.numeric ? field.boundaries.size() + 1 : field.vocabulary.size();
-    if (field.name.empty() || field.name.size() > max_id_bytes || !valid_id(field.name))
+    if (!is_id(field.name))
       return Error{Errc::corrupt,
                    "section FLDN: a field name has 1 to 256 bytes of UTF-8 without control "
                    "characters"};
@@ -11942,6 +11950,18 @@ class UserKey {
   std::string_view text() const noexcept { return {text_.data(), size_}; }
   std::uint64_t hash() const noexcept { return hash_; }
 
+  // Whether it can be the text of a key; and whose it then is, where one of both is empty.
+  static bool is_text(std::string_view text) noexcept {
+    return !text.empty() && (text[0] == 'u' || text[0] == 's') && is_id(text.substr(1));
+  }
+  struct Owner {
+    std::string_view user, session;
+  };
+  static Owner owner(std::string_view text) noexcept {
+    const std::string_view id = text.substr(1);
+    return text[0] == 'u' ? Owner{id, {}} : Owner{{}, id};
+  }
+
  private:
   std::array<char, 1 + max_id_bytes> text_;
   std::size_t size_;
@@ -12226,9 +12246,7 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
     archive(key_size, with_state);
     const auto raw = archive.bytes(key_size);
     const std::string_view key(reinterpret_cast<const char*>(raw.data()), raw.size());
-    const bool named = key.size() > 1 && key.size() <= 1 + max_id_bytes &&
-                       (key[0] == 'u' || key[0] == 's') && valid_id(key.substr(1));
-    if (!archive.ok() || !named) {
+    if (!archive.ok() || !UserKey::is_text(key)) {
       archive.fail();
       return nullptr;
     }
@@ -12280,8 +12298,7 @@ class alignas(__STDCPP_DEFAULT_NEW_ALIGNMENT__) User {
         (generation < bounds.space_since
              ? offset_bytes_ % 4 != 0
              : offset_bytes_ != 0 && offset_bytes_ != bounds.offset_bytes) ||
-        !(offset_scale_ >= 0 && offset_scale_ <= 1) || !(spent_events >= 0) ||
-        !(spent_impressions >= 0) || !std::isfinite(spent_events + spent_impressions))
+        !personal().is_sound())
       return false;
     for (const RecentImpressions::Entry& entry : impressions())
       if (entry.item >= bounds.items || !(entry.count >= 0) || !std::isfinite(entry.count))
@@ -13006,12 +13023,8 @@ class Blob {
     return blob;
   }
 
-  std::string_view user() const noexcept {
-    return key_[0] == 'u' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
-  std::string_view session() const noexcept {
-    return key_[0] == 's' ? std::string_view(key_).substr(1) : std::string_view{};
-  }
+  std::string_view key() const noexcept { return key_; }
+  UserKey::Owner owner() const noexcept { return UserKey::owner(key_); }
 
   // To visit(item, event type, timestamp), oldest first; the type is empty where there is none.
   template <class Visit>
@@ -13117,7 +13130,7 @@ class Blob {
     for (std::string& name : names) {
       const auto raw = archive.bytes(take_number(archive));
       name.assign(reinterpret_cast<const char*>(raw.data()), raw.size());
-      if (name.empty() || name.size() > max_id_bytes || !valid_id(name)) archive.fail();
+      if (!is_id(name)) archive.fail();
     }
   }
 
@@ -13126,9 +13139,7 @@ class Blob {
     archive(model_.encoder, model_.items);
     const auto key = archive.bytes(take_number(archive));
     key_.assign(reinterpret_cast<const char*>(key.data()), key.size());
-    if (key_.size() < 2 || key_.size() > 1 + max_id_bytes || (key_[0] != 'u' && key_[0] != 's') ||
-        !valid_id(key_))
-      return false;
+    if (!UserKey::is_text(key_)) return false;
     User::Personal::each_field(archive, personal_);
     take_names(archive, items_);
     take_names(archive, types_);
@@ -14954,13 +14965,10 @@ class PutItems {
         std::string id;
         Item item;
         one(id, item);
-        if (!archive.ok() || id.empty() || id.size() > max_id_bytes || !valid_id(id) ||
-            self.items_.find(id) != self.items_.end())
+        if (!archive.ok() || !is_id(id) || self.items_.find(id) != self.items_.end())
           return archive.fail();
         for (const Event& event : item.events)
-          if (!valid_id(event.user) || !valid_id(event.session) || !valid_id(event.event_type) ||
-              event.user.size() > max_id_bytes || event.session.size() > max_id_bytes ||
-              (event.user.empty() && event.session.empty()))
+          if (!are_ids(event.user, event.session) || !valid_id(event.event_type))
             return archive.fail();
         item.bytes = bytes_of(id, item.fields);
         (item.waiting ? self.waiting_bytes_ : self.kept_bytes_) += item.bytes;
@@ -15242,8 +15250,7 @@ struct State {
     if (const auto row = of.stored_user(user)) of.encoder->load(*row, state);
   }
   void begin(const Catalogue& of, User& user) const noexcept {
-    const std::string_view id = user.key();
-    begin(of, id[0] == 'u' ? id.substr(1) : std::string_view{}, user.state());
+    begin(of, UserKey::owner(user.key()).user, user.state());
     user.generation = of.generation;
   }
 
@@ -15284,9 +15291,8 @@ struct State {
     gone.each([&](User& user) {
       if (!options.on_evict) return;
       const auto blob = catching_bad_alloc([&] { return Blob::write(user, of); });
-      const std::string_view id = user.key().substr(1), none;
-      const bool is_user = user.key()[0] == 'u';
-      if (blob) options.on_evict(is_user ? id : none, is_user ? none : id, std::span(*blob));
+      const auto [of_user, of_session] = UserKey::owner(user.key());
+      if (blob) options.on_evict(of_user, of_session, std::span(*blob));
     });
   }
 
@@ -15424,8 +15430,7 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
     return user->generation;
   });
   if (generation == present.generation) return;
-  const std::string_view id = of.text();
-  const std::string_view name = id[0] == 'u' ? id.substr(1) : std::string_view{};
+  const std::string_view name = UserKey::owner(of.text()).user;
   const bool anew = generation < present.encoder_since;
   const std::size_t state_size = present.encoder->state_size();
   Vector<float>& state = scratch->state;
@@ -15446,7 +15451,7 @@ inline void State::make_current(const UserKey& of, ScratchLease& scratch) {
     }
     if (old_size != state_size) other = User::make(of, state_size);
   }
-  note(RecordOf::encode, scratch->record, [&](FieldWriter& archive) { archive(id); });
+  note(RecordOf::encode, scratch->record, [&](FieldWriter& archive) { archive(of.text()); });
   if (other) users.replace(of, std::move(other));
   users.use(
       of,
@@ -16181,15 +16186,13 @@ struct Unlisting {
 };
 
 // Takes in a user of another process, who replaces one of the same id; only_new: unless there is
-// one. The caller has no turn.
-inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
-                                        std::span<const std::byte> bytes, GoneUsers& gone,
-                                        bool only_new, std::uint64_t& sequence) {
-  const auto blob = Blob::read(bytes);
-  if (!blob) return blob.error();
+// one. bytes: what `blob` was read of. The caller has no turn.
+inline ImportReport import_blob(State& state, ScratchLease& scratch, const Blob& blob,
+                                std::span<const std::byte> bytes, GoneUsers& gone, bool only_new,
+                                std::uint64_t& sequence) {
   ImportReport report;
-  report.user = blob->user();
-  report.session = blob->session();
+  report.user = blob.owner().user;
+  report.session = blob.owner().session;
   const UserKey key{report.user, report.session, state.key};
   const Turns::Lock turn{state.turns, key};
   scratch.use_current();
@@ -16197,7 +16200,7 @@ inline Result<ImportReport> import_blob(State& state, ScratchLease& scratch,
     return report;
   Settle settle{state.users, key, scratch->grown, gone};
   User::Owner user =
-      blob->make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
+      blob.make(key, scratch.catalogue(), state.options.history_length, report.events_dropped);
   report.events = user->events();
   scratch->grown = true;
   state.users.make_room(key);
@@ -16241,19 +16244,16 @@ inline Result<Vector<std::byte>> export_blob(const State& state, const Catalogue
 // they begin anew.
 inline void find_elsewhere(State& state, ScratchLease& scratch, std::string_view user,
                            std::string_view session, GoneUsers& gone) {
-  if (!state.options.find_user || user.size() > max_id_bytes || session.size() > max_id_bytes ||
-      !valid_id(user) || !valid_id(session))
-    return;
+  if (!state.options.find_user || !are_ids(user, session)) return;
   const UserKey key{user, session, state.key};
   if (state.users.read(key, [](const User* found) { return found != nullptr; })) return;
-  std::vector<std::byte> blob;
-  if (!state.options.find_user(user.empty() ? std::string_view{} : user,
-                               user.empty() ? session : std::string_view{}, blob))
-    return;
+  const UserKey::Owner asked = UserKey::owner(key.text());
+  std::vector<std::byte> bytes;
+  if (!state.options.find_user(asked.user, asked.session, bytes)) return;
+  const auto blob = Blob::read(bytes);
+  if (!blob || blob->key() != key.text()) return;
   std::uint64_t sequence = 0;
-  const auto read = Blob::read(blob);
-  if (!read || UserKey{read->user(), read->session(), state.key}.text() != key.text()) return;
-  (void)import_blob(state, scratch, blob, gone, true, sequence);
+  (void)import_blob(state, scratch, *blob, bytes, gone, true, sequence);
 }
 
 }  // namespace detail
@@ -16676,11 +16676,8 @@ class Updater {
           continue;
         }
         ScratchLease scratch{state_.lanes};
-        const std::string_view id = std::string_view(key).substr(1);
-        const bool user = key[0] == 'u';
-        state_.bring_up(
-            UserKey{user ? id : std::string_view{}, user ? std::string_view{} : id, state_.key},
-            scratch);
+        const auto [user, session] = UserKey::owner(key);
+        state_.bring_up(UserKey{user, session, state_.key}, scratch);
         --most;
         pace.step();
       }
@@ -17543,11 +17540,6 @@ class Replay {
 
  private:
   static Error contradicts() { return {Errc::corrupt, "its values contradict one another"}; }
-  // As the interface takes them.
-  static bool sound_ids(std::string_view user, std::string_view session) noexcept {
-    return !(user.empty() && session.empty()) && user.size() <= max_id_bytes &&
-           session.size() <= max_id_bytes && valid_id(user) && valid_id(session);
-  }
 
   Result<void> event(FieldReader& archive) {
     ScratchLease scratch{state_.lanes};
@@ -17555,7 +17547,7 @@ class Replay {
     EventChange change;
     changes.read(change, archive, foreign_);
     const Unlisting unlisting{changes};
-    if (!archive.at_end() || !sound_ids(change.user, change.session)) return contradicts();
+    if (!archive.at_end() || !are_ids(change.user, change.session)) return contradicts();
     const UserKey key{change.user, change.session, state_.key};
     EventIds::Claim claim{state_.event_ids, change.event_hash};
     state_.make_current(key, scratch);
@@ -17598,7 +17590,7 @@ class Replay {
   Result<void> merge(FieldReader& archive) {
     std::string_view session, user;
     archive(session, user);
-    if (!archive.ok() || session.empty() || user.empty() || !sound_ids(user, session))
+    if (!archive.ok() || session.empty() || user.empty() || !are_ids(user, session))
       return contradicts();
     ScratchLease scratch{state_.lanes};
     (void)Changes{state_, scratch, gone_}.merge(session, user);
@@ -17608,7 +17600,7 @@ class Replay {
   Result<void> forget(FieldReader& archive) {
     std::string_view user, session;
     archive(user, session);
-    if (!archive.ok() || !sound_ids(user, session)) return contradicts();
+    if (!archive.ok() || !are_ids(user, session)) return contradicts();
     (void)detail::forget(state_, user, UserKey{user, session, state_.key});
     return {};
   }
@@ -17623,9 +17615,7 @@ class Replay {
       const std::string_view name = archive.text(), value = archive.text();
       item.fields.push_back({name, value});
     }
-    if (!archive.ok() || item.item.empty() || item.item.size() > max_id_bytes ||
-        !valid_id(item.item))
-      return contradicts();
+    if (!archive.ok() || !is_id(item.item)) return contradicts();
     if (given != no_timestamp) item.creation_timestamp = given;
     const auto when = created == no_timestamp ? std::nullopt : std::optional(created);
     // What another model cannot take in is left out.
@@ -17637,8 +17627,7 @@ class Replay {
     std::string_view id;
     bool there = false;
     archive(id, there);
-    if (!archive.ok() || id.empty() || id.size() > max_id_bytes || !valid_id(id))
-      return contradicts();
+    if (!archive.ok() || !is_id(id)) return contradicts();
     (void)state_.put_items.remove(id, there, [] {});
     return {};
   }
@@ -17684,22 +17673,21 @@ class Replay {
   Result<void> encode(FieldReader& archive) {
     std::string_view key;
     archive(key);
-    if (!archive.ok() || key.size() < 2 || key.size() > 1 + max_id_bytes ||
-        (key[0] != 'u' && key[0] != 's'))
-      return contradicts();
-    const std::string_view id = key.substr(1), none;
+    if (!archive.ok() || !UserKey::is_text(key)) return contradicts();
+    const auto [user, session] = UserKey::owner(key);
     ScratchLease scratch{state_.lanes};
-    state_.make_current(UserKey{key[0] == 'u' ? id : none, key[0] == 'u' ? none : id, state_.key},
-                        scratch);
+    state_.make_current(UserKey{user, session, state_.key}, scratch);
     return {};
   }
 
   Result<void> import(FieldReader& archive) {
-    const auto blob = archive.bytes(archive.left());
+    const auto bytes = archive.bytes(archive.left());
+    const auto blob = Blob::read(bytes);
+    if (!blob) return blob.error();
     ScratchLease scratch{state_.lanes};
     std::uint64_t sequence = 0;
-    const auto imported = import_blob(state_, scratch, blob, gone_, false, sequence);
-    return imported ? Result<void>{} : imported.error();
+    (void)import_blob(state_, scratch, *blob, bytes, gone_, false, sequence);
+    return {};
   }
 
   State& state_;
@@ -18910,7 +18898,7 @@ PERSONALIZE_API bool Recommender::forget(std::string_view user, std::string_view
 PERSONALIZE_API Result<void> Recommender::put_item(const NewItem& item) {
   return detail::catching_bad_alloc([&]() -> Result<void> {
     State& state = *state_;
-    if (item.item.empty() || item.item.size() > max_id_bytes || !detail::valid_id(item.item))
+    if (!detail::is_id(item.item))
       return Error{Errc::invalid_argument,
                    "an item id has 1 to 256 bytes of UTF-8 without control characters"};
     const auto time = state.times.check(item.creation_timestamp, "NewItem::creation_timestamp");
@@ -19054,14 +19042,15 @@ PERSONALIZE_API Result<std::vector<std::byte>> Recommender::export_user(
   });
 }
 
-PERSONALIZE_API Result<ImportReport> Recommender::import_user(std::span<const std::byte> blob) {
+PERSONALIZE_API Result<ImportReport> Recommender::import_user(std::span<const std::byte> bytes) {
   return detail::catching_bad_alloc([&]() -> Result<ImportReport> {
+    const auto blob = detail::Blob::read(bytes);
+    if (!blob) return blob.error();
     detail::GoneUsers gone;
     detail::ScratchLease scratch{state_->lanes};
     std::uint64_t sequence = 0;
-    auto report = detail::import_blob(*state_, scratch, blob, gone, false, sequence);
+    auto report = detail::import_blob(*state_, scratch, *blob, bytes, gone, false, sequence);
     state_->tell(gone, scratch.catalogue());
-    if (!report) return report;
     if (auto kept = state_->durable(sequence); !kept) return kept.error();
     return report;
   });

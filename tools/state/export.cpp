@@ -83,7 +83,7 @@ class JournalUsers final : public RecordVisitor {
       part.events.push_back(
           {items_.add(item), type.empty() ? no_event_type : types_.add(type), timestamp});
     });
-    History& history = of(key(blob.user(), blob.session()));
+    History& history = of(std::string(blob.key()));
     history.parts.clear();
     history.parts.push_back(std::move(part));
   }
