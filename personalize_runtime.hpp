@@ -9836,6 +9836,21 @@ struct LoggedSlate {
   Vector<float> query;  // the user's, when served; empty for a user without events
   std::vector<LoggedPick> picks;
   std::vector<LoggedChoice> choices;  // as many as picks, or none
+
+  // Of whose numbers the archive, or who reads, knows already.
+  template <class Archive, class Self>
+  static void each_pick(Archive& archive, Self& self) {
+    for (auto& pick : self.picks) LoggedPick::each_field(archive, pick);
+    for (auto& choice : self.choices) LoggedChoice::each_field(archive, choice);
+  }
+  // Of what was read: whether there are such items, of so many, and numbers that exist.
+  bool is_sound(std::size_t items) const noexcept {
+    for (const LoggedPick& pick : picks)
+      if (pick.item >= items || !pick.is_finite()) return false;
+    for (const LoggedChoice& choice : choices)
+      if (choice.choice.pick.item >= items || choice.choice.best.item >= items) return false;
+    return detail::all_finite(query);
+  }
 };
 
 enum class SlateStatus : std::uint8_t {
@@ -10086,8 +10101,7 @@ class SlateLog {
       copy(ring, slot, slate);
       Slot::each_field(archive, slot);
       for (const float v : slate.query) archive(v);
-      for (const LoggedPick& pick : slate.picks) LoggedPick::each_field(archive, pick);
-      for (const LoggedChoice& choice : slate.choices) LoggedChoice::each_field(archive, choice);
+      LoggedSlate::each_pick(archive, std::as_const(slate));
     }
   }
 
@@ -10122,17 +10136,9 @@ class SlateLog {
       slate.query.resize(has_query ? static_cast<std::size_t>(written.dimension) : 0);
       for (float& v : slate.query) archive(v);
       slate.picks.resize(slot.picks);
-      for (LoggedPick& pick : slate.picks) {
-        LoggedPick::each_field(archive, pick);
-        if (pick.item >= items || !pick.is_finite()) return archive.fail();
-      }
       slate.choices.resize(written.choices != 0 ? slot.picks : 0);
-      for (LoggedChoice& choice : slate.choices) {
-        LoggedChoice::each_field(archive, choice);
-        if (choice.choice.pick.item >= items || choice.choice.best.item >= items)
-          return archive.fail();
-      }
-      if (!archive.ok() || !detail::all_finite(slate.query)) return archive.fail();
+      LoggedSlate::each_pick(archive, slate);
+      if (!archive.ok() || !slate.is_sound(items)) return archive.fail();
       if (written.dimension != dimension()) slate.query.clear();
       Stripe& stripe = stripes_[stripe_of(slot.number)];
       const detail::lock_guard lock{stripe.mutex};
@@ -15930,15 +15936,8 @@ class Changes {
       if (!archive.ok() || seen.pick.item >= items || !seen.pick.is_finite()) return archive.fail();
       scratch_.seen.push_back(seen);
     }
-    if (!change.has_query || count == 0) return;
-    const auto raw = archive.bytes(archive.left());
-    if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) {
-      change.has_query = false;
-      return;
-    }
-    std::memcpy(scratch_.query.data(), raw.data(), raw.size());
-    if (!all_finite(std::span<const float>(scratch_.query).first(catalogue().dimension())))
-      archive.fail();
+    if (change.has_query && count > 0)
+      change.has_query = read_query(archive, foreign, scratch_.query);
   }
 
   void apply(const EventChange& change, const UserKey& key) {
@@ -15995,13 +15994,11 @@ class Changes {
     const LoggedSlate& slate = scratch_.logged;
     archive(static_cast<std::uint64_t>(slate.picks.size()),
             static_cast<std::uint64_t>(slate.choices.size()), !slate.query.empty());
-    for (const LoggedPick& pick : slate.picks) LoggedPick::each_field(archive, pick);
-    for (const LoggedChoice& choice : slate.choices) LoggedChoice::each_field(archive, choice);
+    LoggedSlate::each_pick(archive, slate);
     archive.bytes(std::as_bytes(std::span(slate.query.data(), slate.query.size())));
   }
   void read(SlateChange& change, FieldReader& archive, bool foreign) {
     SlateChange::each_field(archive, change);
-    const std::size_t items = catalogue().size();
     LoggedSlate& slate = scratch_.logged;
     std::uint64_t picks = 0, choices = 0;
     bool has_query = false;
@@ -16009,26 +16006,24 @@ class Changes {
     if (picks > archive.left() / 16 || choices > picks) return archive.fail();
     slate.timestamp = change.time.timestamp;
     slate.picks.resize(static_cast<std::size_t>(picks));
-    for (LoggedPick& pick : slate.picks) {
-      LoggedPick::each_field(archive, pick);
-      if (pick.item >= items || !pick.is_finite()) return archive.fail();
-    }
     slate.choices.resize(static_cast<std::size_t>(choices));
-    for (LoggedChoice& choice : slate.choices) {
-      LoggedChoice::each_field(archive, choice);
-      if (choice.choice.pick.item >= items || choice.choice.best.item >= items)
-        return archive.fail();
-    }
     slate.query.clear();
-    if (!has_query) return;
-    const auto raw = archive.bytes(archive.left());
-    if (foreign || raw.size() != catalogue().dimension() * sizeof(float)) return;
-    slate.query.resize(catalogue().dimension());
-    std::memcpy(slate.query.data(), raw.data(), raw.size());
-    if (!all_finite(slate.query)) archive.fail();
+    LoggedSlate::each_pick(archive, slate);
+    if (has_query) (void)read_query(archive, foreign, slate.query);
+    if (!slate.is_sound(catalogue().size())) archive.fail();
   }
 
  private:
+  // What is left of a record, to query; false where it is none of the catalogue's model.
+  bool read_query(FieldReader& archive, bool foreign, Vector<float>& query) const {
+    const std::size_t d = catalogue().dimension();
+    const auto raw = archive.bytes(archive.left());
+    if (foreign || raw.size() != d * sizeof(float)) return false;
+    query.resize(std::max(query.size(), d));
+    std::memcpy(query.data(), raw.data(), raw.size());
+    if (!all_finite(std::span<const float>(query).first(d))) archive.fail();
+    return true;
+  }
   UserKey session_of(const EventChange& change) const noexcept {
     return {{}, change.session, state_.key};
   }
