@@ -41,10 +41,9 @@ namespace {
 using Work = std::function<void()>;
 
 double microseconds(const Work& work) {
-  const auto begin = std::chrono::steady_clock::now();
+  const auto begin = Clock::now();
   work();
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
-      .count();
+  return since(begin);
 }
 
 struct Figure {
@@ -438,21 +437,13 @@ void load() {
       });
 }
 
-// KiB of a line of /proc/self/status.
-double status_kib(const char* field) {
-  const auto status = pz::read_file("/proc/self/status", 1 << 20);
-  if (!status) std::abort();
-  const std::string text(reinterpret_cast<const char*>(status->data()), status->size());
-  return std::strtod(text.c_str() + text.find(field) + std::strlen(field), nullptr);
-}
-
 void load_memory() {
   const std::string path =
       "/tmp/personalize_figures_" +
       std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()) + ".pzm";
   if (!pz::save_model(parts_of(1'000'000, 64, pz::ElementType::i8), path, {.zstd_level = 3}))
     std::abort();
-  const double before = status_kib("VmRSS:");
+  const double before = resident();
   {
     // The peak starts again from here.
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> reset(
@@ -461,13 +452,13 @@ void load_memory() {
   }
   const auto model = pz::Model::load(path);
   if (!model) std::abort();
-  const double peak = status_kib("VmHWM:") - before, final = status_kib("VmRSS:") - before;
+  const double peak = status_bytes("VmHWM") - before, final = resident() - before;
   std::remove(path.c_str());
   line({.name = "load_memory",
         .data = "1,000,000 x 64 int8, from a file: growth of the resident set, at most",
         .unit = "MiB",
         .peer = "the model once loaded"},
-       peak / 1024, peak / 1024, final / 1024, peak / final);
+       mebibytes(peak), mebibytes(peak), mebibytes(final), peak / final);
 }
 
 // What exploration at weight 0.3, its propensities and its entry in the slate log add to a slate at

@@ -1,10 +1,14 @@
-// What the programs of this folder share: models of any size, quantiles, memory.
+// What the programs of this folder share: models of any size, quantiles, times, memory, and a line
+// of JSON a figure.
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <random>
 #include <string>
 #include <utility>
@@ -23,6 +27,34 @@ inline double quantile(std::vector<double> values, double part) {
   std::nth_element(values.begin(), values.begin() + at, values.end());
   return values[static_cast<std::size_t>(at)];
 }
+
+using Clock = std::chrono::steady_clock;
+
+inline double since(Clock::time_point begin) {  // microseconds
+  return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
+}
+
+inline void line(const std::string& name, const std::string& data, double value, const char* unit,
+                 const std::string& peer = {}, double peer_value = 0) {
+  std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "unit": "%s")", name.c_str(),
+              data.c_str(), value, unit);
+  if (!peer.empty())
+    std::printf(R"(, "peer": "%s", "peer_value": %.4g, "ratio": %.3g)", peer.c_str(), peer_value,
+                value / peer_value);
+  std::printf("}\n");
+  std::fflush(stdout);
+}
+
+inline double mebibytes(double bytes) { return bytes / (1 << 20); }
+
+// Bytes that a line of /proc/self/status tells; 0 where there is none.
+inline double status_bytes(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  for (std::string text; std::getline(status, text);)
+    if (text.starts_with(field + ":")) return std::stod(text.substr(field.size() + 1)) * 1024;
+  return 0;
+}
+inline double resident() { return status_bytes("VmRSS"); }
 
 // Bytes that the allocator has given out.
 inline double bytes_in_use() {

@@ -37,26 +37,10 @@ namespace {
 
 constexpr std::int64_t start = 1'700'000'000;
 constexpr std::size_t items = 100'000, hidden = 128, d = 64, events_a_user = 50;
-using Clock = std::chrono::steady_clock;
 namespace fs = std::filesystem;
 
 fs::path folder = fs::temp_directory_path() / "personalize_bench";
 double seconds_wanted = 0;  // 0: as long as the figure says
-
-double since(Clock::time_point begin) {  // microseconds
-  return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
-}
-
-void line(const std::string& name, const std::string& data, double value, const char* unit,
-          const std::string& peer = {}, double peer_value = 0) {
-  std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "unit": "%s")", name.c_str(),
-              data.c_str(), value, unit);
-  if (!peer.empty())
-    std::printf(R"(, "peer": "%s", "peer_value": %.4g, "ratio": %.3g)", peer.c_str(), peer_value,
-                value / peer_value);
-  std::printf("}\n");
-  std::fflush(stdout);
-}
 
 [[noreturn]] void fail(const char* what, const std::string& why) {
   std::fprintf(stderr, "persistence: %s: %s\n", what, why.c_str());
@@ -66,15 +50,6 @@ template <class T>
 T take(const char* what, pz::Result<T> result) {
   if (!result) fail(what, result.error().message);
   return std::move(*result);
-}
-
-double mebibytes(double bytes) { return bytes / (1 << 20); }
-
-double resident() {
-  std::ifstream status("/proc/self/status");
-  for (std::string text; std::getline(status, text);)
-    if (text.rfind("VmRSS", 0) == 0) return std::stod(text.substr(6)) * 1024;
-  return 0;
 }
 
 // How often this thread has waited for something: for a lock or a file, not for a core.
@@ -581,17 +556,14 @@ void durability() {
     return 0.0;
   };
   for (const Way& way : ways) {
-    const bool each = way.name == "Durability::each_call";
-    const double peer = median(
-        std::string("SQLite, WAL, synchronous = ") + (each ? "FULL" : "NORMAL"), way.threads);
+    const std::string peer = std::string("SQLite, WAL, synchronous = ") +
+                             (way.name == "Durability::each_call" ? "FULL" : "NORMAL");
+    const double peer_rate = median(peer, way.threads);
     line("events_a_second",
          way.name + (way.threads == 1 ? ", 1 thread" : ", 8 threads") +
              ", 100,000 users, 100,000 x 64 items, hidden 128",
          quantile(way.rates, 0.5), "events/s",
-         way.name.starts_with("SQLite") || peer == 0 ? ""
-         : each                                      ? "SQLite, WAL, synchronous = FULL"
-                                                     : "SQLite, WAL, synchronous = NORMAL",
-         peer);
+         way.name.starts_with("SQLite") || peer_rate == 0 ? "" : peer, peer_rate);
   }
 }
 

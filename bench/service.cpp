@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
-#include <fstream>
 #include <functional>
 #include <memory>
 #include <random>
@@ -25,11 +24,6 @@
 namespace {
 
 constexpr std::int64_t start = 1'700'000'000;
-using Clock = std::chrono::steady_clock;
-
-double since(Clock::time_point begin) {  // microseconds
-  return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
-}
 
 // Of this thread, in milliseconds: what the machine's other work does not lengthen.
 double processor_time() {
@@ -40,26 +34,6 @@ double processor_time() {
 #else
   return since(Clock::time_point{}) / 1000;
 #endif
-}
-
-void line(const std::string& name, const std::string& data, double value, const char* unit,
-          const std::string& peer = {}, double peer_value = 0) {
-  std::printf(R"({"name": "%s", "data": "%s", "value": %.4g, "unit": "%s")", name.c_str(),
-              data.c_str(), value, unit);
-  if (!peer.empty())
-    std::printf(R"(, "peer": "%s", "peer_value": %.4g, "ratio": %.3g)", peer.c_str(), peer_value,
-                value / peer_value);
-  std::printf("}\n");
-  std::fflush(stdout);
-}
-
-double mebibytes(double bytes) { return bytes / (1 << 20); }
-
-double resident() {
-  std::ifstream status("/proc/self/status");
-  for (std::string text; std::getline(status, text);)
-    if (text.rfind("VmRSS", 0) == 0) return std::stod(text.substr(6)) * 1024;
-  return 0;
 }
 
 std::shared_ptr<const pz::Model> model_of(std::size_t items, std::size_t d) {
