@@ -205,14 +205,16 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   armed = was;
   return p;
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+// Not inlined: g++ would take free() for the wrong way to give back what operator new returned.
+#define GIVES_BACK [[gnu::noinline]] void
+GIVES_BACK operator delete(void* p) noexcept { std::free(p); }
+GIVES_BACK operator delete[](void* p) noexcept { std::free(p); }
+GIVES_BACK operator delete(void* p, std::size_t) noexcept { std::free(p); }
+GIVES_BACK operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+GIVES_BACK operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+GIVES_BACK operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+GIVES_BACK operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+GIVES_BACK operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 
 namespace {
 
