@@ -663,30 +663,64 @@ enum class Layout : std::uint8_t {
          // to takes no pages, and costs nothing to take
 };
 
-inline constexpr std::size_t huge_bytes = std::size_t{1} << 22;
-
-inline std::align_val_t alignment_of(std::size_t bytes) noexcept {
-  return std::align_val_t{bytes >= huge_bytes ? std::size_t{1} << 21 : 64};
-}
+inline constexpr std::align_val_t cache_line{64};
+inline constexpr std::size_t huge_bytes = std::size_t{1} << 22, huge_page = std::size_t{1} << 21;
 
 // The most that one program can hold, of whatever.
 inline constexpr std::size_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
+
+#if defined(__linux__)
+// From so many bytes on memory is mapped on its own, and goes back to the system at once: glibc
+// takes arrays of up to 32 MB from its heaps, where models and catalogues that come and go would
+// leave holes.
+inline constexpr std::size_t mapped_bytes = std::size_t{1} << 20;
+
+// A multiple of any page's size.
+inline std::size_t whole_pages(std::size_t bytes) noexcept {
+  constexpr std::size_t pages = std::size_t{1} << 16;
+  return (bytes + pages - 1) / pages * pages;
+}
+
+// Null where there is none.
+inline void* map_memory(std::size_t bytes) noexcept {
+  const std::size_t wanted = whole_pages(bytes), spare = bytes >= huge_bytes ? huge_page : 0;
+  void* const mapped =
+      ::mmap(nullptr, wanted + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (spare == 0) return mapped;
+  const std::size_t before = (0 - reinterpret_cast<std::uintptr_t>(mapped)) % huge_page;
+  auto* const memory = static_cast<std::byte*>(mapped) + before;
+  if (before > 0) (void)::munmap(mapped, before);
+  if (before < spare) (void)::munmap(memory + wanted, spare - before);
+#if defined(MADV_HUGEPAGE)
+  (void)::madvise(memory, wanted, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+#endif
 
 inline void* take_memory(std::size_t bytes, bool lines) {
 #if PERSONALIZE_HAS_EXCEPTIONS
   if (bytes >= most_memory) throw std::bad_alloc();
 #endif
-  if (!lines) return ::operator new(bytes);
-  void* const memory = ::operator new(bytes, alignment_of(bytes));
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= huge_bytes) (void)::madvise(memory, bytes, MADV_HUGEPAGE);
+#if defined(__linux__)
+  if (bytes >= mapped_bytes) {
+    if (void* const memory = map_memory(bytes)) return memory;
+    return ::operator new(most_memory);  // which fails as the program wants it
+  }
 #endif
-  return memory;
+  return lines ? ::operator new(bytes, cache_line) : ::operator new(bytes);
 }
 
 inline void give_memory(void* memory, std::size_t bytes, bool lines) noexcept {
+#if defined(__linux__)
+  if (bytes >= mapped_bytes) {
+    (void)::munmap(memory, whole_pages(bytes));
+    return;
+  }
+#endif
   if (lines)
-    ::operator delete(memory, alignment_of(bytes));
+    ::operator delete(memory, cache_line);
   else
     ::operator delete(memory);
 }
@@ -1033,9 +1067,8 @@ struct UpdateReport {
 
 // What Recommender::swap did.
 struct SwapReport {
-  std::size_t items_added = 0;  // of the model, which nobody knew before
-  std::size_t items_put =
-      0;  // that the model lacks, and that stay by the fields they were put with
+  std::size_t items_added = 0;    // of the model, which nobody knew before
+  std::size_t items_put = 0;      // that the model lacks, and that stay by the fields they had
   std::size_t items_dropped = 0;  // that the model lacks, and of which no fields are known
   bool states_kept = false;  // users' states are good for the model, by its fingerprint; else they
                              // are made anew from remembered events, when next used or before
@@ -9528,7 +9561,6 @@ class ContextSums {
     }
   }
 
-  std::size_t dimension() const noexcept { return dimension_; }
   static constexpr std::size_t stripe_count = 64;
 
   std::size_t bytes() const {
@@ -10903,9 +10935,8 @@ struct Scratch {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 14: catalogue. Owns the items: one published generation of what is known of them, how the
-// next one is built, and how threads share it, each with the memory of its request. Uses all
-// earlier rooms.
+// Room 14: catalogue. Owns the items: one published generation of what is known of them, and how
+// the next one is built. Uses all earlier rooms.
 // ============================================================================================
 
 #if PERSONALIZE_HAS_BODIES
@@ -10982,9 +11013,14 @@ struct Catalogue {
   // Neither the model has a row for it nor has it been put since.
   bool is_absent(std::uint32_t item) const noexcept { return absent && absent->test(item); }
 
-  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
+  // Of an item that this generation has or had.
+  std::optional<std::uint32_t> number_of(std::string_view id) const noexcept {
     const auto item = ids->find(id);
-    return item && *item < size() && available(*item) ? item : std::nullopt;
+    return item && *item < size() ? item : std::nullopt;
+  }
+  std::optional<std::uint32_t> find(std::string_view id) const noexcept {
+    const auto item = number_of(id);
+    return item && available(*item) ? item : std::nullopt;
   }
 
   // Whether an item's row is another than the model's own, or the model has none.
@@ -12414,7 +12450,6 @@ class GoneUsers {
     added->hash = bit_cast_pointer(newest_);
     newest_ = added;
   }
-  bool empty() const noexcept { return newest_ == nullptr; }
   // visit(User&), and an end to each.
   template <class Visit>
   void each(Visit visit) {
@@ -12488,19 +12523,18 @@ class Users {
   }
 
   // Puts `user` in the place of the one with the same key, whose state it does not take over, and
-  // ends that one. False where there is none.
-  bool replace(const UserKey& key, User::Owner user) {
+  // ends that one, where there is one.
+  void replace(const UserKey& key, User::Owner user) {
     Shard& shard = shard_of(key);
     const lock_guard lock{shard.mutex};
     const auto number = number_of(shard, key);
-    if (!number) return false;
+    if (!number) return;
     keep(shard, *number);
     User::Owner& place = shard.users[*number];
     shard.bytes -= place->bytes();
     user->take_over(*place);
     place.swap(user);
     shard.bytes += place->bytes();
-    return true;
   }
 
   // Calls apply(User&) under the user's lock, with memory for so many more events and impressions
@@ -13100,8 +13134,7 @@ class Blob {
   Blob() = default;
 
   std::optional<std::uint32_t> number_of(const Catalogue& of, std::uint32_t index) const noexcept {
-    const auto item = of.ids->find(items_[index]);
-    return item && *item < of.size() ? item : std::nullopt;
+    return of.number_of(items_[index]);
   }
 
   static void put_number(Vector<std::byte>& out, std::uint64_t number) {
@@ -15045,8 +15078,8 @@ class PutItems {
 #endif  // PERSONALIZE_HAS_BODIES
 
 // ============================================================================================
-// Room 23: state. Owns all that a recommender knows and the turns in which it is changed, what
-// waits for an update, and how items rank for a user. Uses all earlier rooms.
+// Room 23: state. Owns all that a recommender knows, the turns in which it is changed, and how
+// items rank for a user. Uses all earlier rooms.
 //
 // Locks, in the order in which a thread may take them (RankedMutex checks it):
 //   0  State::update_mutex   one update, swap or save at a time; no request takes it, but with
@@ -15273,8 +15306,10 @@ struct State {
   // When the user's last event was on an item that the model has.
   static std::optional<std::int64_t> last_encoded(const User& user, const Catalogue& of) noexcept {
     std::optional<std::int64_t> last;
-    if (!of.absent && user.last_timestamp != no_timestamp) last = user.last_timestamp;
-    if (!of.absent) return last;
+    if (!of.absent) {
+      if (user.last_timestamp != no_timestamp) last = user.last_timestamp;
+      return last;
+    }
     user.for_each_event([&](const RememberedEvent& event) {
       if (!of.is_absent(event.item)) last = event.timestamp;
     });
@@ -15359,6 +15394,17 @@ struct State {
    private:
     State& state_;
   };
+  // update_mutex, and nobody rests who holds it meanwhile.
+  unique_lock<RankedMutex<0>> in_turn() {
+    const Hurry hurry(*this);
+    return unique_lock<RankedMutex<0>>{update_mutex};
+  }
+  // Of the thread that holds update_mutex, beside requests, until somebody waits for it.
+  void rest(Pace::Clock::duration time) {
+    if (!lanes.busy()) return;
+    unique_lock lock{wake_mutex};
+    wake.wait_for(lock, time, [&] { return stopping || in_a_hurry > 0; });
+  }
   void wake_updater() {
     if (!updater.joinable()) return;
     {
@@ -16337,8 +16383,6 @@ class Update {
     same_encoder_ = same_encoder;
     same_space_ = same_space;
     const Fingerprints& after = model_->fingerprints();
-    const Encoder encoder(*model_, state_.table);
-    state_size_ = encoder.state_size();
     const Turns::All turns{state_.turns};
     items_ = state_.put_items.taken_in();
     latest_ = std::max(state_.times.latest(), State::latest_of(*model_));
@@ -16394,7 +16438,7 @@ class Update {
     carry_forgotten(*state_.catalogue, *next_);
     if (interactions_kept_ < 1)
       next_->counters->scale(ItemCounters::Kind::interactions, interactions_kept_);
-    state_.users.fit(state_size_, model_->dimension());
+    state_.users.fit(next_->encoder->state_size(), model_->dimension());
     if (!same_space_) state_.slates.drop_queries(model_->dimension());
     state_.times.know(
         std::min(State::latest_of(*model_), now_ + state_.options.clock_skew.count()));
@@ -16514,7 +16558,6 @@ class Update {
   // Of a swap:
   std::shared_ptr<const Model> model_;
   Vector<std::uint32_t> lacking_;
-  std::size_t state_size_ = 0;
   bool same_encoder_ = true, same_space_ = true;
   double interactions_kept_ = 1;
 };
@@ -16695,11 +16738,7 @@ class Updater {
     State& state = state_;
     constexpr auto after_failure = std::chrono::seconds{1};
     const std::chrono::milliseconds usual{state.options.clock ? 20 : 1000};
-    const auto rest = [&state](Pace::Clock::duration time) {
-      if (!state.lanes.busy()) return;
-      unique_lock lock{state.wake_mutex};
-      state.wake.wait_for(lock, time, [&] { return state.stopping || state.in_a_hurry > 0; });
-    };
+    const auto rest = [&state](Pace::Clock::duration time) { state.rest(time); };
     bool more = false;  // users to encode
     unique_lock lock{state.wake_mutex};
     while (!state.stopping) {
@@ -16820,7 +16859,6 @@ struct StateHead {
   std::int64_t learnt_at = no_timestamp, next_update = no_timestamp;
   std::uint64_t learnt_items = 0, restarted = 0;
   std::uint32_t changed = 0;
-  std::int64_t latest = no_timestamp, latest_event = no_timestamp, latest_before = no_timestamp;
 
   template <class Archive, class Self>
   static void each_field(Archive& archive, Self& self) {
@@ -17162,11 +17200,7 @@ class StateWriter {
   // A quarter of the time while requests are under way, unless somebody waits for it to end: what
   // changes meanwhile is kept twice, so that it should not take too long either.
   static Pace beside(State& state) {
-    const auto rest = [&state](Pace::Clock::duration time) {
-      if (!state.lanes.busy()) return;
-      unique_lock lock{state.wake_mutex};
-      state.wake.wait_for(lock, time, [&] { return state.stopping || state.in_a_hurry > 0; });
-    };
+    const auto rest = [&state](Pace::Clock::duration time) { state.rest(time); };
     return Pace(rest, std::chrono::microseconds{4000}, 3);
   }
 
@@ -17747,8 +17781,6 @@ class Keeper final : public Saver {
 
   Keeper(Folder folder, std::uint64_t lineage, std::uint64_t number)
       : folder_(std::move(folder)), lineage_(lineage), number_(number) {}
-
-  const Folder& folder() const noexcept { return folder_; }
 
   // Writes a state file and goes over to a new journal; then the old ones go. Errors: io,
   // out_of_memory: the old ones stay, and with the journal hold all that there is.
@@ -18798,8 +18830,8 @@ PERSONALIZE_API Result<Recorded> Recommender::learn(const Interaction& event,
     if (change.learns && change.slate == 0 && !shown.recommendation_id.empty())
       recorded = Recorded::unknown_slate;
     const bool known = change.item != detail::EventChange::no_item;
-    const detail::Settle settle{state.users, key, scratch->grown,
-                                gone};  // where what follows fails
+    // Where what follows fails.
+    const detail::Settle settle{state.users, key, scratch->grown, gone};
     if (known || !scratch->seen.empty()) changes.prepare(change, key);
     const auto note = [&] {
       sequence = state.note(detail::RecordOf::event, scratch->record,
@@ -18938,9 +18970,7 @@ PERSONALIZE_API Result<bool> Recommender::remove_item(std::string_view id) {
 PERSONALIZE_API Result<void> Recommender::update(std::optional<std::int64_t> now) {
   const auto time = state_->times.check(now, "update: now");
   if (!time) return time.error();
-  std::optional<State::Hurry> hurry(std::in_place, *state_);
-  const detail::lock_guard lock{state_->update_mutex};
-  hurry.reset();
+  const auto lock = state_->in_turn();
   state_->next_update.store(time->now + state_->options.update_interval.count());
   detail::Pace pace;
   detail::Updater updater(*state_);
@@ -18954,9 +18984,7 @@ PERSONALIZE_API Result<SwapReport> Recommender::swap(std::shared_ptr<const Model
   return detail::catching_bad_alloc([&]() -> Result<SwapReport> {
     if (!model) return Error{Errc::invalid_argument, "the model is null"};
     if (auto checked = detail::check_statistics(*model, *state_); !checked) return checked.error();
-    std::optional<State::Hurry> hurry(std::in_place, *state_);
-    const detail::lock_guard lock{state_->update_mutex};
-    hurry.reset();
+    const auto lock = state_->in_turn();
     auto swapped = detail::Updater(*state_).swap(model);
     // What the journal holds from here on is of this model: a state of it is to be there.
     if (swapped && state_->keeper)
@@ -18988,9 +19016,7 @@ PERSONALIZE_API Result<SaveReport> Recommender::save() {
     if (!state.keeper)
       return Error{Errc::invalid_argument,
                    "save: there is no folder; use save(path), or Recommender::open"};
-    std::optional<State::Hurry> hurry(std::in_place, state);
-    const detail::lock_guard lock{state.update_mutex};
-    hurry.reset();  // it was for those before
+    const auto lock = state.in_turn();
     return state.keeper->save(state);
   });
 }
@@ -18998,9 +19024,7 @@ PERSONALIZE_API Result<SaveReport> Recommender::save() {
 PERSONALIZE_API Result<SaveReport> Recommender::save(const std::string& path) const {
   return detail::catching_bad_alloc([&]() -> Result<SaveReport> {
     State& state = *state_;
-    std::optional<State::Hurry> hurry(std::in_place, state);
-    const detail::lock_guard lock{state.update_mutex};
-    hurry.reset();
+    const auto lock = state.in_turn();
     return detail::save_state(state, path, 0, 0, []() noexcept {});
   });
 }
@@ -19028,7 +19052,6 @@ PERSONALIZE_API Result<std::vector<std::byte>> Recommender::export_user(
     std::string_view user, std::string_view session) const {
   if (auto checked = check_ids(user, session); !checked) return checked.error();
   return detail::catching_bad_alloc([&]() -> Result<std::vector<std::byte>> {
-    detail::ScratchLease scratch{state_->lanes};
     const UserKey key{user, session, state_->key};
     const auto catalogue = state_->lanes.current();
     const auto blob = detail::export_blob(*state_, *catalogue, key);
@@ -19059,9 +19082,7 @@ PERSONALIZE_API std::size_t Recommender::item_count() const {
   return state_->lanes.current()->size();
 }
 PERSONALIZE_API std::optional<std::uint32_t> Recommender::find_item(std::string_view item) const {
-  const auto catalogue = state_->lanes.current();
-  const auto number = catalogue->ids->find(item);
-  return number && *number < catalogue->size() ? number : std::nullopt;
+  return state_->lanes.current()->number_of(item);
 }
 
 PERSONALIZE_API MemoryUse Recommender::memory() const {

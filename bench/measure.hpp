@@ -56,11 +56,13 @@ inline double status_bytes(const std::string& field) {
 }
 inline double resident() { return status_bytes("VmRSS"); }
 
-// Bytes that the allocator has given out.
+// Bytes that the program holds: what the allocator has given out of its heaps, and what is mapped
+// beside them.
 inline double bytes_in_use() {
 #if defined(__GLIBC__)
   const auto info = ::mallinfo2();
-  return static_cast<double>(info.uordblks + info.hblkhd);
+  return static_cast<double>(info.uordblks) + status_bytes("VmData") -
+         static_cast<double>(info.arena);
 #else
   return 0;
 #endif

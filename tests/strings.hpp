@@ -1,4 +1,4 @@
-// String tables against plain lists.
+// String tables against plain lists, and what a text contains.
 #pragma once
 
 #include <cstdlib>
@@ -14,6 +14,10 @@ inline personalize::StringTable table_of(std::initializer_list<std::string_view>
   for (const std::string_view text : texts)
     if (!table.add(text)) std::abort();
   return table;
+}
+
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
 }
 
 inline std::vector<std::string> strings(const personalize::StringTable& table) {

@@ -18,16 +18,13 @@
 #include "data/dataset.hpp"
 #include "refusal.hpp"
 #include "small_model.hpp"
+#include "strings.hpp"
 #include "temporary_folder.hpp"
 
 namespace pz = personalize;
 using namespace personalize::tools;
 
 namespace {
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 Catalogue catalogue_of(const std::vector<std::string>& ids) {
   Catalogue catalogue;

@@ -67,10 +67,6 @@ const ItemInfo& item(const Dataset& data, std::string_view id) {
 
 std::int64_t now() { return static_cast<std::int64_t>(std::time(nullptr)); }
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 const std::string milliseconds = "; it looks like milliseconds";
 
 // The description and the warnings, a line each.

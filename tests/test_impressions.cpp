@@ -11,7 +11,7 @@
 #include "small_model.hpp"
 
 namespace pz = personalize;
-using Kind = pz::ItemCounters::Kind;
+using Counted = pz::ItemCounters::Kind;
 
 namespace {
 
@@ -58,25 +58,26 @@ TEST_CASE("a counter decays by half in a half-life, whenever it is read or added
     const double amount = static_cast<double>(random() % 1000) / 500.0;
     expected = expected * std::exp2(-static_cast<double>(gap) / (14.0 * day)) + amount;
     t += gap;
-    counters.add(Kind::expected, 3, amount, decay.at(t));
-    CHECK(counters.value(Kind::expected, 3, decay.at(t)) ==
+    counters.add(Counted::expected, 3, amount, decay.at(t));
+    CHECK(counters.value(Counted::expected, 3, decay.at(t)) ==
           doctest::Approx(expected).epsilon(1e-5));
   }
-  CHECK(counters.value(Kind::expected, 3, decay.at(t + 14 * day)) ==
+  CHECK(counters.value(Counted::expected, 3, decay.at(t + 14 * day)) ==
         doctest::Approx(expected / 2).epsilon(1e-5));
-  CHECK(counters.value(Kind::positive, 3, decay.at(t)) == 0);
-  CHECK(counters.value(Kind::expected, 4, decay.at(t)) == 0);
+  CHECK(counters.value(Counted::positive, 3, decay.at(t)) == 0);
+  CHECK(counters.value(Counted::expected, 4, decay.at(t)) == 0);
 }
 
 TEST_CASE("an increment that arrives late counts as much as if it had come in time") {
   const pz::Decay decay(14 * day);
   pz::ItemCounters in_order(1), late(1);
-  in_order.add(Kind::positive, 0, 5, decay.at(now));
-  in_order.add(Kind::positive, 0, 3, decay.at(now + 60 * day));
-  late.add(Kind::positive, 0, 3, decay.at(now + 60 * day));
-  late.add(Kind::positive, 0, 5, decay.at(now));
-  CHECK(late.value(Kind::positive, 0, decay.at(now + 60 * day)) ==
-        doctest::Approx(in_order.value(Kind::positive, 0, decay.at(now + 60 * day))).epsilon(1e-6));
+  in_order.add(Counted::positive, 0, 5, decay.at(now));
+  in_order.add(Counted::positive, 0, 3, decay.at(now + 60 * day));
+  late.add(Counted::positive, 0, 3, decay.at(now + 60 * day));
+  late.add(Counted::positive, 0, 5, decay.at(now));
+  CHECK(late.value(Counted::positive, 0, decay.at(now + 60 * day)) ==
+        doctest::Approx(in_order.value(Counted::positive, 0, decay.at(now + 60 * day)))
+            .epsilon(1e-6));
 }
 
 TEST_CASE("hostile timestamps and amounts neither overflow nor wrap a counter") {
@@ -84,8 +85,8 @@ TEST_CASE("hostile timestamps and amounts neither overflow nor wrap a counter") 
   pz::ItemCounters counters(1);
   for (const std::int64_t t : {std::numeric_limits<std::int64_t>::min(), std::int64_t{-1}, now,
                                std::numeric_limits<std::int64_t>::max()}) {
-    counters.add(Kind::positive, 0, 1e30, decay.at(t));
-    const double value = counters.value(Kind::positive, 0, decay.at(t));
+    counters.add(Counted::positive, 0, 1e30, decay.at(t));
+    const double value = counters.value(Counted::positive, 0, decay.at(t));
     CHECK(value > 0);
     CHECK(value <= std::exp2(30));
   }
@@ -102,14 +103,14 @@ TEST_CASE("no increment is lost between threads that add and a table that grows"
       pz::ItemCounters mine = counters;
       for (int i = 0; i < rounds; ++i) {
         const auto item = static_cast<std::uint32_t>((i * 7 + t) % static_cast<int>(items));
-        mine.add(Kind::positive, item, 1, decay.at(0));
+        mine.add(Counted::positive, item, 1, decay.at(0));
         if (i % 1000 == 0) mine = mine.grown(mine.size() + 1000);
       }
     });
   for (std::thread& writer : writers) writer.join();
   double total = 0;
   for (std::uint32_t item = 0; item < items; ++item)
-    total += counters.value(Kind::positive, item, decay.at(0));
+    total += counters.value(Counted::positive, item, decay.at(0));
   CHECK(total == threads * rounds);
 }
 
@@ -122,11 +123,11 @@ TEST_CASE("increments survive while other threads age the same counters") {
   for (int t = 0; t < 3; ++t)
     writers.emplace_back([&counters, &decay, t] {
       for (int i = 0; i < rounds; ++i)
-        counters.add(Kind::positive, 0, 1 << (5 + t), decay.at((100 + t) * 14 * day));
+        counters.add(Counted::positive, 0, 1 << (5 + t), decay.at((100 + t) * 14 * day));
     });
   for (std::thread& writer : writers) writer.join();
   // 2^5 made two half-lives ago, 2^6 one ago and 2^7 now: each contributes 2^k.
-  CHECK(counters.value(Kind::positive, 0, decay.at(102 * 14 * day)) ==
+  CHECK(counters.value(Counted::positive, 0, decay.at(102 * 14 * day)) ==
         doctest::Approx(rounds * (8 + 32 + 128)).epsilon(1e-6));
 }
 

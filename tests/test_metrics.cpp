@@ -27,7 +27,6 @@ namespace {
 
 using namespace personalize::tools;
 namespace pz = personalize;
-using small_model::Random;
 using Strings = std::vector<std::string>;
 
 // From the definitions, relevant item by relevant item.
@@ -78,7 +77,7 @@ SlateMetrics metrics_of(const Strings& slate, const std::set<std::string>& relev
 
 // Users of the small model's items and event types, and of some that the model does not know.
 Dataset random_events(std::size_t users, std::uint32_t items, std::uint64_t seed) {
-  Random random{seed};
+  small_model::Random random{seed};
   Dataset data;
   for (std::uint32_t i = 0; i < items; ++i) REQUIRE(data.item_ids.add("i" + std::to_string(i)));
   REQUIRE(data.item_ids.add("unknown"));
@@ -175,7 +174,7 @@ TEST_CASE("a slate's figures, worked out by hand") {
 }
 
 TEST_CASE("slate metrics equal a direct computation on random slates") {
-  Random random{3};
+  small_model::Random random{3};
   for (int round = 0; round < 3000; ++round) {
     const std::uint32_t catalogue = 5 + random.below(60);
     Strings slate;

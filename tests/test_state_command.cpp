@@ -177,7 +177,8 @@ TEST_CASE("a user who is imported replaces one of the same id in what is exporte
   CHECK(rows[0].starts_with("u1,i3,"));
 }
 
-TEST_CASE("JSON lines name users and sessions; CSV takes sessions along where they get a prefix") {
+TEST_CASE(
+    "JSON lines name users and sessions, and CSV takes sessions along where they get a prefix") {
   const TemporaryFolder folder;
   const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
   auto shop = open(folder.file("a"), all_remembered(clock));
@@ -259,7 +260,7 @@ TEST_CASE("a sound folder is verified, and a repair changes nothing of it") {
   (void)open(crashed, all_remembered(clock));
 }
 
-TEST_CASE("a bit that is flipped anywhere is found; of a journal all before it is kept") {
+TEST_CASE("a bit that is flipped anywhere is found, and of a journal all before it is kept") {
   const TemporaryFolder folder;
   const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
   const std::string crashed = make_folder(folder, 300, clock), hurt = folder.file("hurt");

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The program of tests/platforms with 64 and with 32 bits, which this processor runs as well: the same
-# slates, with the scalar kernels, and what does not fit 32 bits is refused.
+# The program of tests/platforms with 64 and with 32 bits, which qemu runs (not every 64-bit system
+# does): the same slates, with the scalar kernels, and what does not fit 32 bits is refused.
 # usage: narrow.sh COMPILER COMPILER_FOR_32_BITS
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,5 +18,5 @@ wait -n
 cd "$out"
 ./wide write model.pzm
 ./wide run model.pzm . >wide.txt
-./narrow run model.pzm . >narrow.txt
+qemu-i386 ./narrow run model.pzm . >narrow.txt
 cmp wide.txt narrow.txt
