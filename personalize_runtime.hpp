@@ -189,6 +189,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <initializer_list>
 #include <iterator>
@@ -699,14 +700,21 @@ inline void* map_memory(std::size_t bytes) noexcept {
 }
 #endif
 
-inline void* take_memory(std::size_t bytes, bool lines) {
+[[noreturn]] inline void no_memory() {
 #if PERSONALIZE_HAS_EXCEPTIONS
-  if (bytes >= most_memory) throw std::bad_alloc();
+  throw std::bad_alloc();
+#else
+  std::terminate();
 #endif
+}
+
+inline void* take_memory(std::size_t bytes, bool lines) {
+  if (bytes >= most_memory) no_memory();
 #if defined(__linux__)
   if (bytes >= mapped_bytes) {
-    if (void* const memory = map_memory(bytes)) return memory;
-    return ::operator new(most_memory);  // which fails as the program wants it
+    void* const memory = map_memory(bytes);
+    if (!memory) no_memory();
+    return memory;
   }
 #endif
   return lines ? ::operator new(bytes, cache_line) : ::operator new(bytes);
@@ -2061,7 +2069,11 @@ std::size_t allocated(const std::vector<T, Allocator>& values) noexcept {
 }
 template <class T, Layout layout>
 std::size_t allocated(const PlainVector<T, layout>& values) noexcept {
-  return allocated(values.capacity() * sizeof(T));
+  const std::size_t bytes = values.capacity() * sizeof(T);
+#if defined(__linux__)
+  if (bytes >= mapped_bytes) return whole_pages(bytes);
+#endif
+  return allocated(bytes);
 }
 // Of a string of that capacity, beside the object itself, in which short ones lie.
 inline std::size_t allocated_text(std::size_t capacity) noexcept {
@@ -11307,6 +11319,16 @@ class CatalogueBuilder {
     return *item;
   }
 
+  // Numbers for items that nobody has put and the model has no row for.
+  void add_lacking(std::span<const std::string_view> ids) {
+    const auto first = static_cast<std::uint32_t>(next_->size());
+    for (const std::string_view id : ids) remove(add(id));
+    ItemMask absent(next_->size());
+    for (std::uint32_t item = 0; item < next_->size(); ++item)
+      if (item >= first || next_->is_absent(item)) absent.set(item);
+    next_->absent = std::make_shared<const ItemMask>(std::move(absent));
+  }
+
   void remove(std::uint32_t item) {
     next_->biases.edit(item) = std::numeric_limits<float>::quiet_NaN();
     next_->changed_base = true;
@@ -14172,15 +14194,13 @@ struct WaitingRecord {
   }
 
   static WaitingRecord* take(std::size_t capacity) {
-    void* const memory =
-        take_memory(capacity > most_payload ? most_memory
-                                            : sizeof(WaitingRecord) + record_frame_size + capacity,
-                    false);
+    if (capacity > most_payload) no_memory();
+    void* const memory = ::operator new(sizeof(WaitingRecord) + record_frame_size + capacity);
     auto* const record = ::new (memory) WaitingRecord;
     record->capacity = static_cast<std::uint32_t>(capacity);
     return record;
   }
-  static void give(WaitingRecord* record) noexcept { give_memory(record, 0, false); }
+  static void give(WaitingRecord* record) noexcept { ::operator delete(record); }
 };
 
 // Records in the order of their numbers.
@@ -14784,6 +14804,11 @@ class PutItems {
     return version_;
   }
 
+  void set_budget(std::uint64_t bytes) {
+    const lock_guard lock{mutex_};
+    budget_ = bytes;
+  }
+
   // Merges what is given into what is known of the item; where that cannot be taken in, nothing is
   // changed. created: of an item that nobody knows yet. note(): called before anything is changed.
   template <class Note>
@@ -14890,12 +14915,16 @@ class PutItems {
   // note(items): called before anybody else puts more.
   template <class Note>
   Items waiting(std::uint64_t& version, Note note) const {
-    return copies([](const Item& item) { return item.waiting; }, version, note);
+    return copies([](const std::string&, const Item& item) { return item.waiting; }, version, note);
   }
-  // Of what is known and does not wait.
-  Items taken_in() const {
+  // Of what is known and was taken in: does not wait, or was put again and is there(id).
+  template <class There>
+  Items taken_in(There there) const {
     std::uint64_t version = 0;
-    return copies([](const Item& item) { return !item.waiting; }, version, [](const Items&) {});
+    const auto is_in = [&](const std::string& id, const Item& item) {
+      return !item.waiting || (!item.removed && there(id));
+    };
+    return copies(is_in, version, [](const Items&) {});
   }
 
   // Of what was taken in: it waits no more, unless it was put again meanwhile.
@@ -14924,6 +14953,13 @@ class PutItems {
                        memory_order_relaxed);
   }
 
+  // visit(id, count): how many events wait for an item, or were not recorded yet after it came.
+  template <class Visit>
+  void each_with_events(Visit visit) const {
+    const lock_guard lock{mutex_};
+    for (const auto& [id, item] : items_)
+      if (!item.events.empty()) visit(id, item.events.size());
+  }
   // The first event of an item that waits no more; nothing where there is none.
   std::optional<Event> first_arrived(std::string_view id) const {
     const lock_guard lock{mutex_};
@@ -15039,7 +15075,7 @@ class PutItems {
     const lock_guard lock{mutex_};
     version = version_;
     for (const auto& [id, item] : items_) {
-      if (!wanted(item)) continue;
+      if (!wanted(id, item)) continue;
       order.push_back({item.version, static_cast<std::uint32_t>(items.size())});
       auto& copy = items.emplace_back(id, Item{}).second;
       copy.fields = item.fields;
@@ -15194,6 +15230,8 @@ enum class RecordOf : std::uint32_t {
   import = 13,   // import_user(), find_user
   arrived = 14,  // an event that waited for its item
   close = 15,    // the recommender ended in peace
+  names = 16,    // items or event types that get the next numbers, by the model or opened behind
+  opened = 17,   // numbers from here on are those of a process that opened the folder
 };
 
 struct State;
@@ -15270,6 +15308,30 @@ struct State {
     Reservation room = journal->reserve(record.size());
     room.add(record);
     return journal->append(std::move(room), static_cast<std::uint32_t>(what));
+  }
+  // Which items and event types the numbers from these on are of, ahead of the record by which they
+  // are. O(them); throws std::bad_alloc.
+  void note_names(const Catalogue& of, std::size_t item, std::size_t type) {
+    if (!journal) return;
+    constexpr std::size_t most_bytes = std::size_t{1} << 20;
+    Vector<std::byte> texts, record;
+    const auto all = [&](bool items, std::size_t n, std::size_t size, auto name) {
+      while (n < size) {
+        texts.clear();
+        FieldWriter archive{texts};
+        std::uint64_t count = 0;
+        for (; n < size && texts.size() < most_bytes; ++n, ++count) archive(name(n));
+        hand_over(note(RecordOf::names, record, [&](FieldWriter& into) {
+          into(items, count);
+          into.bytes(texts);
+        }));
+      }
+    };
+    all(true, item, of.size(), [&](std::size_t n) -> std::string_view {
+      return (*of.ids)[static_cast<std::uint32_t>(n)];
+    });
+    const StringTable& types = of.base->parts().event_types;
+    all(false, type, types.size(), [&](std::size_t n) { return types[n]; });
   }
   // Returns when the record is as durable as RecommenderOptions::durability says. Holds no lock.
   Result<void> durable(std::uint64_t sequence) {
@@ -15783,6 +15845,95 @@ inline Result<void> check_statistics(const Model& model, const State& state) {
 
 namespace detail {
 
+// The items and event types behind a journal's numbers. Where a folder is opened with a model that
+// brings some of its own, these have numbers here before the journal's come to be, so that the
+// numbers of the process that wrote it are other ones. Belongs to one thread.
+class Numbers {
+ public:
+  // So many of the state, which have the same numbers here.
+  Numbers(std::size_t items, std::size_t types) : of_state_{items, types} { begin(); }
+
+  // To the number here; false where there is none.
+  bool take(std::uint32_t& item) const noexcept {
+    if (item >= items_.size()) return false;
+    item = items_[item];
+    return true;
+  }
+  bool take_type(std::uint32_t& type) const noexcept {
+    if (type >= types_.size()) return false;
+    type = types_[type];
+    return true;
+  }
+  std::size_t items() const noexcept { return items_.size(); }
+  // Whether all have the same numbers here.
+  bool same_as(const Catalogue& of) const noexcept {
+    return is_identity(items_, of.size()) &&
+           is_identity(types_, of.base->parts().event_types.size());
+  }
+
+  // The next number is this item's, where it has none.
+  void add_item(const Catalogue& of, std::string_view id) {
+    const auto number = of.number_of(id);
+    if (!number) return;
+    const std::uint32_t item = *number;
+    if (numbered_.size() < of.size()) numbered_.resize(of.size());
+    if (!std::exchange(numbered_[item], std::uint8_t{1})) items_.push_back(item);
+  }
+
+  // Those of a record RecordOf::names, for the next model() or opened(). False: a name is none, or
+  // came before.
+  bool announce(FieldReader& archive) {
+    bool of_items = false;
+    std::uint64_t count = 0;
+    archive(of_items, count);
+    for (std::uint64_t n = 0; n < count && archive.ok(); ++n) {
+      const std::string_view name = archive.text();
+      if (!archive.ok()) break;
+      const auto added = (of_items ? coming_items_ : coming_types_).add(name);
+      if (!added && added.error().code == Errc::out_of_memory) no_memory();
+      if (!added) archive.fail();
+    }
+    return archive.at_end();
+  }
+  // What was announced came to nothing.
+  void drop_announced() noexcept { coming_items_ = coming_types_ = StringTable{}; }
+  const StringTable& announced_items() const noexcept { return coming_items_; }
+  const StringTable& announced_types() const noexcept { return coming_types_; }
+
+  // Another model's, which are announced and there, are behind all that there were.
+  void model(const Catalogue& of) {
+    for (std::size_t i = 0; i < coming_items_.size(); ++i) add_item(of, coming_items_[i]);
+    for (std::size_t t = 0; t < coming_types_.size(); ++t)
+      types_.push_back(of.base->parts().event_types.find(coming_types_[t]).value_or(no_event_type));
+    drop_announced();
+  }
+  // Those announced are behind the state's.
+  void opened(const Catalogue& of) {
+    begin();
+    model(of);
+  }
+
+ private:
+  void begin() {
+    items_.resize(of_state_[0]);
+    types_.resize(of_state_[1]);
+    for (std::size_t i = 0; i < items_.size(); ++i) items_[i] = static_cast<std::uint32_t>(i);
+    for (std::size_t t = 0; t < types_.size(); ++t) types_[t] = static_cast<std::uint32_t>(t);
+    numbered_.assign(items_.size(), 1);
+  }
+  static bool is_identity(const Vector<std::uint32_t>& numbers, std::size_t size) noexcept {
+    if (numbers.size() != size) return false;
+    for (std::size_t n = 0; n < size; ++n)
+      if (numbers[n] != n) return false;
+    return true;
+  }
+
+  std::array<std::size_t, 2> of_state_;
+  Vector<std::uint32_t> items_, types_;  // here, by the journal's number
+  Vector<std::uint8_t> numbered_;        // by the number here: whether that is among them
+  StringTable coming_items_, coming_types_;
+};
+
 // What was shown and chosen, resolved: items are numbers. The slate's number, or the picks with
 // what was expected of them, which lie in Scratch::seen.
 struct EventChange {
@@ -15950,14 +16101,13 @@ class Changes {
         std::span(scratch_.query.data(), static_cast<std::size_t>(catalogue().dimension()))));
   }
   // foreign: the record is of another model, whose queries are of no use.
-  void read(EventChange& change, FieldReader& archive, bool foreign) {
+  void read(EventChange& change, FieldReader& archive, const Numbers& numbers, bool foreign) {
     EventChange::each_field(archive, change);
-    const std::size_t items = catalogue().size();
     scratch_.listed.clear();
     scratch_.seen.clear();
     if (change.listed) {
       archive(scratch_.listed);
-      const auto known = [&](const ScoredItem& one) { return one.item < items; };
+      const auto known = [&](ScoredItem& one) { return numbers.take(one.item); };
       if (!std::all_of(scratch_.listed.begin(), scratch_.listed.end(), known)) {
         scratch_.listed.clear();  // and nothing to unlist
         return archive.fail();
@@ -15967,9 +16117,8 @@ class Changes {
         scratch_.taken.set(one.item);
       }
     }
-    if (change.item != EventChange::no_item && change.item >= items) return archive.fail();
-    if (change.event_type != no_event_type &&
-        change.event_type >= catalogue().base->parts().event_types.size())
+    if (change.item != EventChange::no_item && !numbers.take(change.item)) return archive.fail();
+    if (change.event_type != no_event_type && !numbers.take_type(change.event_type))
       return archive.fail();
     if (!change.learns || change.by_slate) return;
     std::uint64_t count = 0;
@@ -15979,7 +16128,8 @@ class Changes {
       SeenPick seen{0, {}, {}, true};
       archive(seen.place, seen.pick.item, seen.pick.expected, seen.pick.value, seen.pick.seen,
               seen.pick.positive);
-      if (!archive.ok() || seen.pick.item >= items || !seen.pick.is_finite()) return archive.fail();
+      if (!archive.ok() || !numbers.take(seen.pick.item) || !seen.pick.is_finite())
+        return archive.fail();
       scratch_.seen.push_back(seen);
     }
     if (change.has_query && count > 0)
@@ -16043,7 +16193,7 @@ class Changes {
     LoggedSlate::each_pick(archive, slate);
     archive.bytes(std::as_bytes(std::span(slate.query.data(), slate.query.size())));
   }
-  void read(SlateChange& change, FieldReader& archive, bool foreign) {
+  void read(SlateChange& change, FieldReader& archive, const Numbers& numbers, bool foreign) {
     SlateChange::each_field(archive, change);
     LoggedSlate& slate = scratch_.logged;
     std::uint64_t picks = 0, choices = 0;
@@ -16056,7 +16206,11 @@ class Changes {
     slate.query.clear();
     LoggedSlate::each_pick(archive, slate);
     if (has_query) (void)read_query(archive, foreign, slate.query);
-    if (!slate.is_sound(catalogue().size())) archive.fail();
+    if (!slate.is_sound(numbers.items())) return archive.fail();
+    for (LoggedPick& pick : slate.picks)
+      if (!numbers.take(pick.item)) return archive.fail();
+    for (auto& [choice, best_value] : slate.choices)
+      if (!numbers.take(choice.pick.item) || !numbers.take(choice.best.item)) return archive.fail();
   }
 
  private:
@@ -16331,12 +16485,12 @@ class Update {
     if (taught_) state_.changed.store(1);
   }
 
-  // False where there is nothing new.
-  bool begin() {
+  // False where there is nothing new. with_items: what was put and removed as well.
+  bool begin(bool with_items = true) {
     builder_.emplace(*state_.catalogue, state_.options, state_.table, pace_);
     const Turns::All turns{state_.turns};
     bool any = false;
-    items_ = state_.put_items.waiting(version_, [&](const PutItems::Items& items) {
+    const auto look = [&](const PutItems::Items& items) {
       taught_ = learn_ && state_.changed.exchange(0) != 0;
       // Counts fade with time alone.
       const bool faded = learn_ && state_.learnt_items > 0 &&
@@ -16347,7 +16501,11 @@ class Update {
       if (learn_) builder_->take_touched();
       latest_ = state_.times.latest();
       ready(RecordOf::update, [&](FieldWriter& archive) { archive(now_, learn_); });
-    });
+    };
+    if (with_items)
+      items_ = state_.put_items.waiting(version_, look);
+    else
+      look(items_);
     if (any) begin_cut();
     return any;
   }
@@ -16384,7 +16542,7 @@ class Update {
     same_space_ = same_space;
     const Fingerprints& after = model_->fingerprints();
     const Turns::All turns{state_.turns};
-    items_ = state_.put_items.taken_in();
+    items_ = state_.put_items.taken_in([&](const std::string& id) { return old.find(id); });
     latest_ = std::max(state_.times.latest(), State::latest_of(*model_));
     old.counters->take_touched(touched_);
     ready(RecordOf::swap, [&](FieldWriter& archive) { archive(now_, after.encoder, after.items); });
@@ -16432,6 +16590,7 @@ class Update {
     Vector<std::byte> record;
     const Fingerprints& of = model_->fingerprints();
     const std::shared_ptr<const Model> old = state_.catalogue->base;
+    state_.note_names(*next_, state_.catalogue->size(), old->parts().event_types.size());
     const Turns::All turns{state_.turns};
     sequence_ = state_.note(RecordOf::model, record,
                             [&](FieldWriter& archive) { archive(of.encoder, of.items); });
@@ -17246,9 +17405,11 @@ Result<SaveReport> save_state(State& state, const std::string& path, std::uint64
 class StateReader {
  public:
   // model, options and table as Recommender::create has checked them; the key may be missing.
+  // more_types: event types that are to be known beside the state's and the model's; they outlive
+  // the reader.
   StateReader(const std::shared_ptr<const Model>& model, RecommenderOptions options,
-              const kernels::Table& table)
-      : model_(model), options_(std::move(options)), table_(table) {}
+              const kernels::Table& table, const StringTable* more_types = nullptr)
+      : model_(model), options_(std::move(options)), table_(table), more_types_(more_types) {}
 
   // Errors: those of a file of sections; corrupt, where values contradict one another;
   // invalid_argument: another recommendation_key than the state's.
@@ -17279,6 +17440,10 @@ class StateReader {
     }
     return {};
   }
+
+  // How many the state has, once it is read.
+  std::size_t items() const noexcept { return items_.size(); }
+  std::size_t event_types() const noexcept { return types_of_state_; }
 
   std::unique_ptr<State> state;
   StateHead head;
@@ -17322,6 +17487,10 @@ class StateReader {
       done = read_names(archive, items_);
     } else if (follows("TYPE", Part::types)) {
       done = read_names(archive, types_);
+      types_of_state_ = types_.size();
+      for (std::size_t t = 0; more_types_ && t < more_types_->size() && done; ++t)
+        if (!types_.find((*more_types_)[t]))
+          if (const auto added = types_.add((*more_types_)[t]); !added) done = added.error();
       if (done && archive.at_end()) done = begin();
     } else if (follows("FORG", Part::forgotten)) {
       read_forgotten(archive);
@@ -17470,6 +17639,8 @@ class StateReader {
   Part seen_ = Part::none;
   std::size_t users_ = 0;  // shards read
   StringTable items_, types_;
+  std::size_t types_of_state_ = 0;
+  const StringTable* more_types_;
   Vector<std::byte> times_;
   Vector<std::uint32_t> lacking_;
   std::shared_ptr<Catalogue> catalogue_;
@@ -17498,7 +17669,12 @@ namespace detail {
 // Applies the records of a journal to a state that has none yet.
 class Replay {
  public:
-  explicit Replay(State& state) : state_(state), present_(state.catalogue->base->fingerprints()) {}
+  // items, types: how many the state had.
+  Replay(State& state, std::size_t items, std::size_t types)
+      : state_(state), present_(state.catalogue->base->fingerprints()), numbers_(items, types) {
+    // What was taken in was taken in, whatever there is room for now.
+    state_.put_items.set_budget(std::numeric_limits<std::uint64_t>::max());
+  }
 
   // Records that follow were made with this model.
   void use_model(const std::array<std::uint64_t, 2>& model) noexcept {
@@ -17509,6 +17685,7 @@ class Replay {
   Result<void> apply(std::uint64_t sequence, std::uint32_t type,
                      std::span<const std::byte> payload) {
     FieldReader archive{payload};
+    if (!unknown_types.empty()) return look_for_types(type, archive);
     ++records;
     closed = false;
     auto done = catching_bad_alloc([&]() -> Result<void> {
@@ -17543,26 +17720,33 @@ class Replay {
         case RecordOf::close:
           closed = true;
           return {};
+        case RecordOf::names:
+          return numbers_.announce(archive) ? Result<void>{} : contradicts();
+        case RecordOf::opened:
+          return opened(archive);
       }
       return {};  // of a later version
     });
     // Perhaps once more: nobody knows whether they were told of before the end.
     state_.tell(gone_, *state_.catalogue);
     const bool known = type >= static_cast<std::uint32_t>(RecordOf::event) &&
-                       type <= static_cast<std::uint32_t>(RecordOf::close);
+                       type <= static_cast<std::uint32_t>(RecordOf::opened);
     if (done && known && !archive.at_end()) done = contradicts();
-    // Of another model it may tell of items and event types that this one and the state lack.
-    const bool of_items = type == static_cast<std::uint32_t>(RecordOf::event) ||
-                          type == static_cast<std::uint32_t>(RecordOf::arrived) ||
-                          type == static_cast<std::uint32_t>(RecordOf::slate);
-    if (!done && foreign_ && of_items && done.error().code == Errc::corrupt) return {};
     if (done || done.error().code == Errc::out_of_memory) return done;
     return Error{done.error().code,
                  joined({"record ", sequence, " of type ", type, ": ", done.error().message})};
   }
   // What was under way when the records ended never came to be.
-  void end() { update_.reset(); }
+  void end() {
+    update_.reset();
+    state_.put_items.set_budget(state_.options.pending_bytes);
+  }
+  // Whether items and event types have those here that they have in the journal.
+  bool same_numbers() const noexcept { return numbers_.same_as(*state_.catalogue); }
 
+  // Event types of models that came, which neither the state nor the model knows. Where there are
+  // some, what follows was not applied: the state is to be read again, with them.
+  StringTable unknown_types;
   std::uint64_t records = 0;
   bool closed = false;       // the last one says that the process ended in peace
   bool other_model = false;  // some were made with another model
@@ -17574,7 +17758,7 @@ class Replay {
     ScratchLease scratch{state_.lanes};
     Changes changes{state_, scratch, gone_};
     EventChange change;
-    changes.read(change, archive, foreign_);
+    changes.read(change, archive, numbers_, foreign_);
     const Unlisting unlisting{changes};
     if (!archive.at_end() || !are_ids(change.user, change.session)) return contradicts();
     const UserKey key{change.user, change.session, state_.key};
@@ -17598,7 +17782,7 @@ class Replay {
     ScratchLease scratch{state_.lanes};
     Changes changes{state_, scratch, gone_};
     SlateChange change;
-    changes.read(change, archive, foreign_);
+    changes.read(change, archive, numbers_, foreign_);
     if (!archive.at_end() || change.user.size() > max_id_bytes ||
         change.session.size() > max_id_bytes)
       return contradicts();
@@ -17647,9 +17831,12 @@ class Replay {
     if (!archive.ok() || !is_id(item.item)) return contradicts();
     if (given != no_timestamp) item.creation_timestamp = given;
     const auto when = created == no_timestamp ? std::nullopt : std::optional(created);
-    // What another model cannot take in is left out.
-    (void)state_.put_items.put(item, when, *state_.catalogue->base, [] {});
-    return {};
+    const auto take_in = [&] {
+      return state_.put_items.put(item, when, *state_.catalogue->base, [] {});
+    };
+    if (take_in()) return {};
+    item.fields.clear();  // another model can make nothing of them
+    return take_in();
   }
 
   Result<void> remove(FieldReader& archive) {
@@ -17666,9 +17853,10 @@ class Replay {
     bool learn = false;
     archive(now, learn);
     if (!archive.ok()) return contradicts();
-    update_.reset();
     state_.next_update = now + state_.options.update_interval.count();
-    return start(now, learn);
+    std::uint64_t version = 0;
+    coming_ = state_.put_items.waiting(version, [](const PutItems::Items&) {});
+    return start(now, learn, true);
   }
   // Of another model nothing can be computed; what events taught is learnt for the present one.
   Result<void> swap(FieldReader& archive) {
@@ -17676,27 +17864,81 @@ class Replay {
     Fingerprints of;
     archive(now, of.encoder, of.items);
     if (!archive.ok()) return contradicts();
-    update_.reset();
-    return start(now, true);
+    coming_.clear();
+    return start(now, true, false);
   }
-  Result<void> start(std::int64_t now, bool learn) {
+  Result<void> start(std::int64_t now, bool learn, bool with_items) {
+    numbers_.drop_announced();
+    update_.reset();
     state_.sweep();
     update_.emplace(state_, now, learn, pace_);
-    if (update_->begin()) return update_->build();
+    if (update_->begin(with_items)) return update_->build();
     update_.reset();
     return {};
   }
   Result<void> publish() {
     if (update_) update_->publish();
     update_.reset();
+    for (const auto& [id, item] : coming_)
+      if (!item.removed) numbers_.add_item(*state_.catalogue, id);
+    coming_.clear();
     return {};
   }
   Result<void> model(FieldReader& archive) {
     std::array<std::uint64_t, 2> of{};
     archive(of[0], of[1]);
     if (!archive.ok()) return contradicts();
+    if (note_unknown_types()) return {};
     use_model(of);
-    return publish();
+    if (auto published = publish(); !published) return published;
+    know_announced();
+    numbers_.model(*state_.catalogue);
+    return {};
+  }
+  Result<void> opened(FieldReader& archive) {
+    std::array<std::uint64_t, 2> of{};
+    archive(of[0], of[1]);
+    if (!archive.ok()) return contradicts();
+    if (note_unknown_types()) return {};
+    use_model(of);
+    update_.reset();
+    coming_.clear();
+    know_announced();
+    numbers_.opened(*state_.catalogue);
+    return {};
+  }
+  Result<void> look_for_types(std::uint32_t type, FieldReader& archive) {
+    if (static_cast<RecordOf>(type) != RecordOf::names) return {};
+    numbers_.drop_announced();
+    if (!numbers_.announce(archive)) return contradicts();
+    (void)note_unknown_types();
+    return {};
+  }
+  // Of those announced; whether there are any.
+  bool note_unknown_types() {
+    const StringTable &known = state_.catalogue->base->parts().event_types,
+                      &types = numbers_.announced_types();
+    for (std::size_t t = 0; t < types.size(); ++t) {
+      if (known.find(types[t]) || unknown_types.find(types[t])) continue;
+      const auto added = unknown_types.add(types[t]);
+      if (!added && added.error().code == Errc::out_of_memory) no_memory();
+    }
+    return !unknown_types.empty();
+  }
+  // Of what another model had, this one may lack some, on which there are events all the same.
+  void know_announced() {
+    const Catalogue& present = *state_.catalogue;
+    const StringTable& ids = numbers_.announced_items();
+    Vector<std::string_view> unknown;
+    for (std::size_t i = 0; i < ids.size(); ++i)
+      if (!present.number_of(ids[i])) unknown.push_back(ids[i]);
+    if (unknown.empty()) return;
+    CatalogueBuilder builder{present, state_.options, state_.table, pace_};
+    builder.add_lacking(unknown);
+    const auto next = builder.finish(state_.times.now(), state_.times.latest());
+    Lanes::Copies copies = state_.publishing(next);
+    state_.publish(copies, next);
+    builder.publish();
   }
 
   Result<void> encode(FieldReader& archive) {
@@ -17721,10 +17963,12 @@ class Replay {
 
   State& state_;
   Fingerprints present_;
+  Numbers numbers_;
   bool foreign_ = false;
   Pace pace_;
   GoneUsers gone_;
   std::optional<Update> update_;
+  PutItems::Items coming_;  // that the update under way takes in
 };
 
 // The folder that a recommender keeps its state in, and what it does there. Its functions are
@@ -17883,27 +18127,16 @@ class Opening {
       if (auto checked = check_empty(files->journals); !checked) return checked.error();
       return std::unique_ptr<State>{};
     }
-    const std::uint64_t last = files->states.back();
-    StateReader reader{model_, options_, table_};
-    if (auto read = read_file(folder_->path_of(Keeper::state_name(last)), reader); !read)
-      return read.error();
-    if (reader.head.number != last)
-      return Error{Errc::corrupt, joined({folder_->path_of(Keeper::state_name(last)),
-                                          ": is not the file that it is named after"})};
-    lineage_ = reader.head.lineage;
-    std::unique_ptr<State> state = std::move(reader.state);
-    RecoveryReport& report = state->recovery = reader.report;
-    Replay replay{*state};
-    next_ = reader.head.next_sequence;
-    for (const std::uint64_t number : files->journals)
-      if (auto replayed = read_journal_file(number, replay, report, number == last); !replayed)
-        return replayed.error();
-    replay.end();
-    report.found = true;
-    report.clean = replay.closed;
-    report.records = replay.records;
-    report.other_model = report.other_model || replay.other_model;
-    report.duration = std::chrono::duration_cast<std::chrono::microseconds>(
+    StringTable more_types;
+    auto state = read_all(*files, more_types);
+    if (state && !more_types.empty()) {
+      const StringTable types = std::move(more_types);
+      more_types = {};
+      state->reset();
+      state = read_all(*files, more_types, &types);
+    }
+    if (!state) return state.error();
+    (*state)->recovery.duration = std::chrono::duration_cast<std::chrono::microseconds>(
         std::chrono::steady_clock::now() - begun);
     return state;
   }
@@ -17944,16 +18177,25 @@ class Opening {
     auto keeper = std::make_unique<Keeper>(std::move(*folder_), lineage_, number_);
     keeper->remove_old();
     state.keeper = std::move(keeper);
+    // What comes from here on is of this model: a state of it is to be there. Where it cannot be
+    // written now, persistence() says so, what there is stays, and the journal says what this
+    // process's numbers are of.
+    if (state.recovery.other_model || !same_numbers_) {
+      const lock_guard lock{state.update_mutex};
+      if (!state.keeper->save(state)) {
+        const Fingerprints& model = state.catalogue->base->fingerprints();
+        Vector<std::byte> record;
+        state.note_names(*state.catalogue, items_of_state_, types_of_state_);
+        state.hand_over(state.note(RecordOf::opened, record, [&](FieldWriter& archive) {
+          archive(model.encoder, model.items);
+        }));
+      }
+    }
     // What had come in when the process ended, and was not told its users yet.
     ScratchLease scratch{state.lanes};
     for (const std::string& id : state.put_items.with_arrived())
       while (record_arrived(state, scratch, id)) {
       }
-    if (!state.recovery.other_model) return {};
-    // What comes from here on is of this model: a state of it is to be there. Where it cannot be
-    // written now, persistence() says so, and what there is stays.
-    const lock_guard lock{state.update_mutex};
-    (void)state.keeper->save(state);
     return {};
   }
 
@@ -17990,6 +18232,37 @@ class Opening {
     return {};
   }
 
+  // The last state and all that came after it. unknown_types: what Replay says, and the state is
+  // then none; types: what it said before.
+  Result<std::unique_ptr<State>> read_all(const Keeper::Files& files, StringTable& unknown_types,
+                                          const StringTable* types = nullptr) {
+    const std::uint64_t last = files.states.back();
+    StateReader reader{model_, options_, table_, types};
+    if (auto read = read_file(folder_->path_of(Keeper::state_name(last)), reader); !read)
+      return read.error();
+    if (reader.head.number != last)
+      return Error{Errc::corrupt, joined({folder_->path_of(Keeper::state_name(last)),
+                                          ": is not the file that it is named after"})};
+    lineage_ = reader.head.lineage;
+    std::unique_ptr<State> state = std::move(reader.state);
+    RecoveryReport& report = state->recovery = reader.report;
+    Replay replay{*state, reader.items(), reader.event_types()};
+    next_ = reader.head.next_sequence;
+    for (const std::uint64_t number : files.journals)
+      if (auto replayed = read_journal_file(number, replay, report, number == last); !replayed)
+        return replayed.error();
+    replay.end();
+    unknown_types = std::move(replay.unknown_types);
+    report.found = true;
+    report.clean = replay.closed;
+    report.records = replay.records;
+    report.other_model = report.other_model || replay.other_model;
+    same_numbers_ = replay.same_numbers();
+    items_of_state_ = reader.items();
+    types_of_state_ = reader.event_types();
+    return state;
+  }
+
   Result<void> read_journal_file(std::uint64_t number, Replay& replay, RecoveryReport& report,
                                  bool first) {
     const std::string name = Keeper::journal_name(number), path = folder_->path_of(name);
@@ -18024,6 +18297,8 @@ class Opening {
   // Of the last journal's file: where it goes on.
   JournalHeader header_;
   std::uint64_t number_ = 0, end_ = 0, next_ = 0;
+  bool same_numbers_ = true;
+  std::size_t items_of_state_ = 0, types_of_state_ = 0;
 };
 
 inline Result<std::unique_ptr<State>> restore_state(const std::string& path,

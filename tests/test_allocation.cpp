@@ -2,9 +2,16 @@
 // replaces operator new.
 #include <doctest/doctest.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -38,22 +45,31 @@ std::int64_t block_of(std::size_t size) noexcept {
   return static_cast<std::int64_t>(std::max<std::size_t>((size + 8 + 15) / 16 * 16, 32));
 }
 
-// The size stands in front, in as many bytes as the alignment is.
-void* allocate(std::size_t size, std::size_t alignment) {
+// Counts one more; false where it is to fail.
+bool next() noexcept {
   ++allocations.count;
   std::int64_t left = allocations.fail_at;
   while (left > 0 && !allocations.fail_at.compare_exchange_weak(left, left - 1)) {
   }
-  if (left == 1) throw std::bad_alloc();
+  return left != 1;
+}
+
+void given(std::size_t size, std::int64_t block) noexcept {
+  const std::int64_t now = allocations.bytes += static_cast<std::int64_t>(size);
+  allocations.blocks += block;
+  std::int64_t peak = allocations.peak;
+  while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
+  }
+}
+
+// The size stands in front, in as many bytes as the alignment is.
+void* allocate(std::size_t size, std::size_t alignment) {
+  if (!next()) throw std::bad_alloc();
   const std::size_t whole = (size + 2 * alignment - 1) / alignment * alignment;
   auto* p = static_cast<char*>(std::aligned_alloc(alignment, whole));
   if (!p) throw std::bad_alloc();
   *reinterpret_cast<std::size_t*>(p) = size;
-  const std::int64_t now = allocations.bytes += static_cast<std::int64_t>(size);
-  allocations.blocks += block_of(size);
-  std::int64_t peak = allocations.peak;
-  while (peak < now && !allocations.peak.compare_exchange_weak(peak, now)) {
-  }
+  given(size, block_of(size));
   if (auto* watch = allocations.watch.load(); watch && size >= 1 << 16)
     *watch = {p + alignment, size};
   return p + alignment;
@@ -84,6 +100,30 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   allocations.fail_at = fail_at;
   return p;
 }
+
+// What is large the library maps. The system's own allocator does not come by here.
+#if defined(__linux__)
+extern "C" {
+void* mmap(void* at, std::size_t size, int protection, int flags, int file, off_t offset) noexcept {
+  const bool ours = file < 0 && protection == (PROT_READ | PROT_WRITE);
+  if (ours && !next()) {
+    errno = ENOMEM;
+    return MAP_FAILED;
+  }
+  const long address = ::syscall(SYS_mmap, at, size, protection, flags, file, offset);
+  if (ours && address != -1) {
+    given(size, static_cast<std::int64_t>(size));
+    if (auto* watch = allocations.watch.load()) *watch = {reinterpret_cast<char*>(address), size};
+  }
+  return reinterpret_cast<void*>(address);
+}
+int munmap(void* at, std::size_t size) noexcept {
+  allocations.bytes -= static_cast<std::int64_t>(size);
+  allocations.blocks -= static_cast<std::int64_t>(size);
+  return static_cast<int>(::syscall(SYS_munmap, at, size));
+}
+}
+#endif
 
 // The address sanitizer's own of these would not call those above.
 void* operator new[](std::size_t size) { return allocate(size, usual); }

@@ -154,6 +154,57 @@ TEST_CASE("what is exported is what a recommender remembers, the journal's event
   }
 }
 
+TEST_CASE(
+    "what is exported after a swap that no state was saved of is what a recommender remembers") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto shop = open(folder.file("a"), all_remembered(clock));
+  Calls calls(5, clock);
+  std::vector<std::string> said;
+  for (int c = 0; c < 600; ++c) calls.call({&shop}, said);
+  fs::create_directory(state(folder.file("a"), 2));  // where no file can be put then
+  for (const std::uint64_t seed : {2u, 3u}) {
+    const auto swapped = shop.swap(small_model::model({.items = 60 + seed, .seed = seed}));
+    REQUIRE(swapped);
+    CHECK(swapped->save_error);
+    for (const char* item : {"i58", "i61", "i62"})
+      REQUIRE(
+          shop.record({.user = "u1", .item = item, .event_type = "click", .timestamp = *clock}));
+    for (int c = 0; c < 600; ++c) calls.call({&shop}, said);
+    copy_folder(folder.file("a"), folder.file("b"));
+    fs::remove(state(folder.file("b"), 2));
+    CHECK(exported(folder.file("b"), folder) == rows_of(shop));
+  }
+}
+
+TEST_CASE("events on items that wait for an update are left out of what is exported, and counted") {
+  const TemporaryFolder folder;
+  const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
+  auto options = all_remembered(clock);
+  options.updates = pz::Updates::by_caller;
+  auto shop = open(folder.file("a"), options);
+  const auto record = [&](const char* item) {
+    REQUIRE(shop.record({.user = "u1", .item = item, .event_type = "click", .timestamp = *clock}));
+  };
+  const auto left_out = [&]() -> std::string {
+    const auto says = export_state({.path = folder.file("a"), .output = folder.file("out.csv")});
+    return says.size() == 1 ? "none" : says.at(1).substr(0, says.at(1).find(" they"));
+  };
+  record("i1");
+  CHECK(left_out() == "none");
+  for (const char* item : {"new1", "new2"}) REQUIRE(shop.put_item({.item = item}));
+  for (const char* item : {"new1", "new1", "new2"}) record(item);
+  CHECK(left_out() == "warning: 3 events were left out:");
+  REQUIRE(shop.save());
+  CHECK(left_out() == "warning: 3 events were left out:");
+  record("new2");
+  CHECK(left_out() == "warning: 4 events were left out:");
+  REQUIRE(shop.remove_item("new1"));
+  REQUIRE(shop.update(*clock));
+  CHECK(left_out() == "none");
+  CHECK(rows_of(folder.file("out.csv")).size() == 3);
+}
+
 TEST_CASE("a user who is imported replaces one of the same id in what is exported") {
   const TemporaryFolder folder;
   const Clock clock = std::make_shared<std::int64_t>(random_calls::start);

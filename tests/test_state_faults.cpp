@@ -571,6 +571,68 @@ TEST_CASE("any one allocation may fail: nothing acknowledged is lost, service go
   try_all(Fault::memory);
 }
 
+// The other model has an item of its own, whose number is that of one that was put.
+TEST_CASE("events are on their items where a disk fails while another model opens the folder") {
+  disarm();
+  const TemporaryFolder folder;
+  const std::string live = folder.file("live"), copy = folder.file("copy");
+  lay_down(begin(folder.file("first"), false), live);
+  {
+    auto shop = open(live);
+    for (const char* item : {"new", "newer"}) REQUIRE(shop->put_item({.item = item}));
+    REQUIRE(shop->update());
+    REQUIRE(shop->record({.user = "u1", .item = "newer", .timestamp = now - 9}));
+  }
+  const Image image = image_of(live);
+  const auto users_of = [](const pz::Recommender& shop) {
+    std::string text;
+    for (const char* user : {"u0", "u1", "u2"}) {
+      const auto blob = shop.export_user(user);
+      REQUIRE(blob);
+      text.append(reinterpret_cast<const char*>(blob->data()), blob->size());
+    }
+    return text;
+  };
+  int opened = 0, unsaved = 0;
+  for (const int errors : {ENOSPC, EIO})
+    for (int n = 1;; n += tries_all() || n < 100 ? 1 : 23) {
+      CAPTURE(errors);
+      CAPTURE(n);
+      lay_down(image, live);
+      fault = errors;
+      full = errors == ENOSPC;
+      fail_at = n;
+      std::string failed;
+      Shop shop;
+      {
+        const Armed arm{&failed};
+        auto result = pz::Recommender::open(live, other_model(), options());
+        armed = false;
+        if (result) shop = std::make_unique<pz::Recommender>(std::move(*result));
+      }
+      disarm();
+      if (!shop) {
+        CHECK(!failed.empty());
+        shop = open(live, other_model());
+      } else {
+        ++opened;
+        unsaved += shop->persistence().saves == 0;
+      }
+      for (const char* item : {"new", "newer", "i6", "i5"})
+        REQUIRE(shop->record({.user = "u2", .item = item, .timestamp = now - 5}));
+      REQUIRE(shop->put_item({.item = "newest"}));
+      REQUIRE(shop->update());
+      REQUIRE(shop->record({.user = "u2", .item = "newest", .timestamp = now - 4}));
+      const auto again = opened_copy(image_of(live), copy, other_model());
+      REQUIRE(again);
+      CHECK(users_of(*again) == users_of(*shop));
+      CHECK(opened_copy(image_of(live), copy, model()));
+      if (failed.empty()) break;
+    }
+  CHECK(opened > 20);
+  CHECK(unsaved > 10);
+}
+
 TEST_CASE("a process that ends at any call of the system leaves a folder that has all of before") {
   for (const Operation& operation : operations()) {
     CAPTURE(std::string(operation.name));

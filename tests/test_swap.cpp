@@ -777,6 +777,26 @@ TEST_CASE("an item that was put stays by its fields where the new model lacks it
   }
 }
 
+TEST_CASE("an item that was put again, and waits for that, stays meanwhile") {
+  auto shop = make(small_model::model());
+  REQUIRE(shop.put_item(put_item));
+  REQUIRE(shop.update());
+  REQUIRE(shop.put_item(put_item));
+  REQUIRE(shop.put_item({.item = "never there", .fields = {{"GENRE", "bow"}}}));
+  for (Named& successor : successors()) {
+    CAPTURE(successor.name);
+    CHECK(swap(shop, model_of(std::move(successor.parts))).items_put == 1);
+    CHECK(explained(shop, "u", "put").expected == 0);
+    CHECK_FALSE(shop.find_item("never there"));
+  }
+  REQUIRE(shop.remove_item("put"));
+  (void)swap(shop, small_model::model());
+  CHECK_FALSE(shop.explain({.user = "u"}, "put"));
+  REQUIRE(shop.update());
+  CHECK_FALSE(shop.explain({.user = "u"}, "put"));
+  CHECK(shop.find_item("never there"));
+}
+
 TEST_CASE("an item that was put has the model's own vector once a model has it") {
   auto shop = make(small_model::model());
   REQUIRE(shop.put_item({.item = "i55", .fields = {{"GENRE", "sword"}}}));

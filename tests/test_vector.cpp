@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <fstream>
 #include <initializer_list>
 #include <limits>
 #include <list>
@@ -185,23 +186,58 @@ TEST_CASE("a vector is what it is made of, and keeps it when it is assigned to i
   CHECK(moved.capacity() == 0);
 }
 
-TEST_CASE("vectors for rows begin at a line of the cache, large ones at a huge page") {
+TEST_CASE("vectors for rows begin at a line of the cache, on Linux large ones at a huge page") {
+#if defined(__linux__)
+  constexpr std::size_t of_large = std::size_t{1} << 21;
+#else
+  constexpr std::size_t of_large = 64;
+#endif
   const auto address = [](const auto& values) {
     return reinterpret_cast<std::uintptr_t>(values.data());
   };
   for (const std::size_t size : {std::size_t{1}, std::size_t{100}, std::size_t{1} << 20}) {
     const pz::detail::LineVector<float> values(size, 1.5f);
     const pz::detail::BareVector<float> bare(size);
-    const std::size_t aligned = size < (std::size_t{1} << 20) ? 64 : std::size_t{1} << 21;
+    const std::size_t aligned = size < (std::size_t{1} << 20) ? 64 : of_large;
     CHECK(address(values) % aligned == 0);
     CHECK(address(bare) % aligned == 0);
     CHECK(std::count(values.begin(), values.end(), 1.5f) == static_cast<std::ptrdiff_t>(size));
   }
   pz::detail::LineVector<float> grown;  // across the size from which on they lie elsewhere
   for (std::uint32_t i = 0; i < (1u << 20) + 5; ++i) grown.push_back(static_cast<float>(i));
-  CHECK(address(grown) % (std::size_t{1} << 21) == 0);
+  CHECK(address(grown) % of_large == 0);
   CHECK(grown[1u << 20] == static_cast<float>(1u << 20));
 }
+
+#if defined(__linux__)
+// From its heaps glibc would give such memory out of between what stays, and keep it.
+TEST_CASE("what large vectors held goes back to the system at once") {
+  const auto resident = [] {  // MiB
+    std::ifstream status("/proc/self/status");
+    for (std::string line; std::getline(status, line);)
+      if (line.starts_with("VmRSS:")) return std::stod(line.substr(6)) / 1024;
+    return 0.0;
+  };
+  const auto check = [&](auto empty) {
+    using Ours = decltype(empty);
+    const double before = resident();
+    std::vector<Ours> large;
+    std::vector<std::vector<int>> stay;
+    large.reserve(40), stay.reserve(40);
+    large.emplace_back(8u << 20, 1.0f);
+    large.pop_back();
+    for (int n = 0; n < 40; ++n) {
+      large.emplace_back((3u << 18) + 1, 1.0f);
+      stay.emplace_back(1000, n);
+    }
+    CHECK(resident() - before > 100);
+    large.clear();
+    CHECK(resident() - before < 20);
+  };
+  check(pz::Vector<float>());
+  check(pz::detail::LineVector<float>());
+}
+#endif
 
 #if PERSONALIZE_HAS_EXCEPTIONS
 TEST_CASE("a vector that cannot be so long says so, and stays as it is") {

@@ -141,7 +141,9 @@ class Reader {
     std::uint64_t version = 0;
     for (const auto& [id, item] : put.waiting(version, [](const auto&) {}))
       contents_.waiting.push_back({id, item.removed});
-    for (const auto& [id, item] : put.taken_in())
+    put.each_with_events(
+        [&](const std::string& id, std::size_t count) { contents_.waiting_events[id] = count; });
+    for (const auto& [id, item] : put.taken_in([](const std::string&) { return false; }))
       ++(item.removed ? contents_.removed : contents_.known);
   }
 

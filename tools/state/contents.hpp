@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "personalize_runtime.hpp"
@@ -26,7 +27,8 @@ struct StateContents {
     std::string item;
     bool removed;
   };
-  std::vector<Waiting> waiting;          // for an update, in its order
+  std::vector<Waiting> waiting;                                   // for an update, in its order
+  std::unordered_map<std::string, std::uint64_t> waiting_events;  // on an item, for its update
   std::uint64_t known = 0, removed = 0;  // put before and in now; removed before
 };
 

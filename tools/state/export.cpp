@@ -49,13 +49,22 @@ class JournalUsers final : public RecordVisitor {
   explicit JournalUsers(const StateContents& state) {
     items_.begin(state.items);
     types_.begin(state.event_types);
-    for (std::size_t i = 0; i < items_.size(); ++i) give_number(static_cast<std::uint32_t>(i));
+    items_of_state_ = items_.size();
     types_of_state_ = types_.size();
+    begin_numbers();
+    waiting_events_ = state.waiting_events;
     for (const auto& item : state.waiting)
       waiting_.push_back({item.item, item.removed, version_++});
   }
 
   void event(const detail::EventChange& change) override {
+    if (!change.waits_for.empty()) {
+      std::uint64_t& wait = waiting_events_[std::string(change.waits_for)];
+      if (!change.arrived)
+        ++wait;
+      else if (wait > 0)
+        --wait;
+    }
     if (change.item == detail::EventChange::no_item) return;
     if (change.item >= by_number_.size()) {
       ++unknown_items;
@@ -63,10 +72,11 @@ class JournalUsers final : public RecordVisitor {
     }
     History& history = of(key(change.user, change.session));
     if (history.parts.empty() || history.parts.back().of_state) history.parts.emplace_back();
-    history.parts.back().events.push_back(
-        {by_number_[change.item],
-         change.event_type < types_of_state_ ? change.event_type : no_event_type,
-         change.time.timestamp});
+    history.parts.back().events.push_back({by_number_[change.item],
+                                           change.event_type < types_by_number_.size()
+                                               ? types_by_number_[change.event_type]
+                                               : no_event_type,
+                                           change.time.timestamp});
   }
   // The session's events come behind the user's, and the session ends.
   void merge(std::string_view session, std::string_view user) override {
@@ -93,14 +103,33 @@ class JournalUsers final : public RecordVisitor {
   void update() override { looked_at_ = waiting_; }
   void publish() override {
     for (const Waiting& one : looked_at_) {
-      if (!one.removed && !lost_) give_number(items_.add(one.item));
+      if (one.removed)
+        waiting_events_.erase(one.item);
+      else
+        give_number(items_.add(one.item));
       std::erase_if(waiting_, [&](const Waiting& w) { return w.version == one.version; });
     }
     looked_at_.clear();
   }
   void swap() override {
-    lost_ = true;
+    coming_.clear();
     looked_at_.clear();
+  }
+  void name(bool of_item, std::string_view name) override {
+    coming_.emplace_back(of_item, std::string(name));
+  }
+  void model() override {
+    for (const auto& [of_item, name] : coming_)
+      if (of_item)
+        give_number(items_.add(name));
+      else
+        types_by_number_.push_back(types_.add(name));
+    coming_.clear();
+  }
+  void opened() override {
+    begin_numbers();
+    looked_at_.clear();
+    model();
   }
 
   // The state's events of a key that the journals name go to keep(); true: they do.
@@ -131,6 +160,13 @@ class JournalUsers final : public RecordVisitor {
       }
       if (!events_of.empty()) write(name, events_of);
     }
+  }
+
+  // On items that were put and that no update has taken in.
+  std::uint64_t waiting_events() const {
+    std::uint64_t sum = 0;
+    for (const auto& [_, count] : waiting_events_) sum += count;
+    return sum;
   }
 
   const std::string& item(std::uint32_t number) const { return items_[number]; }
@@ -169,6 +205,15 @@ class JournalUsers final : public RecordVisitor {
     std::erase_if(waiting_, [&](const Waiting& w) { return w.item == item; });
     waiting_.push_back({std::string(item), removed, version_++});
   }
+  // Those of the state.
+  void begin_numbers() {
+    by_number_.clear();
+    numbered_.clear();
+    types_by_number_.clear();
+    for (std::size_t i = 0; i < items_of_state_; ++i) give_number(static_cast<std::uint32_t>(i));
+    for (std::size_t t = 0; t < types_of_state_; ++t)
+      types_by_number_.push_back(static_cast<std::uint32_t>(t));
+  }
   // The next one, unless the item has one.
   void give_number(std::uint32_t item) {
     if (numbered_.size() <= item) numbered_.resize(item + std::size_t{1});
@@ -178,12 +223,13 @@ class JournalUsers final : public RecordVisitor {
   }
 
   Names items_, types_;
-  std::vector<std::uint32_t> by_number_;  // items
-  std::vector<bool> numbered_;            // whether an item is among them
-  std::size_t types_of_state_ = 0;
+  std::vector<std::uint32_t> by_number_, types_by_number_;
+  std::vector<bool> numbered_;  // whether an item is among them
+  std::size_t items_of_state_ = 0, types_of_state_ = 0;
+  std::vector<std::pair<bool, std::string>> coming_;  // whether it is an item, and its name
   std::vector<Waiting> waiting_, looked_at_;
+  std::unordered_map<std::string, std::uint64_t> waiting_events_;  // by item
   std::uint64_t version_ = 0;
-  bool lost_ = false;  // numbers that come are those of another model
   std::unordered_map<std::string, History> histories_;
   std::unordered_map<std::string, std::vector<Event>> of_state_;
 };
@@ -294,10 +340,12 @@ std::vector<std::string> export_from(const std::string& state_path, const StateF
   if (writer.left_out > 0)
     says[0] += "; " + std::to_string(writer.left_out) +
                " sessions were left out (--session-prefix takes them along)";
+  if (const std::uint64_t waiting = after->waiting_events(); waiting > 0)
+    says.push_back("warning: " + std::to_string(waiting) +
+                   " events were left out: they are on items that were put and wait for an update");
   if (after->unknown_items > 0)
     says.push_back("warning: " + std::to_string(after->unknown_items) +
-                   " events of the journal were left out: they are on items of a model that came "
-                   "after the state was saved; save() makes them known");
+                   " events of the journal were left out: it does not say which items they are on");
   return says;
 }
 

@@ -83,6 +83,10 @@ std::string_view record_name(std::uint32_t type) {
       return "arrived";
     case RecordOf::close:
       return "close";
+    case RecordOf::names:
+      return "names";
+    case RecordOf::opened:
+      return "opened";
   }
   return "";
 }
@@ -139,8 +143,25 @@ Result<void> read_record(std::uint32_t type, std::span<const std::byte> payload,
     case RecordOf::publish:
       visitor.publish();
       return {};
-    case RecordOf::model:
+    case RecordOf::swap:
       visitor.swap();
+      return {};
+    case RecordOf::names: {
+      bool of_items = false;
+      std::uint64_t count = 0;
+      archive(of_items, count);
+      for (std::uint64_t n = 0; n < count && archive.ok(); ++n) {
+        archive(first);
+        if (!archive.ok() || first.empty() || !is_id(first)) return contradicts();
+        visitor.name(of_items, first);
+      }
+      return archive.at_end() ? Result<void>{} : contradicts();
+    }
+    case RecordOf::model:
+      visitor.model();
+      return {};
+    case RecordOf::opened:
+      visitor.opened();
       return {};
     case RecordOf::import: {
       const auto blob = detail::Blob::read(payload);
@@ -149,7 +170,6 @@ Result<void> read_record(std::uint32_t type, std::span<const std::byte> payload,
       return {};
     }
     case RecordOf::use:
-    case RecordOf::swap:
     case RecordOf::encode:
     case RecordOf::close:
       return {};

@@ -45,7 +45,11 @@ struct RecordVisitor {
   virtual void remove(std::string_view /*item*/, bool /*there*/) {}
   virtual void update() {}   // looks at the items that wait
   virtual void publish() {}  // and they are in
-  virtual void swap() {}     // another model's numbers follow
+  virtual void swap() {}     // another model looks at what there is
+  // An item or event type that gets the next number by model() or opened().
+  virtual void name(bool /*of_item*/, std::string_view) {}
+  virtual void model() {}   // and is published
+  virtual void opened() {}  // by a process for which these numbers follow the state's
 };
 
 // Decodes a record by the library's own fields. Errors: corrupt.
