@@ -35,15 +35,36 @@ int main(int argc, char** argv) {
             "another model comes");
     require(shop->save(to + "/fuzz_state/other_model.pzs").has_value(), "a state is saved");
   }
-  // A folder of its own: a swap makes a new journal.
-  const small_shop::Folder journals;
-  {
-    auto shop = pz::Recommender::open(journals.path(), small_shop::model(), small_shop::options());
-    require(shop.has_value(), "a new folder opens");
-    small_shop::fill(*shop);
+  const auto records_of = [](const small_shop::Folder& of, int journals) {  // without headers
+    std::string all;
+    for (int n = 1; n <= journals; ++n) {
+      std::ifstream in(of.path() + "/journal-00000000000" + std::to_string(n) + ".pzj",
+                       std::ios::binary);
+      const std::string bytes{std::istreambuf_iterator<char>(in), {}};
+      require(bytes.size() > 64, "a journal is there");
+      all += bytes.substr(64);
+    }
+    return all;
+  };
+  // Folders of their own: a swap makes a new journal.
+  for (const bool swaps : {false, true}) {
+    const small_shop::Folder journals;
+    {
+      auto shop =
+          pz::Recommender::open(journals.path(), small_shop::model(), small_shop::options());
+      require(shop.has_value(), "a new folder opens");
+      small_shop::fill(*shop);
+      if (swaps) {
+        // Where a folder stands no state can be put: the old one and both journals stay.
+        fs::create_directory(journals.path() + "/state-000000000002.pzs");
+        const auto swapped =
+            shop->swap(small_model::model({.items = 14, .dimension = 4, .hidden = 3, .seed = 2}));
+        require(swapped.has_value() && swapped->save_error, "a swap is not saved");
+        small_shop::fill(*shop);
+      }
+    }
+    std::ofstream(to + (swaps ? "/fuzz_journal/swapped" : "/fuzz_journal/all"), std::ios::binary)
+        << records_of(journals, swaps ? 2 : 1);
   }
-  std::ifstream in(journals.path() + "/journal-000000000001.pzj", std::ios::binary);
-  const std::string bytes{std::istreambuf_iterator<char>(in), {}};
-  std::ofstream(to + "/fuzz_journal/all", std::ios::binary) << bytes.substr(64);
   return 0;
 }
