@@ -13,6 +13,9 @@
 
 #include "small_model.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace exploration_tests {
+
 namespace pz = personalize;
 
 namespace {
@@ -854,3 +857,5 @@ TEST_CASE("recording, recommending, decaying, updating and growing at once") {
   CHECK(logged > 0);
   CHECK(shop->model()->item_count() == 70);
 }
+
+}  // namespace exploration_tests

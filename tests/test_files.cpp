@@ -20,6 +20,9 @@
 #include "../personalize_runtime.hpp"
 #include "temporary_folder.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace files_tests {
+
 namespace fs = std::filesystem;
 namespace pz = personalize;
 
@@ -236,3 +239,5 @@ TEST_CASE("a file over the limit is not read") {
   REQUIRE_FALSE(read);
   CHECK(read.error().code == pz::Errc::limit);
 }
+
+}  // namespace files_tests

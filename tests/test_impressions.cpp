@@ -10,6 +10,9 @@
 
 #include "small_model.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace impressions_tests {
+
 namespace pz = personalize;
 using Counted = pz::ItemCounters::Kind;
 
@@ -618,3 +621,5 @@ TEST_CASE("hostile impressions are refused or harmless") {
   REQUIRE(slate);
   for (const pz::Pick& pick : slate->items) CHECK(std::isfinite(pick.score));
 }
+
+}  // namespace impressions_tests

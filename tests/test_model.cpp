@@ -20,6 +20,9 @@
 #include "small_model.hpp"
 #include "temporary_folder.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace model_tests {
+
 namespace pz = personalize;
 
 TEST_CASE("a string table numbers what it is given, in order") {
@@ -583,3 +586,5 @@ TEST_CASE("items are found by id") {
   CHECK_FALSE(model->find_item("i1000").has_value());
   CHECK_FALSE(model->find_item("").has_value());
 }
+
+}  // namespace model_tests

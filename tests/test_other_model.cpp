@@ -106,11 +106,12 @@ void check_same(const Known& journal, const Known& state) {
   CHECK(journal.events == state.events);
   CHECK(journal.numbered == state.numbered);
   REQUIRE(journal.counts.size() == state.counts.size());
-  for (const auto& [item, counts] : state.counts) {
-    CAPTURE(item);
-    REQUIRE(journal.counts.contains(item));
+  for (const auto& of_item : state.counts) {
+    CAPTURE(of_item.first);
+    REQUIRE(journal.counts.contains(of_item.first));
     for (const std::size_t c : {0u, 1u})
-      CHECK(journal.counts.at(item)[c] == doctest::Approx(counts[c]).epsilon(1e-4));
+      CHECK(journal.counts.at(of_item.first)[c] ==
+            doctest::Approx(of_item.second[c]).epsilon(1e-4));
   }
 }
 

@@ -11,6 +11,9 @@
 
 #include "small_model.hpp"
 
+// Of its own: several test files are compiled as one.
+namespace recommender_tests {
+
 namespace pz = personalize;
 
 namespace {
@@ -357,3 +360,5 @@ TEST_CASE("threads record, recommend, rank, merge and forget at once") {
   CHECK(failures == 0);
   CHECK(shop.user_count() <= 640);
 }
+
+}  // namespace recommender_tests
