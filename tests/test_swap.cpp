@@ -1118,7 +1118,7 @@ TEST_CASE("no request fails or sees half a model while models come") {
       });
     std::size_t swaps = 0;
     const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds{600};
-    while (!broken && std::chrono::steady_clock::now() < end) {
+    while (!broken && (swaps < 6 || std::chrono::steady_clock::now() < end)) {
       require(shop->swap(models[++swaps % models.size()]).has_value(), "models come");
       if (swaps % 3 == 0) require(shop->update().has_value(), "updates are made");
     }
@@ -1126,7 +1126,6 @@ TEST_CASE("no request fails or sees half a model while models come") {
     for (std::thread& thread : threads) thread.join();
     const char* promise = broken;
     CHECK_MESSAGE(!promise, std::string(promise ? promise : ""));
-    CHECK(swaps > 4);
     CHECK(shop->restarted_states() == 0);
     // Afterwards all is as it would be had nothing run at the same time.
     swap(*shop, models[2]);
