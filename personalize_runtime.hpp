@@ -671,11 +671,9 @@ inline constexpr std::size_t huge_bytes = std::size_t{1} << 22, huge_page = std:
 inline constexpr std::size_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
 
 #if defined(__linux__)
-// From so many bytes on memory is mapped on its own, and goes back to the system at once: glibc
-// takes arrays of up to 32 MB from its heaps, where models and catalogues that come and go would
-// leave holes.
-inline constexpr std::size_t mapped_bytes = std::size_t{1} << 20;
-
+// What is large is mapped on its own, and goes back to the system at once: glibc takes arrays of up
+// to 32 MB from its heaps, where models and catalogues that come and go would leave holes.
+//
 // A multiple of any page's size.
 inline std::size_t whole_pages(std::size_t bytes) noexcept {
   constexpr std::size_t pages = std::size_t{1} << 16;
@@ -684,15 +682,14 @@ inline std::size_t whole_pages(std::size_t bytes) noexcept {
 
 // Null where there is none.
 inline void* map_memory(std::size_t bytes) noexcept {
-  const std::size_t wanted = whole_pages(bytes), spare = bytes >= huge_bytes ? huge_page : 0;
-  void* const mapped =
-      ::mmap(nullptr, wanted + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const std::size_t wanted = whole_pages(bytes);
+  void* const mapped = ::mmap(nullptr, wanted + huge_page, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
-  if (spare == 0) return mapped;
   const std::size_t before = (0 - reinterpret_cast<std::uintptr_t>(mapped)) % huge_page;
   auto* const memory = static_cast<std::byte*>(mapped) + before;
   if (before > 0) (void)::munmap(mapped, before);
-  if (before < spare) (void)::munmap(memory + wanted, spare - before);
+  (void)::munmap(memory + wanted, huge_page - before);
 #if defined(MADV_HUGEPAGE)
   (void)::madvise(memory, wanted, MADV_HUGEPAGE);
 #endif
@@ -711,7 +708,7 @@ inline void* map_memory(std::size_t bytes) noexcept {
 inline void* take_memory(std::size_t bytes, bool lines) {
   if (bytes >= most_memory) no_memory();
 #if defined(__linux__)
-  if (bytes >= mapped_bytes) {
+  if (bytes >= huge_bytes) {
     void* const memory = map_memory(bytes);
     if (!memory) no_memory();
     return memory;
@@ -722,7 +719,7 @@ inline void* take_memory(std::size_t bytes, bool lines) {
 
 inline void give_memory(void* memory, std::size_t bytes, bool lines) noexcept {
 #if defined(__linux__)
-  if (bytes >= mapped_bytes) {
+  if (bytes >= huge_bytes) {
     (void)::munmap(memory, whole_pages(bytes));
     return;
   }
@@ -2071,7 +2068,7 @@ template <class T, Layout layout>
 std::size_t allocated(const PlainVector<T, layout>& values) noexcept {
   const std::size_t bytes = values.capacity() * sizeof(T);
 #if defined(__linux__)
-  if (bytes >= mapped_bytes) return whole_pages(bytes);
+  if (bytes >= huge_bytes) return whole_pages(bytes);
 #endif
   return allocated(bytes);
 }
@@ -6676,7 +6673,7 @@ inline bool begins_with(const StringTable& table, std::span<const std::string_vi
 
 // Errors: over 2^31 names (limit); a name that stands twice or that no table takes.
 inline Result<NamesInOrder> order_names(const StringTable& table,
-                                        std::span<const std::string_view> first) {
+                                        std::span<const std::string_view> first, Pace& pace) {
   constexpr std::uint64_t most = std::uint64_t{1} << 31;
   const Error too_many{Errc::limit, "a model in another order has over 2^31 names"};
   if (first.size() > most) return too_many;
@@ -6690,6 +6687,7 @@ inline Result<NamesInOrder> order_names(const StringTable& table,
     return {};
   };
   for (std::uint32_t i = 0; i < first.size(); ++i) {
+    pace.step(i);
     const std::optional<std::uint32_t> found = table.find(first[i]);
     if (auto added = add(first[i], found.value_or(Matrix::no_row)); !added) return added.error();
     if (found)
@@ -6716,14 +6714,17 @@ struct ModelInOrder {
 // or is no id (invalid_argument); out of memory.
 inline Result<ModelInOrder> in_order(const std::shared_ptr<const Model>& model,
                                      std::span<const std::string_view> items,
-                                     std::span<const std::string_view> event_types) {
+                                     std::span<const std::string_view> event_types,
+                                     Pace* given_pace = nullptr) {
+  Pace without_rests;
+  Pace& pace = given_pace ? *given_pace : without_rests;
   const ModelParts& from = model->parts();
   if (begins_with(from.item_ids, items) && begins_with(from.event_types, event_types))
     return ModelInOrder{model, {}};
   return catching_bad_alloc([&]() -> Result<ModelInOrder> {
-    auto of_items = order_names(from.item_ids, items);
+    auto of_items = order_names(from.item_ids, items, pace);
     if (!of_items) return of_items.error();
-    auto of_types = order_names(from.event_types, event_types);
+    auto of_types = order_names(from.event_types, event_types, pace);
     if (!of_types) return of_types.error();
     const Vector<std::uint32_t>& rows = of_items->rows;
     const bool inputs = !from.input_vectors.empty(), types = !from.event_types.empty();
@@ -6749,10 +6750,12 @@ inline Result<ModelInOrder> in_order(const std::shared_ptr<const Model>& model,
       parts.biases.push_back(lacks ? 0.0f : from.biases[row]);
       parts.statistics.push_back(lacks ? ItemStatistics{} : from.statistics[row]);
     }
+    pace.step();
     constexpr LoadLimits whatever{.items = std::numeric_limits<std::uint32_t>::max(),
                                   .dimension = std::numeric_limits<std::uint32_t>::max()};
     auto ordered = Model::from_parts(std::move(parts), whatever);
     if (!ordered) return ordered.error();
+    pace.step();
     return ModelInOrder{std::move(*ordered), std::move(of_items->lacking)};
   });
 }
@@ -8153,15 +8156,15 @@ class Scorer {
   // a scan ends. Takes N * (d + 24) bytes up to largest_8bit = N * d, N * (d / 2 + 20) beyond.
   Scorer(ItemRows rows, PagedArray<float> biases, float usual_query_length,
          const kernels::Table& table = kernels::chosen(),
-         std::size_t largest_8bit = usual_largest_8bit)
+         std::size_t largest_8bit = usual_largest_8bit, detail::Pace* given_pace = nullptr)
       : rows_(std::move(rows)),
         biases_(std::move(biases)),
         table_(&table),
         largest_8bit_(largest_8bit),
         length_(std::isfinite(usual_query_length) ? std::max(usual_query_length, 0.0f) : 0.0f) {
     assert(biases_.size() == rows_.rows());
-    detail::Pace pace;
-    start_afresh({}, pace);
+    detail::Pace without_rests;
+    start_afresh({}, given_pace ? *given_pace : without_rests);
   }
 
   explicit Scorer(const std::shared_ptr<const Model>& model,
@@ -11246,11 +11249,15 @@ class CatalogueBuilder {
                                           const RecommenderOptions& options,
                                           const kernels::Table& table, const HashKey& key,
                                           std::int64_t now, std::int64_t latest,
-                                          std::span<const std::uint32_t> lacking = {}) {
+                                          std::span<const std::uint32_t> lacking = {},
+                                          Pace* given_pace = nullptr) {
+    Pace without_rests;
+    Pace& pace = given_pace ? *given_pace : without_rests;
     const ModelParts& parts = model->parts();
     Catalogue c;
     c.base = model;
     c.ids = std::make_shared<const ItemIds>(model, key);
+    pace.step();
     c.encoder = std::make_shared<const Encoder>(*model, table, options.gate_lookup);
     c.counters = std::make_shared<ItemCounters>(parts.item_ids.size());
     c.contexts =
@@ -11269,7 +11276,9 @@ class CatalogueBuilder {
     c.started = std::max(now, latest);
     c.low_bias = tenth_percentile(parts);
     c.active = c.corrected = std::make_shared<const Vector<std::uint32_t>>();
+    pace.step();
     if (options.feedback) c.mean_square = mean_square(parts.item_vectors, lacking.size());
+    pace.step();
     if (!lacking.empty()) {
       ItemMask absent(c.size());
       for (const std::uint32_t item : lacking) {
@@ -11281,16 +11290,16 @@ class CatalogueBuilder {
       c.changed_base = true;
     }
     for (const ItemStatistics& s : parts.statistics) {
+      pace.step(c.popularity.size());
       c.popularity.push_back(std::log(std::max(static_cast<float>(s.interactions), 0.5f)));
       c.trained_interactions += static_cast<double>(s.interactions);
       if (!options.feedback) continue;
       c.quality.push_back(0);
       c.correction_of.push_back(0);
     }
-    c.scorer =
-        std::make_shared<const Scorer>(c.vectors, c.biases, usual_query_length(*model), table);
+    c.scorer = std::make_shared<const Scorer>(c.vectors, c.biases, usual_query_length(*model),
+                                              table, Scorer::usual_largest_8bit, &pace);
     c.interactions = c.trained_interactions;
-    Pace pace;
     CatalogueBuilder builder(c, options, table, pace);
     builder.sort_popular();
     builder.choose_pool(now, latest);
@@ -15461,6 +15470,12 @@ struct State {
     const Hurry hurry(*this);
     return unique_lock<RankedMutex<0>>{update_mutex};
   }
+  // Of what a caller waits for, and requests should hardly notice: beside them it takes a quarter
+  // of the time, in pieces so long that they hit few.
+  Pace beside_requests() {
+    return Pace([this](Pace::Clock::duration time) { rest(time); }, std::chrono::microseconds{4000},
+                3);
+  }
   // Of the thread that holds update_mutex, beside requests, until somebody waits for it.
   void rest(Pace::Clock::duration time) {
     if (!lanes.busy()) return;
@@ -16551,8 +16566,8 @@ class Update {
 
   Result<void> build_swap() {
     const Catalogue& old = *state_.catalogue;
-    std::shared_ptr<Catalogue> first = CatalogueBuilder::first(model_, state_.options, state_.table,
-                                                               state_.key, now_, latest_, lacking_);
+    std::shared_ptr<Catalogue> first = CatalogueBuilder::first(
+        model_, state_.options, state_.table, state_.key, now_, latest_, lacking_, &pace_);
     first->generation = old.generation + (same_encoder_ && same_space_ ? 0 : 1);
     first->encoder_since = same_encoder_ ? old.encoder_since : first->generation;
     first->space_since = same_space_ ? old.space_since : first->generation;
@@ -16955,13 +16970,13 @@ inline Result<SwapReport> Updater::swap(const std::shared_ptr<const Model>& mode
   Vector<std::string_view> items(old.size()), types(old.base->parts().event_types.size());
   for (std::uint32_t i = 0; i < items.size(); ++i) items[i] = (*old.ids)[i];
   for (std::size_t t = 0; t < types.size(); ++t) types[t] = old.base->parts().event_types[t];
-  auto ordered = in_order(model, items, types);
+  Pace pace = state_.beside_requests();
+  auto ordered = in_order(model, items, types, &pace);
   if (!ordered) return ordered.error();
   report.items_added = ordered->model->item_count() - items.size();
   Vector<std::uint32_t> lacking;  // of the items that there are
   for (const std::uint32_t item : ordered->lacking)
     if (old.available(item)) lacking.push_back(item);
-  Pace pace;
   Update update(state_, state_.times.now(), true, pace);
   const Fingerprints &before = old.base->fingerprints(), &after = model->fingerprints();
   report.states_kept =
@@ -17227,7 +17242,7 @@ void catalogue_fields(Archive& archive, Self& self) {
 // Writes a state file beside traffic. Belongs to one thread, which holds State::update_mutex.
 class StateWriter {
  public:
-  explicit StateWriter(State& state) : state_(state), pace_(beside(state)) {}
+  explicit StateWriter(State& state) : state_(state), pace_(state.beside_requests()) {}
   StateWriter(const StateWriter&) = delete;
   StateWriter& operator=(const StateWriter&) = delete;
   ~StateWriter() { end_cut(); }
@@ -17356,13 +17371,6 @@ class StateWriter {
     ByteSink& sink;
     Pace& pace;
   };
-  // A quarter of the time while requests are under way, unless somebody waits for it to end: what
-  // changes meanwhile is kept twice, so that it should not take too long either.
-  static Pace beside(State& state) {
-    const auto rest = [&state](Pace::Clock::duration time) { state.rest(time); };
-    return Pace(rest, std::chrono::microseconds{4000}, 3);
-  }
-
   // False where memory ran out for what there was.
   bool end_cut() noexcept {
     if (!std::exchange(begun_, false)) return true;

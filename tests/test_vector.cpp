@@ -223,11 +223,11 @@ TEST_CASE("what large vectors held goes back to the system at once") {
     const double before = resident();
     std::vector<Ours> large;
     std::vector<std::vector<int>> stay;
-    large.reserve(40), stay.reserve(40);
+    large.reserve(24), stay.reserve(24);
     large.emplace_back(8u << 20, 1.0f);
     large.pop_back();
-    for (int n = 0; n < 40; ++n) {
-      large.emplace_back((3u << 18) + 1, 1.0f);
+    for (int n = 0; n < 24; ++n) {
+      large.emplace_back((5u << 18) + 1, 1.0f);
       stay.emplace_back(1000, n);
     }
     CHECK(resident() - before > 100);
