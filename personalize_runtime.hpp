@@ -9427,6 +9427,8 @@ class ItemCounters {
   }
 
   static std::uint64_t rounded(double steps) noexcept {
+    // What a file says that is not ours may be less than nothing.
+    if (!(steps > 0)) return 0;
     return steps < 0x1p52 - 1 ? static_cast<std::uint64_t>(steps + 0.5) : value_mask;
   }
 
