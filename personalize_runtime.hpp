@@ -10193,18 +10193,18 @@ class SlateLog {
       const detail::lock_guard lock{stripe.mutex};
       if (same) {
         const std::size_t size = slate_size(slot.picks, slot.has_query);
-        if (stripe_of(slot.number) != stripe_number || slot.begin < stripe.ring.head ||
-            slot.begin > head || head - slot.begin < size || head - slot.begin > ring_size_ ||
-            ring_size_ - slot.begin % ring_size_ < size)
-          return archive.fail();
-        stripe.ring.head = slot.begin;
+        if (stripe_of(slot.number) != stripe_number) return archive.fail();
+        // One that cannot lie where it did, after a journal that was not ours, gets a place anew.
+        if (slot.begin >= stripe.ring.head && slot.begin <= head && head - slot.begin >= size &&
+            head - slot.begin <= ring_size_ && ring_size_ - slot.begin % ring_size_ >= size)
+          stripe.ring.head = slot.begin;
       }
       place(stripe, slot, slate);
     }
     if (!same || !archive.ok()) return;
     Ring& ring = stripes_[stripe_number].ring;
-    if (head < ring.head || next < ring.next) return archive.fail();
-    ring.head = head;
+    if (next < ring.next) return archive.fail();
+    ring.head = std::max(head, ring.head);
     ring.next = next;
   }
 
