@@ -671,15 +671,14 @@ inline constexpr std::size_t huge_bytes = std::size_t{1} << 22, huge_page = std:
 inline constexpr std::size_t most_memory = std::numeric_limits<std::ptrdiff_t>::max();
 
 #if defined(__linux__)
-// What is large is mapped on its own, and goes back to the system at once: glibc takes arrays of up
-// to 32 MB from its heaps, where models and catalogues that come and go would leave holes.
-//
 // A multiple of any page's size.
 inline std::size_t whole_pages(std::size_t bytes) noexcept {
   constexpr std::size_t pages = std::size_t{1} << 16;
   return (bytes + pages - 1) / pages * pages;
 }
 
+// What is large is mapped on its own, and goes back to the system at once: glibc takes arrays of up
+// to 32 MB from its heaps, where models and catalogues that come and go would leave holes.
 // Null where there is none.
 inline void* map_memory(std::size_t bytes) noexcept {
   const std::size_t wanted = whole_pages(bytes);

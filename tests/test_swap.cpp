@@ -1126,6 +1126,7 @@ TEST_CASE("no request fails or sees half a model while models come") {
     for (std::thread& thread : threads) thread.join();
     const char* promise = broken;
     CHECK_MESSAGE(!promise, std::string(promise ? promise : ""));
+    CHECK(swaps > 4);
     CHECK(shop->restarted_states() == 0);
     // Afterwards all is as it would be had nothing run at the same time.
     swap(*shop, models[2]);
