@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "random_calls.hpp"
+#include "remembered.hpp"
 #include "small_model.hpp"
 #include "temporary_folder.hpp"
 
@@ -45,11 +46,6 @@ pz::Recommender open(const std::string& folder, const ModelPointer& model,
   return std::move(*shop);
 }
 
-void copy_folder(const std::string& from, const std::string& to) {
-  fs::remove_all(to);
-  fs::copy(from, to, fs::copy_options::recursive);
-}
-
 // Items i0 to i<items - 1>, of a seed's own; types: event types beside those of all models.
 ModelPointer model_of(std::size_t items, std::uint64_t seed, std::vector<std::string> types = {}) {
   auto parts = small_model::parts({.items = items, .seed = seed});
@@ -73,23 +69,16 @@ ModelPointer model_of(std::size_t items, std::uint64_t seed, std::vector<std::st
 // Each event that a user or session remembers, and what is counted of each item, by name.
 struct Known {
   std::vector<std::string> events;
-  std::map<std::string, std::array<double, 2>>
-      counts;  // positive, expected; of items that are there
+  // Positive and expected, of items that are there.
+  std::map<std::string, std::array<double, 2>> counts;
   std::vector<std::string> numbered;
 };
 Known known_of(pz::Recommender& shop) {
   Known known;
   REQUIRE(shop.update());  // what waits comes in
   const auto add = [&](const std::string& user, const std::string& session) {
-    const auto bytes = shop.export_user(user, session);
-    REQUIRE(bytes);
-    if (bytes->empty()) return;
-    const auto blob = pz::detail::Blob::read(*bytes);
-    REQUIRE(blob);
-    blob->for_each_event([&](std::string_view item, std::string_view type, std::int64_t time) {
-      known.events.push_back(user + "," + session + "," + std::string(item) + "," +
-                             std::string(type) + "," + std::to_string(time));
-    });
+    for (const std::string& event : remembered(shop, user, session))
+      known.events.push_back(user + "," + session + "," + event);
   };
   for (std::uint32_t u = 0; u < users; ++u) add("u" + std::to_string(u), {});
   for (int s = 0; s < 40; ++s) add({}, "s" + std::to_string(s));
@@ -115,6 +104,21 @@ void check_same(const Known& journal, const Known& state) {
   }
 }
 
+// Opens copies of two folders: one has a state of all, and of the other's journal what came after
+// its state is told.
+void check_same(const TemporaryFolder& folder, const ModelPointer& model,
+                const pz::RecommenderOptions& options) {
+  copy_folder(folder.file("journal"), folder.file("a"));
+  copy_folder(folder.file("state"), folder.file("b"));
+  auto by_journal = open(folder.file("a"), model, options),
+       by_state = open(folder.file("b"), model, options);
+  CHECK(by_journal.recovery().records > 500);
+  CHECK(by_state.recovery().records == 0);
+  const Known known = known_of(by_state);
+  CHECK(known.events.size() > 100);
+  check_same(known_of(by_journal), known);
+}
+
 }  // namespace
 
 TEST_CASE("what a journal tells is on the same items, whatever model its folder is opened with") {
@@ -131,8 +135,7 @@ TEST_CASE("what a journal tells is on the same items, whatever model its folder 
     const TemporaryFolder folder;
     const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
     const auto options = options_of(clock);
-    const std::string live = folder.file("live"), journal = folder.file("journal"),
-                      state = folder.file("state");
+    const std::string live = folder.file("live"), journal = folder.file("journal");
     auto shop = open(live, first, options);
     Calls calls(seed, clock, users);
     std::vector<std::string> said;
@@ -141,19 +144,11 @@ TEST_CASE("what a journal tells is on the same items, whatever model its folder 
     for (int c = 0; c < 1200; ++c) calls.call({&shop}, said);
     copy_folder(live, journal);
     REQUIRE(shop.save());
-    copy_folder(live, state);
+    copy_folder(live, folder.file("state"));
     for (std::size_t m = 0; m < models.size(); ++m) {
       CAPTURE(seed);
       CAPTURE(m);
-      copy_folder(journal, folder.file("a"));
-      copy_folder(state, folder.file("b"));
-      auto by_journal = open(folder.file("a"), models[m], options),
-           by_state = open(folder.file("b"), models[m], options);
-      CHECK(by_journal.recovery().records > 500);
-      CHECK(by_state.recovery().records == 0);
-      const Known known = known_of(by_state);
-      CHECK(known.events.size() > 100);
-      check_same(known_of(by_journal), known);
+      check_same(folder, models[m], options);
     }
   }
 }
@@ -165,8 +160,7 @@ TEST_CASE("a model that came between a state and a crash numbers what comes afte
     const TemporaryFolder folder;
     const Clock clock = std::make_shared<std::int64_t>(random_calls::start);
     const auto options = options_of(clock);
-    const std::string live = folder.file("live"), journal = folder.file("journal"),
-                      state = folder.file("state");
+    const std::string live = folder.file("live"), journal = folder.file("journal");
     auto shop = open(live, models[0], options);
     Calls calls(seed, clock, users);
     std::vector<std::string> said;
@@ -196,17 +190,11 @@ TEST_CASE("a model that came between a state and a crash numbers what comes afte
     unblock(journal);
     unblock(live);
     REQUIRE(shop.save());
-    copy_folder(live, state);
+    copy_folder(live, folder.file("state"));
     for (std::size_t m = 0; m < models.size(); ++m) {
       CAPTURE(seed);
       CAPTURE(m);
-      copy_folder(journal, folder.file("a"));
-      copy_folder(state, folder.file("b"));
-      auto by_state = open(folder.file("b"), models[m], options);
-      const Known known = known_of(by_state);
-      CHECK(known.events.size() > 100);
-      auto by_journal = open(folder.file("a"), models[m], options);
-      check_same(known_of(by_journal), known);
+      check_same(folder, models[m], options);
     }
   }
 }

@@ -43,12 +43,6 @@ pz::Recommender make(const pz::RecommenderOptions& options,
   return std::move(*shop);
 }
 
-// As a process that is killed leaves it: its files, without its memory.
-void copy_folder(const std::string& from, const std::string& to) {
-  std::filesystem::remove_all(to);
-  std::filesystem::copy(from, to, std::filesystem::copy_options::recursive);
-}
-
 }  // namespace
 
 TEST_CASE("a recommender that is opened again says what one says that never ended") {

@@ -16,6 +16,7 @@
 
 #include "random_calls.hpp"
 #include "refusal.hpp"
+#include "remembered.hpp"
 #include "small_model.hpp"
 #include "state/contents.hpp"
 #include "state/export.hpp"
@@ -50,11 +51,6 @@ pz::Recommender open(const std::string& folder, const pz::RecommenderOptions& op
   return std::move(*shop);
 }
 
-void copy_folder(const std::string& from, const std::string& to) {
-  fs::remove_all(to);
-  fs::copy(from, to, fs::copy_options::recursive);
-}
-
 // USER_ID and what follows, sorted by user; the events of one stay in their order.
 std::vector<std::string> rows_of(const std::string& path) {
   std::ifstream in(path);
@@ -73,15 +69,8 @@ std::vector<std::string> rows_of(const std::string& path) {
 std::vector<std::string> rows_of(const pz::Recommender& shop) {
   std::vector<std::string> rows;
   const auto add = [&](const std::string& user, const std::string& session) {
-    const auto bytes = shop.export_user(user, session);
-    REQUIRE(bytes);
-    if (bytes->empty()) return;
-    const auto blob = pz::detail::Blob::read(*bytes);
-    REQUIRE(blob);
-    blob->for_each_event([&](std::string_view item, std::string_view type, std::int64_t time) {
-      rows.push_back((user.empty() ? "visitor " + session : user) + ',' + std::string(item) + ',' +
-                     std::string(type) + ',' + std::to_string(time));
-    });
+    for (const std::string& event : remembered(shop, user, session))
+      rows.push_back((user.empty() ? "visitor " + session : user) + ',' + event);
   };
   for (int u = 0; u < 500; ++u) add("u" + std::to_string(u), {});
   for (int s = 0; s < 50; ++s) add({}, "s" + std::to_string(s));
